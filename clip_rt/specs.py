@@ -1,0 +1,177 @@
+"""The one table of numbers about models: architectures, tensor names, preprocessing constants.
+
+Training builds its modules from it, export names its tensors from it, the model repository is
+rendered from it and the client checks the server against it. Nothing here does any work.
+
+Sources: Radford et al. 2021, tables 19 and 20; openai/CLIP `clip/model.py` and `clip/clip.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from clip_rt.errors import InputError, UnknownModelError
+
+PIXELS = "pixels"
+"""Input of `<slug>_image`: uint8 [N, S, S, 3], RGB, not normalised."""
+TOKENS = "tokens"
+"""Input of `<slug>_text`: int32 [N, L]."""
+EMBEDDINGS = "embeddings"
+"""Output of both: float32 [N, D], L2-normalised."""
+
+CONTEXT_LENGTH = 77
+"""Tokens a text tower reads, start and end of text included."""
+TEXT_BUCKETS = (16, 32, 77)
+"""Lengths a batch of prompts is cut to where an engine has fixed lengths."""
+VOCAB_SIZE = 49408
+START_OF_TEXT = 49406
+END_OF_TEXT = 49407
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of each channel in [0, 1], RGB (openai/CLIP `clip/clip.py`, `_transform`)."""
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation of each channel in [0, 1], RGB (same place)."""
+
+MAX_LOGIT_SCALE = 100.0
+"""The learned temperature is clamped so that logits are scaled by at most this (section 2.5)."""
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec:
+    """A vision transformer image tower (Dosovitskiy et al. 2021) as CLIP uses it."""
+
+    patch_px: int
+    """Side of a square patch."""
+    width: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetSpec:
+    """A ModifiedResNet image tower with attention pooling (section 2.4)."""
+
+    layers: tuple[int, int, int, int]
+    """Bottleneck blocks in each of the four stages."""
+    width: int
+    """Channels after the stem; the last stage has 32 times as many."""
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention pooling, 64 channels each."""
+        return self.width * 32 // 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec:
+    """A causal text transformer; the embedding is read at the end-of-text token."""
+
+    width: int
+    layers: int
+    heads: int
+    context_length: int = CONTEXT_LENGTH
+    vocab_size: int = VOCAB_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything that fixes the shape of one CLIP architecture."""
+
+    name: str
+    side_px: int
+    """Side of the square image the model reads."""
+    image: ViTSpec | ResNetSpec
+    text: TextSpec
+    embedding_dim: int
+    activation: Activation = "quick_gelu"
+
+
+def slug(name: str) -> str:
+    """Turn a model name into the stem of its Triton model names.
+
+    `ViT-L/14@336px` gives `vit_l_14_336px`. The result is safe as a folder name: lower-case
+    letters, digits and single underscores only, at most 64 of them.
+
+    Raises:
+        InputError: nothing usable is left, or too much.
+    """
+    stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    if not 0 < len(stem) <= 64:
+        raise InputError(
+            f"model name {name[:80]!r} gives the stem {stem[:80]!r}; it must have 1 to 64 letters "
+            "or digits. Choose another name."
+        )
+    return stem
+
+
+def image_model(name: str) -> str:
+    """Name of the Triton model that holds the image tower of `name`."""
+    return f"{slug(name)}_image"
+
+
+def text_model(name: str) -> str:
+    """Name of the Triton model that holds the text tower of `name`."""
+    return f"{slug(name)}_text"
+
+
+def find_spec(name: str) -> ModelSpec:
+    """Look an architecture up by its name.
+
+    Raises:
+        UnknownModelError: no such name; the message lists those that exist.
+    """
+    try:
+        return MODELS[name]
+    except KeyError:
+        known = ", ".join(MODELS)
+        raise UnknownModelError(
+            f"unknown architecture {name!r}; known are {known}.", model=name, known=tuple(MODELS)
+        ) from None
+
+
+def _vit(
+    name: str, side_px: int, patch_px: int, width: int, layers: int, text: TextSpec
+) -> ModelSpec:
+    image = ViTSpec(patch_px=patch_px, width=width, layers=layers, heads=width // 64)
+    return ModelSpec(name=name, side_px=side_px, image=image, text=text, embedding_dim=text.width)
+
+
+def _resnet(
+    name: str,
+    side_px: int,
+    layers: tuple[int, int, int, int],
+    width: int,
+    text: TextSpec,
+    embedding_dim: int,
+) -> ModelSpec:
+    image = ResNetSpec(layers=layers, width=width)
+    return ModelSpec(
+        name=name, side_px=side_px, image=image, text=text, embedding_dim=embedding_dim
+    )
+
+
+def _text(width: int, layers: int = 12) -> TextSpec:
+    return TextSpec(width=width, layers=layers, heads=width // 64)
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _resnet("RN50", 224, (3, 4, 6, 3), 64, _text(512), 1024),
+        _resnet("RN101", 224, (3, 4, 23, 3), 64, _text(512), 512),
+        _resnet("RN50x4", 288, (4, 6, 10, 6), 80, _text(640), 640),
+        _resnet("RN50x16", 384, (6, 8, 18, 8), 96, _text(768), 768),
+        _resnet("RN50x64", 448, (3, 15, 36, 10), 128, _text(1024), 1024),
+        _vit("ViT-B/32", 224, 32, 768, 12, _text(512)),
+        _vit("ViT-B/16", 224, 16, 768, 12, _text(512)),
+        _vit("ViT-L/14", 224, 14, 1024, 24, _text(768)),
+        _vit("ViT-L/14@336px", 336, 14, 1024, 24, _text(768)),
+        # Ours, of the same family: what the bundled model of drawings is trained as.
+        _resnet("RN26@64px", 64, (2, 2, 2, 2), 32, _text(192, layers=3), 256),
+    )
+}
+"""Every architecture by its name."""
