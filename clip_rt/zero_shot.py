@@ -1,0 +1,125 @@
+"""Embeddings in, class probabilities out; pure numpy, shared by serving and evaluation.
+
+Source: Radford et al. 2021, section 3.1.4 (prompt ensembling) and figure 3 (logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_rt.errors import InputError, NonFiniteEmbeddingError
+
+MIN_NORM = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How well each of N images fits each of C labels."""
+
+    labels: tuple[str, ...]
+    """As they were passed, in order; the same label may occur twice."""
+    probabilities: NDArray[np.float32]
+    """float32 (N, C); each row sums to 1."""
+    logits: NDArray[np.float32]
+    """float32 (N, C): scaled cosine similarities, before the softmax."""
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable label of each image; of equals, the first."""
+        return [self.labels[index] for index in self.probabilities.argmax(axis=1)]
+
+    def top(self, k: int) -> list[list[tuple[str, float]]]:
+        """Rank the labels of each image.
+
+        Args:
+            k: How many to return; all of them when there are fewer.
+
+        Returns:
+            For each image, (label, probability) pairs, the most probable first.
+
+        Raises:
+            InputError: `k` is below 1.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; at least 1 label is ranked.")
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.labels[index], float(row[index])) for index in best]
+            for row, best in zip(self.probabilities, order, strict=True)
+        ]
+
+
+def pool(prompt_embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Average the prompts of each class into the embedding of the class.
+
+    Args:
+        prompt_embeddings: (C, T, D), T prompts for each of C classes; normalised here.
+
+    Returns:
+        float32 (C, D): the normalised mean of the normalised prompt embeddings.
+
+    Raises:
+        InputError: not three axes, or no prompt.
+        NonFiniteEmbeddingError: a class has no direction; carries its index.
+    """
+    if prompt_embeddings.ndim != 3 or prompt_embeddings.shape[1] == 0:
+        raise InputError(
+            f"prompt embeddings have shape {prompt_embeddings.shape}; (C, T, D) with at least one "
+            "prompt T is needed."
+        )
+    unit = _normalise(prompt_embeddings.astype(np.float64))
+    return _normalise(unit.mean(axis=1)).astype(np.float32)
+
+
+def classify(
+    image_embeddings: NDArray[np.floating[Any]],
+    class_embeddings: NDArray[np.floating[Any]],
+    labels: Sequence[str],
+    *,
+    logit_scale: float,
+    logit_bias: float = 0.0,
+) -> Scores:
+    """Compare images with classes.
+
+    Args:
+        image_embeddings: (N, D), rows of length 1; N = 0 gives scores of no image.
+        class_embeddings: (C, D), rows of length 1.
+        labels: C names.
+        logit_scale: Factor of the cosine, 100 for OpenAI's models.
+        logit_bias: Added after scaling; the softmax does not feel it.
+
+    Raises:
+        InputError: the shapes do not fit each other, or there is no label.
+    """
+    num_labels, dim = len(labels), image_embeddings.shape[-1]
+    fits = image_embeddings.ndim == 2 and class_embeddings.shape == (num_labels, dim)
+    if not fits or num_labels == 0:
+        raise InputError(
+            f"{image_embeddings.shape} images, {class_embeddings.shape} classes and {num_labels} "
+            "labels do not fit; (N, D), (C, D) and C >= 1 labels are needed."
+        )
+    cosine = image_embeddings.astype(np.float32) @ class_embeddings.astype(np.float32).T
+    logits = np.float32(logit_scale) * cosine + np.float32(logit_bias)
+    # Shifted so that the largest exponent is 0: exp cannot overflow, and the sum is at least 1.
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    return Scores(labels=tuple(labels), probabilities=probabilities, logits=logits)
+
+
+def _normalise(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    is_bad = ~(np.isfinite(norms) & (norms > MIN_NORM))
+    if is_bad.any():
+        index = int(np.nonzero(is_bad)[0][0])
+        raise NonFiniteEmbeddingError(
+            f"the prompts of class {index} have no common direction: a NaN, infinite or zero "
+            "embedding is among them, or they cancel out.",
+            index=index,
+        )
+    unit: NDArray[np.float64] = vectors / norms
+    return unit

@@ -1,0 +1,49 @@
+"""A real Triton over a tiny model for the tests of the client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny_repository
+from owners import Owner
+
+import clip_rt
+from clip_rt.server import EmbeddedServer, borrow, give_back
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_repository.write(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(scope="session")
+def bare_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_repository.write_bare(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[EmbeddedServer]:
+    server = borrow(repository)
+    yield server
+    give_back(server)
+
+
+@pytest.fixture(scope="session")
+def client(server: EmbeddedServer, repository: Path) -> Iterator[clip_rt.Client]:
+    with clip_rt.Client(repository=repository) as client:
+        yield client
+
+
+@pytest.fixture
+def start_owner() -> Iterator[Callable[..., Owner]]:
+    owners: list[Owner] = []
+
+    def start(program: str, *args: object) -> Owner:
+        owners.append(Owner(program, *args))
+        return owners[-1]
+
+    yield start
+    for owner in owners:
+        owner.end()

@@ -1,0 +1,365 @@
+"""What goes over the wire: every failure has one of our errors, no answer is taken unchecked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import grpc
+import numpy as np
+import pytest
+import tiny_repository
+from owners import find_processes, read_command, wait_until
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+import clip_rt
+from clip_rt import transport as transport_module
+from clip_rt.deadline import Deadline, RetryPolicy
+from clip_rt.server import EmbeddedServer
+from clip_rt.transport import ERROR_BY_CODE, MAX_IN_FLIGHT, ServedModel, Transport, parse_url
+
+IMAGE = ServedModel(
+    name="tiny_image",
+    input_name="pixels",
+    input_type="UINT8",
+    input_dims=(64, 64, 3),
+    embedding_dim=8,
+    max_batch_size=32,
+    manifest=tiny_repository.MANIFEST,
+)
+TEXT = replace(IMAGE, name="tiny_text", input_name="tokens", input_type="INT32", input_dims=(-1,))
+PIXELS = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+FEW = RetryPolicy(max_retries=2, first_pause_s=0.01)
+
+
+class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A server that answers whatever a test puts into it, for what the real one never does."""
+
+    def __init__(self) -> None:
+        self.requests: list[object] = []
+        self.answers: list[object] = []
+        self.answer_by_rows: dict[int, object] = {}
+        self.parameters = tiny_repository.MANIFEST.to_parameters()
+
+    def ModelInfer(self, request, context):  # noqa: N802
+        self.requests.append(request)
+        rows = request.inputs[0].shape[0]
+        answer = self.answers.pop(0) if self.answers else unit_rows(rows)
+        answer = self.answer_by_rows.get(rows, answer)
+        if isinstance(answer, tuple):
+            context.abort(*answer)
+        return answer
+
+    def ModelConfig(self, request, context):  # noqa: N802
+        config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=32)
+        config.input.add(name="pixels", data_type="TYPE_UINT8", dims=[64, 64, 3])
+        config.output.add(name="embeddings", data_type="TYPE_FP32", dims=[8])
+        for key, value in self.parameters.items():
+            config.parameters[key].string_value = value
+        return service_pb2.ModelConfigResponse(config=config)
+
+
+def answer(array, *, name="embeddings", datatype="FP32", shape=None, raw=None):
+    response = service_pb2.ModelInferResponse(model_name="tiny_image")
+    response.outputs.add(name=name, datatype=datatype, shape=shape or array.shape)
+    response.raw_output_contents.append(array.tobytes() if raw is None else raw)
+    return response
+
+
+def unit_rows(count):
+    return answer(np.tile(np.eye(1, 8, dtype=np.float32), (count, 1)))
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[Servicer, Transport]]:
+    servicer = Servicer()
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    transport = Transport(f"127.0.0.1:{port}", retry_policy=FEW)
+    yield servicer, transport
+    transport.close()
+    server.stop(None)
+
+
+@pytest.fixture
+def real(server) -> Iterator[Transport]:
+    transport = Transport(server.url, headers=server.headers, may_cancel=False)
+    yield transport
+    transport.close()
+
+
+def infer(transport, array=PIXELS, model=IMAGE, timeout_s=10.0):
+    return transport.infer(model, array, Deadline.after(timeout_s))
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def find_server(server: EmbeddedServer) -> int:
+    pids = find_processes("bin/tritonserver", os.getpid())
+    return next(pid for pid in pids if server.server_id in read_command(pid))
+
+
+def find_stub(server: EmbeddedServer, model: str) -> int:
+    own = server.server_id.removeprefix("clip_rt-")
+    pids = find_processes("triton_python_backend_stub", os.getpid())
+    return next(
+        pid for pid in pids if own in (command := read_command(pid)) and f"{model}/" in command
+    )
+
+
+def test_every_status_of_grpc_has_an_error():
+    assert set(ERROR_BY_CODE) == set(grpc.StatusCode)
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0] != 0])
+def test_a_status_arrives_as_its_error(fake, code):
+    servicer, transport = fake
+    servicer.answers = [(code, "its words")] * 3
+    with pytest.raises(ERROR_BY_CODE[code]) as caught:
+        infer(transport)
+    assert type(caught.value) is ERROR_BY_CODE[code]
+    assert caught.value.url == transport.url
+    assert isinstance(caught.value.__cause__, grpc.RpcError)
+    assert len(servicer.requests) == (3 if caught.value.retryable else 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "kind"),
+    [
+        ("UNAVAILABLE", "[request id: 1] Exceeds maximum queue size", "ServerOverloadedError"),
+        ("UNAVAILABLE", "Request timeout expired", "ServerOverloadedError"),
+        ("UNAVAILABLE", "Server is stopping, scheduler refuses", "ServerUnavailableError"),
+        ("INTERNAL", "Stub process 'm_0_0' is not healthy.", "ServerUnavailableError"),
+    ],
+)
+def test_one_status_for_unlike_things_is_told_apart(fake, code, words, kind):
+    servicer, transport = fake
+    servicer.answers = [(grpc.StatusCode[code], words)] * 3
+    with pytest.raises(getattr(clip_rt, kind), match=words.replace("[", r"\[")):
+        infer(transport)
+
+
+def test_a_passing_fault_is_retried_and_not_felt(fake):
+    servicer, transport = fake
+    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "a moment")] * 2
+    assert infer(transport).shape == (3, 8)
+    assert len(servicer.requests) == 3
+
+
+def test_before_a_retry_the_server_is_asked_whether_it_is_still_the_same(fake):
+    servicer, transport = fake
+    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "a moment")]
+
+    def recheck(deadline):
+        raise clip_rt.ContractError("another", expected=1, found=2)
+
+    with pytest.raises(clip_rt.ContractError):
+        list(transport.stream(IMAGE, [PIXELS], Deadline.after(5), recheck=recheck))
+    assert len(servicer.requests) == 1
+
+
+def test_no_retry_goes_past_the_deadline(fake):
+    servicer, transport = fake
+    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "down")] * 99
+    transport._retry_policy = RetryPolicy(max_retries=99, first_pause_s=0.2)
+    start_s = time.monotonic()
+    with pytest.raises(clip_rt.ServerUnavailableError):
+        infer(transport, timeout_s=0.5)
+    assert time.monotonic() - start_s < 1.5
+
+
+ROWS = np.tile(np.eye(1, 8, dtype=np.float32), (3, 1))
+BAD_ANSWERS = {
+    "a missing output": service_pb2.ModelInferResponse(model_name="tiny_image"),
+    "another name": answer(ROWS, name="other"),
+    "another type": answer(ROWS.astype(np.float16), datatype="FP16"),
+    "too few rows": answer(ROWS[:2]),
+    "extra rows": answer(np.concatenate([ROWS, ROWS])),
+    "another width": answer(ROWS[:, :4].copy()),
+    "cut short": answer(ROWS, raw=ROWS.tobytes()[:-1]),
+    "no bytes": answer(ROWS, raw=b""),
+    "no unit length": answer(ROWS * np.float32(1.01)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ANSWERS.values(), ids=BAD_ANSWERS)
+def test_a_malformed_answer_is_an_error(fake, bad):
+    servicer, transport = fake
+    servicer.answers = [bad]
+    with pytest.raises(clip_rt.ProtocolError) as caught:
+        infer(transport)
+    assert type(caught.value) is clip_rt.ProtocolError
+    assert len(servicer.requests) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 0.0])
+def test_an_embedding_that_is_no_direction_is_named(fake, bad):
+    servicer, transport = fake
+    rows = ROWS[:2].copy()
+    rows[1] = bad
+    servicer.answer_by_rows[2] = answer(rows)
+    with pytest.raises(clip_rt.NonFiniteEmbeddingError, match="item 4") as caught:
+        list(transport.stream(IMAGE, [PIXELS, PIXELS[:2]], Deadline.after(5)))
+    assert caught.value.index == 4
+
+
+def test_a_model_without_a_manifest_is_refused(fake):
+    servicer, transport = fake
+    servicer.parameters = {}
+    with pytest.raises(clip_rt.ContractError, match="no clip_rt manifest"):
+        transport.describe(["tiny_image"], Deadline.after(5))
+
+
+def test_a_manifest_that_contradicts_its_model_is_refused(fake):
+    servicer, transport = fake
+    servicer.parameters = replace(tiny_repository.MANIFEST, embedding_dim=16).to_parameters()
+    with pytest.raises(clip_rt.ContractError, match="promises"):
+        transport.describe(["tiny_image"], Deadline.after(5))
+
+
+def test_few_requests_are_on_their_way_at_once(fake):
+    _, transport = fake
+    taken = []
+
+    def batches():
+        for index in range(20):
+            taken.append(index)
+            yield PIXELS
+
+    stream = transport.stream(IMAGE, batches(), Deadline.after(10))
+    next(stream)
+    assert len(taken) == MAX_IN_FLIGHT
+    assert sum(len(rows) for rows in stream) == 19 * 3
+
+
+@pytest.mark.parametrize(
+    ("url", "parsed"),
+    [
+        ("localhost:8001", ("localhost:8001", False)),
+        ("grpc://10.0.0.1:8001", ("10.0.0.1:8001", False)),
+        ("grpcs://triton.example.com:443", ("triton.example.com:443", True)),
+        ("dns:///triton.svc:8001", ("dns:///triton.svc:8001", False)),
+        ("[::1]:8001", ("[::1]:8001", False)),
+    ],
+)
+def test_urls(url, parsed):
+    assert parse_url(url) == parsed
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "http://localhost:8000", "a b:1", "x:y", "u@h:1"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(clip_rt.InputError, match="host:port"):
+        parse_url(url)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:9", "nosuch.invalid:8001"])
+def test_an_unreachable_server_is_a_typed_error_in_time(url):
+    start_s = time.monotonic()
+    with pytest.raises(clip_rt.ServerUnavailableError, match=url):
+        Transport(url).read_server(timeout_s=5)
+    assert time.monotonic() - start_s < 6
+
+
+def test_the_real_server_describes_its_models(real):
+    assert real.list_models(Deadline.after(5)) == ("tiny_image", "tiny_text")
+    assert real.describe(["tiny_image", "tiny_text"], Deadline.after(5)) == (IMAGE, TEXT)
+    assert real.read_server(timeout_s=5).version == "2.51.0"
+    with pytest.raises(clip_rt.UnknownModelError, match="nope"):
+        real.describe(["nope"], Deadline.after(5))
+
+
+def test_a_stopped_server_times_out_at_the_deadline_and_works_again(server, real):
+    with stopped(find_server(server)):
+        start_s = time.monotonic()
+        with pytest.raises(clip_rt.ServerTimeoutError, match=r"0\.5 s") as caught:
+            infer(real, timeout_s=0.5)
+        assert 0.4 < time.monotonic() - start_s < 1.5
+        assert caught.value.timeout_s == 0.5
+    assert infer(real).shape == (3, 8)
+
+
+def test_many_calls_given_up_at_once_do_no_harm(server, real, monkeypatch):
+    monkeypatch.setattr(transport_module, "GRACE_S", 0.0)
+    server_id = server.server_id
+
+    def work(index):
+        try:
+            return infer(real, timeout_s=0.0005 + index % 10 * 0.001)
+        except clip_rt.ServerTimeoutError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(500)))
+    assert sum(rows is None for rows in results) > 50
+    assert infer(real).shape == (3, 8)
+    assert (server.is_running, server.server_id) == (True, server_id)
+
+
+def test_a_full_queue_refuses_at_once_what_it_cannot_hold(tmp_path):
+    queue = "default_queue_policy { max_queue_size: 2 }"
+    tiny_repository.write(tmp_path, queue_policy=queue)
+    with EmbeddedServer(tmp_path) as server, ThreadPoolExecutor(12) as pool:
+        transport = Transport(server.url, retry_policy=RetryPolicy(max_retries=0))
+        with stopped(find_stub(server, "tiny_image")):
+            calls = [pool.submit(infer, transport, timeout_s=60.0) for _ in range(12)]
+            # Two wait, and a few more are on their way to the model; the others hear it at once.
+            assert wait_until(lambda: sum(call.done() for call in calls) >= 6, timeout_s=30)
+        errors = [call.exception(timeout=60) for call in calls]
+        transport.close()
+    refused = [error for error in errors if error is not None]
+    assert 6 <= len(refused) <= 10
+    assert {type(error) for error in refused} == {clip_rt.ServerOverloadedError}
+
+
+def test_closing_ends_calls_on_their_way(server, real):
+    infer(real)
+    with stopped(find_server(server)), ThreadPoolExecutor(1) as pool:
+        call = pool.submit(infer, real)
+        time.sleep(0.2)
+        real.close()
+        assert isinstance(call.exception(timeout=5), clip_rt.ClientClosedError)
+    with pytest.raises(clip_rt.ClientClosedError):
+        infer(real)
+
+
+def test_loopback_is_never_reached_through_a_proxy(server, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    transport = Transport(server.url)
+    assert infer(transport).shape == (3, 8)
+    transport.close()
+
+
+def test_threads_share_one_channel(real, monkeypatch):
+    opened = []
+    open_channel = transport_module._open_channel
+    monkeypatch.setattr(
+        transport_module,
+        "_open_channel",
+        lambda *args, **options: opened.append(1) or open_channel(*args, **options),
+    )
+    barrier = threading.Barrier(8)
+
+    def work(_):
+        barrier.wait()
+        return infer(real)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len(opened) == 1
+    assert all((rows == results[0]).all() for rows in results)
