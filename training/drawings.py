@@ -33,15 +33,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import resvg_py
 import typer
-from PIL import Image
 from tqdm import tqdm
+
+from training.render import iconify_svg, line_svg, render
 
 PACKAGES = {"@iconify/json": "2.2.535", "openmoji": "17.0.0", "emojibase-data": "17.0.0"}
 """npm packages and the versions the bundled model was trained on."""
-
-SIDE_PX = 64
 
 EMOJI_SETS = (
     "noto", "noto-v1", "twemoji", "emojione", "emojione-v1", "emojione-monotone",
@@ -208,43 +206,6 @@ def plain_name(file_name: str, affixes: Iterable[str]) -> str:
     return " ".join(words)
 
 
-def iconify_svg(icon: dict[str, Any], collection: dict[str, Any]) -> str:
-    """Assemble the SVG document of an entry of an Iconify collection."""
-    box = [
-        icon.get(key, collection.get(key, default))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box[0]} {box[1]} {box[2]} {box[3]}" width="{box[2]}" height="{box[3]}">'
-        f"{icon['body']}</svg>"
-    )
-
-
-def line_svg(svg: str, *, over: bool = False) -> str:
-    """Redraw a coloured picture as its outlines: every shape stroked black, none filled.
-
-    With `over`, the outlines lie on the picture, as an illustrator would ink it.
-    """
-    view_box = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg)
-    width = float(view_box[1]) if view_box else 1.0
-    stroke = width * (0.02 + 0.02 * (hashlib.sha256(svg.encode()).digest()[0] / 255))
-    head, body = svg.split(">", 1)
-    picture = body.rsplit("</svg>", 1)[0]
-    body = re.sub(
-        r"<(defs|mask|linearGradient|radialGradient|filter)\b.*?</\1>", "", picture, flags=re.S
-    )
-    body = re.sub(
-        r'\s(fill|stroke|stroke-width|opacity|fill-opacity|mask|filter|clip-path|style)="[^"]*"',
-        "",
-        body,
-    )
-    pen = (
-        f'stroke="#000" stroke-width="{stroke:.3f}" stroke-linejoin="round" stroke-linecap="round"'
-    )
-    return f'{head}>{picture if over else ""}<g fill="none" {pen}>{body}</g></svg>'
-
-
 def collection_drawings(packages: Path, set_name: str, names: EmojiNames) -> Iterator[Drawing]:
     """Yield the drawings of one Iconify set, emoji and flags tied to Unicode's names."""
     collection = read_json(packages / f"@iconify/json/json/{set_name}.json")
@@ -320,26 +281,6 @@ def one_per_emoji(drawings: Iterable[Drawing]) -> list[Drawing]:
     for drawing in drawings:
         by_emoji.setdefault(drawing.emoji, drawing)
     return list(by_emoji.values())
-
-
-def render(svg: str, *, background: str | None) -> bytes:
-    """Draw an SVG in the middle of a square of SIDE_PX, as lossless WebP bytes."""
-    view_box = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg)
-    landscape = view_box is None or float(view_box[1]) >= float(view_box[2])
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg,
-        skip_system_fonts=True,
-        width=SIDE_PX if landscape else None,
-        height=None if landscape else SIDE_PX,
-    )
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    canvas = Image.new("RGBA", (SIDE_PX, SIDE_PX), background or (0, 0, 0, 0))
-    image.thumbnail((SIDE_PX, SIDE_PX))  # a rounded-up side may be one pixel over
-    corner = ((SIDE_PX - image.width) // 2, (SIDE_PX - image.height) // 2)
-    canvas.alpha_composite(image, dest=corner)
-    out = io.BytesIO()
-    (canvas.convert("RGB") if background else canvas).save(out, "WEBP", lossless=True)
-    return out.getvalue()
 
 
 def write_shard(path: Path, drawings: list[Drawing], *, background: str | None) -> int:
@@ -452,7 +393,12 @@ def notice(packages: Path) -> str:
         rows.append((f"{set_name} ({info['name']})", author, info["license"]["spdx"]))
     packed = ", ".join(f"{name} {version}" for name, version in PACKAGES.items())
     lines = [f"{name}: {author}: {licence}" for name, author, licence in rows]
-    return "\n".join([f"From the npm packages {packed} (set: author: licence):", "", *lines, ""])
+    head = (
+        f"From the npm packages {packed}.\n"
+        "The shards in training/sample, the pictures in examples/images and those in docs are\n"
+        "drawings of these sets, rendered; some are redrawn as outlines. Set: author: licence."
+    )
+    return "\n".join([head, "", *lines, ""])
 
 
 def write_notice(path: Path, text: str) -> None:

@@ -51,10 +51,10 @@ class TrainConfig:
     """Pairs per update."""
     emoji_fraction: float = 0.6
     """Share of each batch that is emoji; the rest are icons."""
-    total_steps: int = 2800
-    """Updates in all."""
+    total_steps: int | None = None
+    """Updates in all; None is 2,800, or 150 with --sample."""
     warmup_steps: int = 150
-    """Updates during which the learning rate rises."""
+    """Updates during which the learning rate rises; at most a quarter of all."""
     peak_lr: float = 1e-3
     """Highest learning rate."""
     weight_decay: float = 0.1
@@ -75,9 +75,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.emoji_fraction <= 1:
             raise InputError(f"emoji_fraction is {self.emoji_fraction}; it must be within 0 and 1.")
-        for name in ("batch_size", "total_steps", "eval_every_steps", "log_every_steps"):
+        for name in ("batch_size", "num_steps", "eval_every_steps", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def num_steps(self) -> int:
+        """Updates this run makes."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return 150 if self.sample else 2800
 
 
 @dataclass
@@ -90,6 +97,8 @@ class Run:
     batches: Iterator[Batch]
     styles: dict[str, Drawings]
     """Held-out emoji styles to evaluate on."""
+    seen_V: Tensor
+    """bool (V,): whether a token stood in any caption so far."""
     started_s: float = field(default_factory=time.monotonic)
 
     def log(self, step: int, **values: float) -> None:
@@ -126,7 +135,8 @@ def build(config: TrainConfig) -> Run:
     }
     config.out_dir.mkdir(parents=True, exist_ok=True)
     (config.out_dir / "log.jsonl").unlink(missing_ok=True)
-    return Run(config, model, adamw(model, config), iter(batches), styles)
+    seen_V = torch.zeros(spec.text.vocab_size, dtype=torch.bool)
+    return Run(config, model, adamw(model, config), iter(batches), styles, seen_V)
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -154,7 +164,14 @@ def train_step(run: Run, batch: Batch, *, lr: float) -> Tensor:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.model.clamp_logit_scale()
+    run.seen_V[batch.tokens_BL] = True
     return loss.detach()
+
+
+@torch.no_grad()
+def forget_unseen_tokens(run: Run) -> None:
+    """Zero the embeddings of tokens that no caption held: noise to the model, weight to a file."""
+    run.model.token_embedding.weight[~run.seen_V] = 0
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -176,20 +193,20 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 
 def train(run: Run) -> dict[str, float]:
-    """Update the model until `total_steps`; return the last evaluation."""
+    """Update the model until `num_steps`; return the last evaluation."""
     config = run.config
     run.model.train()
     scores: dict[str, float] = {}
-    bar = tqdm(total=config.total_steps, desc="training", unit="step", dynamic_ncols=True)
-    for step, batch in enumerate(islice(run.batches, config.total_steps), start=1):
+    bar = tqdm(total=config.num_steps, desc="training", unit="step", dynamic_ncols=True)
+    for step, batch in enumerate(islice(run.batches, config.num_steps), start=1):
         lr = cosine_lr(
             step - 1,
             peak_lr=config.peak_lr,
-            warmup_steps=config.warmup_steps,
-            total_steps=config.total_steps,
+            warmup_steps=min(config.warmup_steps, config.num_steps // 4),
+            total_steps=config.num_steps,
         )
         loss = train_step(run, batch, lr=lr)
-        if step % config.log_every_steps == 0 or step == config.total_steps:
+        if step % config.log_every_steps == 0 or step == config.num_steps:
             value = loss.item()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {value} at step {step}; lower peak_lr.")
@@ -202,7 +219,9 @@ def train(run: Run) -> dict[str, float]:
                 logit_scale=run.model.logit_scale.exp().item(),
             )
             bar.set_postfix(loss=f"{value:.3f}", images_per_s=f"{rate:.0f}", **_percent(scores))
-        if step % config.eval_every_steps == 0 or step == config.total_steps:
+        if step == config.num_steps:
+            forget_unseen_tokens(run)
+        if step % config.eval_every_steps == 0 or step == config.num_steps:
             scores = evaluate(run, step)
         bar.update()
     bar.close()

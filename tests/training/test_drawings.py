@@ -14,12 +14,11 @@ from training.drawings import (
     Drawing,
     Emoji,
     letters,
-    line_svg,
     plain_name,
-    render,
     thin_out,
     write_shard,
 )
+from training.render import line_svg, render
 
 SAMPLE = Path(__file__).resolve().parents[2] / "training/sample"
 RED = (
