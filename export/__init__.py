@@ -1,0 +1,1 @@
+"""From a checkpoint to what Triton serves. `python -m export.onnx --model ViT-B/32`."""

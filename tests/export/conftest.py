@@ -1,0 +1,44 @@
+"""Tiny models and their ONNX files, exported once for all tests of export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_clip as tiny
+
+from clip_rt.specs import ModelSpec
+from export.onnx import write_image, write_text
+from training.model import CLIP
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and its two FP32 ONNX files."""
+
+    clip: CLIP
+    image: Path
+    text: Path
+
+
+def _export(spec: ModelSpec, folder: Path) -> Exported:
+    exported = Exported(tiny.make(spec), folder / "image.onnx", folder / "text.onnx")
+    write_image(exported.clip, exported.image)
+    write_text(exported.clip, exported.text)
+    return exported
+
+
+@pytest.fixture(scope="session")
+def exported_vit(tmp_path_factory) -> Exported:
+    return _export(tiny.VIT, tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def exported_resnet(tmp_path_factory) -> Exported:
+    return _export(tiny.RESNET, tmp_path_factory.mktemp("resnet"))
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def exported(request) -> Exported:
+    return request.getfixturevalue(f"exported_{request.param}")

@@ -1,0 +1,206 @@
+"""The model repository: parses as Triton's own schema, and changes all at once or not at all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from clip_rt.errors import InputError
+from clip_rt.manifest import Manifest
+from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from export import repository
+from export.repository import PYTHON_MODEL, Serving, publish, read_manifest, render_config
+
+MANIFEST = Manifest(
+    model="shop-v3",
+    architecture="ViT-B/32",
+    fingerprint="0" * 64,
+    embedding_dim=512,
+    side_px=224,
+    context_length=77,
+    text_buckets=(),
+    logit_scale=100.0,
+    logit_bias=0.0,
+    activation="quick_gelu",
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    precision="fp32",
+    libraries={"torch": "2.13.0"},
+)
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """Files that stand for ONNX models; publishing does not look into them."""
+    files = {"image": tmp_path / "a.onnx", "text": tmp_path / "b.onnx"}
+    for tower, path in files.items():
+        path.write_bytes(f"{tower} tower".encode())
+    return files
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestConfig:
+    def test_image_tower(self):
+        config = render_config(MANIFEST, "image", Serving())
+        assert (config.name, config.backend, config.max_batch_size) == (
+            "shop_v3_image",
+            "python",
+            64,
+        )
+        (pixels,), (embeddings,) = config.input, config.output
+        assert (pixels.name, list(pixels.dims)) == ("pixels", [224, 224, 3])
+        assert pixels.data_type == model_config_pb2.TYPE_UINT8
+        assert (embeddings.name, list(embeddings.dims)) == ("embeddings", [512])
+
+    def test_text_tower_reads_any_length(self):
+        config = render_config(MANIFEST, "text", Serving())
+        assert config.name == "shop_v3_text"
+        assert (config.input[0].name, list(config.input[0].dims)) == ("tokens", [-1])
+        assert config.input[0].data_type == model_config_pb2.TYPE_INT32
+        assert config.parameters["vocab_size"].string_value == "49408"
+
+    @pytest.mark.parametrize("tower", ["image", "text"])
+    @pytest.mark.parametrize("backend", ["python", "onnxruntime"])
+    def test_parses_and_carries_the_manifest(self, tower, backend):
+        manifest = replace(MANIFEST, libraries={"x": '"\\\n{}\u00fc'})
+        config = render_config(manifest, tower, Serving(backend=backend))
+        parsed = text_format.Parse(
+            text_format.MessageToString(config), model_config_pb2.ModelConfig()
+        )
+        assert parsed == config
+        parameters = {key: value.string_value for key, value in parsed.parameters.items()}
+        assert Manifest.from_parameters(parameters, served="x") == manifest
+
+    def test_queue_is_bounded_and_batches_do_not_wait_long(self):
+        batching = render_config(MANIFEST, "image", Serving()).dynamic_batching
+        assert 0 < batching.default_queue_policy.max_queue_size <= 4096
+        assert batching.max_queue_delay_microseconds <= 2000
+
+    def test_onnxruntime_backend(self):
+        config = render_config(MANIFEST, "image", Serving(backend="onnxruntime", device="gpu"))
+        assert (config.backend, config.platform) == ("onnxruntime", "onnxruntime_onnx")
+        assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+
+    def test_warm_up_never_sends_random_tokens(self):
+        (warmup,) = render_config(MANIFEST, "text", Serving()).model_warmup
+        assert warmup.inputs["tokens"].zero_data
+
+    @pytest.mark.parametrize(
+        "field", ["num_instances", "max_batch_size", "max_queue_delay_us", "max_queue_size"]
+    )
+    def test_impossible_numbers_are_refused(self, field):
+        with pytest.raises(InputError, match=f"{field} is -1"):
+            Serving(**{field: -1})
+
+
+class TestPublish:
+    def test_writes_both_models_and_nothing_else(self, tmp_path, towers):
+        folders = publish(tmp_path / "models", MANIFEST, **towers, report={"passed": True})
+        assert [folder.name for folder in folders] == ["shop_v3_image", "shop_v3_text"]
+        for folder, tower in zip(folders, ("image", "text"), strict=True):
+            files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+            assert files == {"config.pbtxt", "parity.json", "1/model.onnx", "1/model.py"}
+            assert (folder / "1/model.onnx").read_bytes() == towers[tower].read_bytes()
+            assert (folder / "1/model.py").read_bytes() == PYTHON_MODEL.read_bytes()
+            assert read_manifest(folder) == MANIFEST
+        assert {path.name for path in tmp_path.iterdir()} == {"models", "a.onnx", "b.onnx"}
+
+    def test_folders_can_be_read_by_the_server_of_another_user(self, tmp_path, towers):
+        folders = publish(tmp_path / "models", MANIFEST, **towers)
+        umask = os.umask(0o022)
+        os.umask(umask)
+        for folder in folders:
+            assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+    def test_the_onnxruntime_backend_gets_no_python(self, tmp_path, towers):
+        for folder in publish(
+            tmp_path / "models", MANIFEST, **towers, serving=Serving(backend="onnxruntime")
+        ):
+            assert [path.name for path in (folder / "1").iterdir()] == ["model.onnx"]
+
+    def test_replaces_its_own_earlier_model_and_spares_others(self, tmp_path, towers):
+        models = tmp_path / "models"
+        publish(models, replace(MANIFEST, model="other"), **towers)
+        other = snapshot(models)
+        publish(models, MANIFEST, **towers)
+        (models / "shop_v3_image" / "1" / "leftover").touch()
+        publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
+        assert read_manifest(models / "shop_v3_text").fingerprint == "1" * 64
+        assert not list(models.rglob("leftover"))
+        assert {
+            path: content for path, content in snapshot(models).items() if path in other
+        } == other
+
+    @pytest.mark.parametrize("failing_move", range(1, 5))
+    def test_a_failure_leaves_the_earlier_model(self, tmp_path, towers, monkeypatch, failing_move):
+        models = tmp_path / "models"
+        publish(models, MANIFEST, **towers)
+        before = snapshot(tmp_path)
+        rename, calls = os.rename, []
+
+        def rename_until(source, target):
+            calls.append(source)
+            if len(calls) == failing_move:
+                raise OSError("disk is gone")
+            rename(source, target)
+
+        monkeypatch.setattr(repository.os, "rename", rename_until)
+        with pytest.raises(OSError, match="disk is gone"):
+            publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
+        assert snapshot(tmp_path) == before
+
+    def test_a_missing_tower_publishes_nothing(self, tmp_path, towers):
+        towers["text"].unlink()
+        with pytest.raises(FileNotFoundError):
+            publish(tmp_path / "models", MANIFEST, **towers)
+        assert not list((tmp_path / "models").iterdir())
+
+    def test_a_repository_on_a_volume_of_its_own(self, tmp_path, towers, monkeypatch):
+        monkeypatch.setattr(repository.os, "access", lambda *_: False)
+        publish(tmp_path / "models", MANIFEST, **towers)
+        names = {path.name for path in (tmp_path / "models").iterdir()}
+        assert names == {"shop_v3_image", "shop_v3_text"}
+
+    def test_the_repository_may_be_a_link(self, tmp_path, towers):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "models").symlink_to(tmp_path / "real")
+        publish(tmp_path / "models", MANIFEST, **towers)
+        assert (tmp_path / "real" / "shop_v3_image" / "config.pbtxt").exists()
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name", ["", "../etc", "a/../b", "/abs", "-rf", "a\nb", 'a"b', "a;b", "a$b", "x" * 65, "…"]
+    )
+    def test_unsafe_names_are_refused(self, tmp_path, towers, name):
+        with pytest.raises(InputError):
+            publish(tmp_path / "models", replace(MANIFEST, model=name), **towers)
+        assert not (tmp_path / "models").exists()
+
+    @pytest.mark.parametrize("name", ["ViT-L/14@336px", "shop-v3", "shop v3", "RN26@64px", "a"])
+    def test_usual_names_are_accepted(self, tmp_path, name):
+        repository.check_name(name, tmp_path)
+
+    def test_two_names_with_one_slug_do_not_replace_each_other(self, tmp_path, towers):
+        publish(tmp_path, MANIFEST, **towers)
+        before = snapshot(tmp_path)
+        with pytest.raises(InputError, match=r"holds the model 'shop-v3'.*another --name"):
+            publish(tmp_path, replace(MANIFEST, model="Shop v3"), **towers)
+        assert snapshot(tmp_path) == before
+
+    @pytest.mark.parametrize("content", [None, "not a config {", 'name: "shop_v3_image"'])
+    def test_a_folder_that_is_not_ours_is_never_replaced(self, tmp_path, towers, content):
+        folder = tmp_path / "shop_v3_image"
+        folder.mkdir()
+        if content is not None:
+            (folder / "config.pbtxt").write_text(content)
+        with pytest.raises(InputError, match="holds no clip_rt model"):
+            publish(tmp_path, MANIFEST, **towers)
+        assert not (tmp_path / "shop_v3_text").exists()

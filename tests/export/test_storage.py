@@ -1,0 +1,52 @@
+"""Weights stored as FP16: half the file, the same arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from clip_rt.errors import CheckpointError
+from export import parity, storage
+
+FLOAT16 = onnx.TensorProto.FLOAT16
+
+
+def test_the_file_halves_and_only_casts_read_fp16(exported, tmp_path):
+    paths = {}
+    for tower, source in (("image", exported.image), ("text", exported.text)):
+        model = onnx.load(source)
+        assert storage.store_fp16(model) > 0
+        onnx.checker.check_model(model, full_check=True)
+        halves = {tensor.name for tensor in model.graph.initializer if tensor.data_type == FLOAT16}
+        readers = [node for node in model.graph.node if halves & set(node.input)]
+        assert {node.op_type for node in readers} == {"Cast"}
+        assert len(readers) == len(halves)
+        paths[tower] = tmp_path / f"{tower}.onnx"
+        onnx.save(model, paths[tower])
+        assert paths[tower].stat().st_size < 0.7 * source.stat().st_size
+    assert paths["text"].stat().st_size < 0.52 * exported.text.stat().st_size
+    report = parity.check_onnx(exported.clip, **paths, precision="fp16_weights")
+    # Rounding must be visible: a report of zeros would mean that nothing was compared.
+    assert max(case.max_difference for case in report.cases) > 2e-5
+
+
+def test_vectors_and_small_matrices_stay_fp32(exported):
+    model = onnx.load(exported.image)
+    storage.store_fp16(model)
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        large = array.ndim >= 2 and array.size >= storage.MIN_FP16_ELEMENTS
+        assert large or tensor.data_type != FLOAT16
+
+
+@pytest.mark.parametrize("value", [1e5, np.nan])
+def test_a_weight_that_fp16_cannot_hold_is_refused_by_name(exported_vit, value):
+    model = onnx.load(exported_vit.text)
+    tensor = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    array = numpy_helper.to_array(tensor).copy()
+    array[0, 0] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    with pytest.raises(CheckpointError, match=f"{tensor.name}.*65504"):
+        storage.store_fp16(model)
