@@ -1,0 +1,1 @@
+"""Measurements, each with its command, its machine and its date."""

@@ -1,0 +1,214 @@
+"""Serve `model.onnx`, the file beside this one, with ONNX Runtime in Triton's python backend.
+
+In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
+`embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
+Export copies this file verbatim to `<model>/1/model.py`; it imports nothing of this project.
+
+Read from config.pbtxt: the first input and output, `max_batch_size`, the kind of the instance, and
+the parameters `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of
+them optional.
+"""
+
+import ctypes
+import json
+import os
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+PROVIDERS_BY_KIND = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
+"""What an instance runs on unless `execution_providers` says otherwise.
+
+TensorRT inside ONNX Runtime builds an engine during the first requests, for minutes, so it runs
+only when it is asked for.
+"""
+
+
+class RefusedError(Exception):
+    """The request itself is wrong; the message goes back to its sender."""
+
+
+class TritonPythonModel:
+    """One instance of one exported tower."""
+
+    def initialize(self, args):
+        """Load the graph; raise, and so fail the load, when it cannot run where it was asked to."""
+        config = json.loads(args["model_config"])
+        parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
+        (self._input,), (self._output,) = config["input"], config["output"]
+        self._dtype = pb_utils.triton_string_to_numpy(self._input["data_type"])
+        self._dims = [int(side) for side in self._input["dims"]]
+        self._vocab_size = int(parameters.get("vocab_size", 49408))
+        self._context_length = int(parameters.get("context_length", 77))
+        self._session = self._load(args, parameters)
+
+    def execute(self, requests):
+        """Answer every request of a batch, in order, with one run per shape."""
+        responses = [None] * len(requests)
+        members_by_shape = {}
+        for index, request in enumerate(requests):
+            try:
+                array = self._read(request)
+            except RefusedError as error:
+                responses[index] = _failure(str(error), pb_utils.TritonError.INVALID_ARG)
+            else:
+                members_by_shape.setdefault(array.shape[1:], []).append((index, array))
+        for members in members_by_shape.values():
+            for index, response in self._run(members):
+                responses[index] = response
+        return responses
+
+    def _load(self, args, parameters):
+        kind = args["model_instance_kind"]
+        wanted = PROVIDERS_BY_KIND[kind]
+        if "execution_providers" in parameters:
+            wanted = [name.strip() for name in parameters["execution_providers"].split(",")]
+        device = {"device_id": int(args["model_instance_device_id"])} if kind == "GPU" else {}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(parameters.get("intra_op_threads", 0)) or _num_cores()
+        options.inter_op_num_threads = 1
+        # A thread that spins while it waits takes the core from the client beside it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(
+            os.path.join(args["model_repository"], args["model_version"], "model.onnx"),
+            options,
+            providers=[(name, device) for name in wanted if name in _available()],
+        )
+        # ONNX Runtime goes on with the processor when a GPU provider cannot start. We do not.
+        if not set(wanted) & set(session.get_providers()):
+            raise pb_utils.TritonModelException(
+                f"{args['model_name']} is configured for {kind} and wants {' or '.join(wanted)}; "
+                f"ONNX Runtime {onnxruntime.__version__} can use {', '.join(_available())} here. "
+                "Install onnxruntime-gpu with its CUDA libraries, or export for CPU."
+            )
+        return session
+
+    def _read(self, request):
+        tensor = pb_utils.get_input_tensor_by_name(request, self._input["name"])
+        if tensor is None:
+            raise RefusedError(f"input {self._input['name']!r} is missing")
+        array = np.from_dlpack(tensor)
+        if array.dtype != self._dtype:
+            raise RefusedError(
+                f"{self._input['name']} is {array.dtype}; the model reads {self._dtype}"
+            )
+        fits = array.ndim == 1 + len(self._dims) and all(
+            side in (-1, found) for side, found in zip(self._dims, array.shape[1:], strict=True)
+        )
+        if not fits:
+            raise RefusedError(
+                f"{self._input['name']} has shape {array.shape}; the model reads "
+                f"(N, {', '.join(map(str, self._dims))})"
+            )
+        if np.issubdtype(self._dtype, np.signedinteger):
+            self._check_tokens(array)
+        return array
+
+    def _check_tokens(self, tokens):
+        """Refuse ids outside the table: CUDA would read foreign memory without a word."""
+        if not 0 < tokens.shape[1] <= self._context_length:
+            raise RefusedError(
+                f"tokens are {tokens.shape[1]} long; the model reads 1 to {self._context_length}"
+            )
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self._vocab_size):
+            raise RefusedError(
+                f"token ids span {tokens.min()} to {tokens.max()}; the model knows 0 to "
+                f"{self._vocab_size - 1}"
+            )
+
+    def _run(self, members):
+        """Run arrays of one shape together; when that fails, each alone, to spare the innocent."""
+        arrays = [array for _, array in members]
+        try:
+            (embeddings,) = self._session.run(
+                [self._output["name"]], {self._input["name"]: np.concatenate(arrays)}
+            )
+        except Exception as error:  # Whatever went wrong is the answer; the server must live.
+            if len(members) == 1:
+                return [(members[0][0], _failure(str(error), pb_utils.TritonError.INTERNAL))]
+            return [answer for member in members for answer in self._run([member])]
+        ends = np.cumsum([len(array) for array in arrays])
+        rows = np.split(embeddings, ends[:-1])
+        return [(index, self._answer(part)) for (index, _), part in zip(members, rows, strict=True)]
+
+    def _answer(self, embeddings):
+        tensor = pb_utils.Tensor.from_dlpack(self._output["name"], _Loan(embeddings))
+        return pb_utils.InferenceResponse(output_tensors=[tensor])
+
+
+class _Loan:
+    """A copy of a float32 array for one DLPack consumer, who frees it.
+
+    Triton's own ways to and from NumPy were built for NumPy 1. With NumPy 2 and Triton 2.51,
+    `Tensor(name, array)` holds no bytes, `Tensor.as_numpy` repeats the first element, and
+    `Tensor.from_dlpack(name, array)` leaves NumPy a capsule that it cannot free. So the capsule
+    is made here: one block of the C heap, header, shape and data, whose deleter is C's `free`.
+
+    Source: dmlc/dlpack `include/dlpack/dlpack.h` version 0.8, DLManagedTensor.
+    """
+
+    def __init__(self, array):
+        self._array = np.ascontiguousarray(array, np.float32)
+
+    def __dlpack_device__(self):
+        return _ON_CPU
+
+    def __dlpack__(self, stream=None):
+        shape = self._array.shape
+        head_bytes = ctypes.sizeof(_ManagedTensor) + 8 * len(shape)
+        block = _libc.malloc(head_bytes + self._array.nbytes)
+        if not block:
+            raise MemoryError(f"no {self._array.nbytes} bytes for the answer")
+        managed = _ManagedTensor.from_address(block)
+        managed.data = block + head_bytes
+        managed.device_type, managed.device_id = _ON_CPU
+        managed.ndim = len(shape)
+        managed.code, managed.bits, managed.lanes = _FLOAT32
+        managed.shape = block + ctypes.sizeof(_ManagedTensor)
+        managed.strides = None
+        managed.byte_offset = 0
+        managed.manager_ctx = None
+        managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
+        (ctypes.c_int64 * len(shape)).from_address(managed.shape)[:] = shape
+        ctypes.memmove(managed.data, self._array.ctypes.data, self._array.nbytes)
+        return _new_capsule(block, b"dltensor", None)
+
+
+class _ManagedTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+_ON_CPU = (1, 0)
+_FLOAT32 = (2, 32, 1)
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def _failure(message, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _available():
+    return onnxruntime.get_available_providers()
+
+
+def _num_cores():
+    return len(os.sched_getaffinity(0))
