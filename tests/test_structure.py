@@ -1,0 +1,61 @@
+"""What ARCHITECTURE.md and README.md say about the code, held against the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ["clip_rt", "training", "export", "benchmarks"]
+"""In import order: each may import those before it."""
+HEAVY = {"torch", "onnx", "onnxruntime", "tensorrt", "matplotlib"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_one_way(package: str) -> None:
+    later = set(PACKAGES[PACKAGES.index(package) + 1 :])
+    for path in modules(package):
+        assert not imported(path) & later, path
+
+
+def test_the_client_imports_nothing_heavy() -> None:
+    for path in modules("clip_rt"):
+        assert not imported(path) & HEAVY, path
+
+
+def test_one_file_speaks_to_triton() -> None:
+    speakers = [path.name for path in modules("clip_rt") if "tritonclient" in imported(path)]
+    assert speakers == ["transport.py"]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_every_path_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    names = re.findall(r"`((?:clip_rt|training|export|tests|examples)/[\w./-]+)`", text)
+    assert links or names or page.name == "CHANGELOG.md"
+    for name in {*links, *names}:
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_architecture_knows_every_module_of_the_client() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for path in modules("clip_rt"):
+        if path.name != "__init__.py":
+            assert f"clip_rt/{path.name}" in text, path
