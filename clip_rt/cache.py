@@ -23,7 +23,7 @@ class Key(NamedTuple):
     """Everything a class embedding depends on."""
 
     weights: str
-    """Fingerprint of the model."""
+    """Fingerprint of the model, its precision and its activation."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     context_length: int

@@ -62,6 +62,7 @@ class Client:
         repository: Folder of models for the embedded server.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.
             Starting the embedded server comes on top, at the first call.
+        start_timeout_s: Longest wait for the embedded server to load its models.
         fingerprint: Insist on these weights, as `manifest.fingerprint` names them.
         exif: Turn photographs upright as their EXIF orientation says.
         cache_bytes: Memory for class embeddings; 0 turns the cache off.
@@ -79,6 +80,7 @@ class Client:
         model: str | None = None,
         repository: str | os.PathLike[str] | None = None,
         timeout_s: float = TIMEOUT_S,
+        start_timeout_s: float = START_TIMEOUT_S,
         fingerprint: str | None = None,
         exif: bool = True,
         cache_bytes: int = CACHE_BYTES,
@@ -90,10 +92,12 @@ class Client:
         if model is not None:
             slug(model)
         _check_timeout(timeout_s)
+        _check_timeout(start_timeout_s, "start_timeout_s")
         self._url = url
         self._model = model
         self._repository = None if repository is None else Path(repository)
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._fingerprint = fingerprint
         self._exif = exif
         self._cache_bytes = cache_bytes
@@ -277,7 +281,7 @@ class Client:
     @contextlib.contextmanager
     def _locked(self, timeout_s: float) -> Iterator[None]:
         """Hold the lock; another thread may have it while it connects, for longer than we have."""
-        wait_s = timeout_s + (START_TIMEOUT_S if self._connection is None else 0.0)
+        wait_s = timeout_s + (self._start_timeout_s if self._connection is None else 0.0)
         if not self._lock.acquire(timeout=min(wait_s, threading.TIMEOUT_MAX)):
             raise ServerTimeoutError(
                 f"another thread is still connecting after {wait_s:g} s. Is the server up?",
@@ -291,11 +295,12 @@ class Client:
     def _dial(self) -> Connection:
         if self._url is not None:
             return Connection.to_url(self._url)
-        if self._repository is not None:
-            return Connection.to_repository(self._repository)
-        if url := os.environ.get(URL_VARIABLE):
-            return Connection.to_url(url)
-        return Connection.to_repository(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+        repository = self._repository
+        if repository is None:
+            if url := os.environ.get(URL_VARIABLE):
+                return Connection.to_url(url)
+            repository = Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+        return Connection.to_repository(repository, start_timeout_s=self._start_timeout_s)
 
     def _embed_images(
         self, model: Model, images: Images, deadline: Deadline
@@ -325,7 +330,9 @@ class Client:
         manifest = model.manifest
         if not labels:
             return np.empty((0, manifest.embedding_dim), np.float32)
-        weights, words = manifest.fingerprint, tokenizer.fingerprint()
+        # Two exports of the same weights need not give the same vectors.
+        weights = f"{manifest.fingerprint}/{manifest.precision}/{manifest.activation}"
+        words = tokenizer.fingerprint()
         key_by_label = {
             label: Key(weights, words, manifest.context_length, templates, label)
             for label in labels
@@ -371,7 +378,8 @@ class Client:
 
 
 _CONFIGURATION = (
-    *("_url", "_model", "_repository", "_timeout_s", "_fingerprint", "_exif", "_cache_bytes"),
+    *("_url", "_model", "_repository", "_timeout_s", "_start_timeout_s", "_fingerprint", "_exif"),
+    "_cache_bytes",
 )
 """What a pickled client carries."""
 
@@ -406,9 +414,9 @@ def _blame_label(
     return TextError(message, index=index)
 
 
-def _check_timeout(timeout_s: float) -> None:
+def _check_timeout(timeout_s: float, name: str = "timeout_s") -> None:
     if not timeout_s > 0:
-        raise InputError(f"timeout_s is {timeout_s!r}; it must be above 0.")
+        raise InputError(f"{name} is {timeout_s!r}; it must be above 0.")
 
 
 def _count_rows(model: ServedModel) -> int:

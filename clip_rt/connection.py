@@ -51,7 +51,8 @@ class Model:
             ServerStartError: our own server does not start any more.
         """
         if self.server is not None and not self.server.is_running:
-            self.server.start(timeout_s=min(START_TIMEOUT_S, deadline.remaining_s()))
+            timeout_s = min(self.server.start_timeout_s, deadline.remaining_s())
+            self.server.start(timeout_s=timeout_s)
         found, _ = self.transport.describe((self.image.name, self.text.name), deadline)
         if found.manifest.fingerprint != self.manifest.fingerprint:
             raise ContractError(
@@ -84,7 +85,9 @@ class Connection:
         return cls(Transport(url), None)
 
     @classmethod
-    def to_repository(cls, repository: str | os.PathLike[str]) -> Connection:
+    def to_repository(
+        cls, repository: str | os.PathLike[str], *, start_timeout_s: float = START_TIMEOUT_S
+    ) -> Connection:
         """Connect to this process's own server over a repository, starting it if needed.
 
         Raises:
@@ -93,7 +96,7 @@ class Connection:
         # Here, because it needs Linux, and a client of a remote server does not.
         from clip_rt.server import borrow
 
-        server = borrow(Path(repository), start_timeout_s=START_TIMEOUT_S)
+        server = borrow(Path(repository), start_timeout_s=start_timeout_s)
         return cls(Transport(server.url, headers=server.headers, may_cancel=False), server)
 
     def is_lost(self) -> bool:

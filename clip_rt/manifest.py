@@ -43,7 +43,7 @@ class Manifest:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     precision: str
-    """Of the weights and matrix products in the served graph: fp32, fp16 or int8."""
+    """Of the served graph: fp32, fp16, int8, or fp16_weights (stored in FP16, computed in FP32)."""
     libraries: dict[str, str]
     """Version of each library that made the export."""
     contract_version: int = CONTRACT_VERSION

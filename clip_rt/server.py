@@ -11,7 +11,6 @@ Source: triton-inference-server/server r24.10 `src/command_line_parser.cc`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -41,6 +40,8 @@ RESTRICTED = "shared-memory,model-repository,statistics,trace,logging"
 _POLL_S = 0.02
 _ANSWER_TIMEOUT_S = 1.0
 _PIPE_BYTES = 512 * 1024
+_F_SETPIPE_SZ = 1031
+"""Linux's own number; Python names it since 3.10, and not everywhere."""
 _MESSAGE_CHARS = 600
 
 _log = logging.getLogger(__name__)
@@ -383,9 +384,12 @@ def _start_supervisor(python: Path) -> tuple[subprocess.Popen[bytes], int]:
     finally:
         os.close(reader)
     assert process.stdout is not None
+    # Imported here, because only Linux gets this far and only Unix has it.
+    import fcntl
+
     # So that the report fits even when nobody reads it.
     with contextlib.suppress(OSError):
-        fcntl.fcntl(process.stdout, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PIPE_BYTES)
+        fcntl.fcntl(process.stdout, _F_SETPIPE_SZ, _PIPE_BYTES)
     return process, writer
 
 

@@ -46,6 +46,7 @@ MAX_IN_FLIGHT = 4
 MAX_SEND_BYTES = 256 * 1024**2
 MAX_RECEIVE_BYTES = 64 * 1024**2
 """Largest answer read: 16 million numbers, where a batch of 32 has some 32 thousand."""
+CLOSE_TIMEOUT_S = 1.0
 NORM_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
 MIN_NORM = 1e-6
@@ -253,7 +254,11 @@ class Transport:
             self._is_closed = True
             channel, self._channel = self._channel, None
             if channel is not None:
-                channel.close()
+                # It waits until every call has ended, and one whose start was interrupted by
+                # Ctrl-C never does.
+                closing = threading.Thread(target=channel.close, daemon=True)
+                closing.start()
+                closing.join(CLOSE_TIMEOUT_S)
 
     def retry(self, attempt: Callable[[], Answer], deadline: Deadline) -> Answer:
         """Call `attempt` as often as the retry policy allows."""

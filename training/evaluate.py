@@ -80,7 +80,7 @@ def zero_shot_accuracy(
     classes = class_embeddings(model, labels, templates=templates)
     images = embed_drawings(model, drawings)
     model.train(was_training)
-    scale = float(model.logit_scale.exp())
+    scale = model.logit_scale.exp().item()
     logits = classify(images, classes, labels, logit_scale=scale).logits
     index_by_label = {label: index for index, label in enumerate(labels)}
     right = np.array([index_by_label[record["name"]] for record in drawings.records])

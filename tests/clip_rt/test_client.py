@@ -291,7 +291,8 @@ def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_
         held.start()
         client.class_embeddings(["red"])
         assert client.manifest == replace(tiny_repository.MANIFEST, fingerprint="b" * 64)
-        assert {key.weights for key in client._cache._vector_by_key} == {"a" * 64, "b" * 64}
+        weights = {key.weights.split("/")[0] for key in client._cache._vector_by_key}
+        assert weights == {"a" * 64, "b" * 64}
 
 
 def test_a_stopped_server_times_out_at_the_deadline_and_works_again(repository):

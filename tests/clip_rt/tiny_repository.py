@@ -51,7 +51,7 @@ def write(
     max_batch_size: int = 32,
     queue_policy: str = "",
     kind: str = "KIND_CPU",
-    image_config: str = "",
+    text_config: str = "",
 ) -> Path:
     """Add the pair of models `name`; `image` and `text` replace fields of their manifests."""
     slug = specs.slug(name)
@@ -75,7 +75,7 @@ output [ {{ name: "embeddings" data_type: TYPE_FP32 dims: [ {manifest.embedding_
 instance_group [ {{ kind: {kind} count: 1 }} ]
 dynamic_batching {{ {queue_policy} }}
 """
-            + (image_config if tower == "image" else "")
+            + (text_config if tower == "text" else "")
             + "".join(
                 f"parameters {{ key: {json.dumps(key)} value {{ string_value: "
                 f"{json.dumps(value)} }} }}\n"

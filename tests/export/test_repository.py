@@ -78,10 +78,12 @@ class TestConfig:
         parameters = {key: value.string_value for key, value in parsed.parameters.items()}
         assert Manifest.from_parameters(parameters, served="x") == manifest
 
-    def test_queue_is_bounded_and_batches_do_not_wait_long(self):
+    def test_a_queue_policy_is_there_only_when_asked_for(self):
         batching = render_config(MANIFEST, "image", Serving()).dynamic_batching
-        assert 0 < batching.default_queue_policy.max_queue_size <= 4096
+        assert not batching.HasField("default_queue_policy"), "it would cost 500 ms now and then"
         assert batching.max_queue_delay_microseconds <= 2000
+        bounded = render_config(MANIFEST, "image", Serving(max_queue_size=8)).dynamic_batching
+        assert bounded.default_queue_policy.max_queue_size == 8
 
     def test_onnxruntime_backend(self):
         config = render_config(MANIFEST, "image", Serving(backend="onnxruntime", device="gpu"))
