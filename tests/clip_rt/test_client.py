@@ -295,7 +295,8 @@ def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_
         assert weights == {"a" * 64, "b" * 64}
 
 
-def test_a_stopped_server_times_out_at_the_deadline_and_works_again(repository):
+def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
+    repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=1.0) as client:
         before = client.encode_images(solid((1, 2, 3)), timeout_s=30)
         server = find_own(repository)
@@ -312,7 +313,8 @@ def test_a_stopped_server_times_out_at_the_deadline_and_works_again(repository):
 
 
 @pytest.mark.parametrize("victim", ["bin/tritonserver", "triton_python_backend_stub"])
-def test_a_killed_server_comes_back_within_the_call(repository, victim):
+def test_a_killed_server_comes_back_within_the_call(tmp_path, victim):
+    repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         before = client.encode_images([shade(index) for index in range(200)])
         server = find_own(repository)
