@@ -50,9 +50,7 @@ class Model:
             ContractError: the weights are not those the call began with.
             ServerStartError: our own server does not start any more.
         """
-        if self.server is not None and not self.server.is_running:
-            timeout_s = min(self.server.start_timeout_s, deadline.remaining_s())
-            self.server.start(timeout_s=timeout_s)
+        _revive(self.server, deadline)
         found, _ = self.transport.describe((self.image.name, self.text.name), deadline)
         if found.manifest.fingerprint != self.manifest.fingerprint:
             raise ContractError(
@@ -112,7 +110,7 @@ class Connection:
         Raises:
             UnknownModelError: the server does not have it; carries those it has.
             ContractError: it is not what a client can use, or not the weights asked for.
-            ServerError: no answer.
+            ServerError: no answer, or our own server died and does not start any more.
         """
         model = self._model
         if model is None or time.monotonic() - self._checked_at_s > RECHECK_AFTER_S:
@@ -136,6 +134,7 @@ class Connection:
         self._finalizer()
 
     def _ask(self, name: str | None, fingerprint: str | None, deadline: Deadline) -> Model:
+        _revive(self._server, deadline)
         name = name or _find_only_model(self.transport, deadline)
         names = image_model(name), text_model(name)
         try:
@@ -151,6 +150,12 @@ class Connection:
                 found=image.manifest.fingerprint,
             )
         return Model(self.transport, image, text, self._server)
+
+
+def _revive(server: EmbeddedServer | None, deadline: Deadline) -> None:
+    """Start our own server again if it died."""
+    if server is not None and not server.is_running:
+        server.start(timeout_s=min(server.start_timeout_s, deadline.remaining_s()))
 
 
 def _hang_up(transport: Transport, server: EmbeddedServer | None) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 import clip_rt
 from clip_rt import client as client_module
+from clip_rt.connection import RECHECK_AFTER_S
 from clip_rt.server import EmbeddedServer, borrow, give_back
 from clip_rt.transport import MAX_IN_FLIGHT
 
@@ -326,6 +327,16 @@ def test_a_killed_server_comes_back_within_the_call(tmp_path, victim):
                 yield shade(index)
 
         np.testing.assert_allclose(client.encode_images(images()), before, atol=1e-6)
+
+
+def test_a_server_killed_between_two_calls_comes_back_before_anyone_noticed(tmp_path):
+    repository = tiny_repository.write(tmp_path)
+    with clip_rt.Client(repository=repository) as client:
+        before = client.encode_images(shade(1))
+        (pid,) = list_own(find_own(repository), "bin/tritonserver")
+        time.sleep(1.1 * RECHECK_AFTER_S)  # The next call asks for the model first.
+        os.kill(pid, signal.SIGKILL)
+        np.testing.assert_array_equal(client.encode_images(shade(1)), before)
 
 
 def test_sixteen_threads_share_a_client(client):
