@@ -23,7 +23,7 @@ from rich.table import Table
 
 import clip_rt
 from benchmarks.record import save
-from training.data import Drawings, load_drawings
+from training.data.drawing_batches import Drawings, load_drawings
 from training.drawings import EMOJI_SETS, FLAG_SETS, HELD_OUT_ICON_SETS
 
 ROOT = Path(__file__).resolve().parents[1]

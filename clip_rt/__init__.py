@@ -31,10 +31,12 @@ if TYPE_CHECKING:
         TemplateError,
         TextError,
         TextTooLongError,
+        TrainingError,
         UnknownModelError,
     )
     from clip_rt.images import preprocess
     from clip_rt.manifest import Manifest
+    from clip_rt.probe import Probe
     from clip_rt.server import EmbeddedServer
     from clip_rt.specs import MODELS, ModelSpec
     from clip_rt.tokenizer import tokenize
@@ -55,6 +57,7 @@ __all__ = [
     "ModelSpec",
     "NonFiniteEmbeddingError",
     "ParityError",
+    "Probe",
     "ProtocolError",
     "Scores",
     "ServerError",
@@ -65,6 +68,7 @@ __all__ = [
     "TemplateError",
     "TextError",
     "TextTooLongError",
+    "TrainingError",
     "UnknownModelError",
     "__version__",
     "preprocess",
@@ -77,6 +81,7 @@ _MODULE_BY_NAME = {
     "MODELS": "specs",
     "Manifest": "manifest",
     "ModelSpec": "specs",
+    "Probe": "probe",
     "Scores": "zero_shot",
     "preprocess": "images",
     "tokenize": "tokenizer",

@@ -32,6 +32,7 @@ from clip_rt.errors import (
 )
 from clip_rt.images import Images, prepare_each
 from clip_rt.manifest import Manifest
+from clip_rt.probe import Probe
 from clip_rt.specs import slug
 from clip_rt.transport import ServedModel, parse_url
 from clip_rt.zero_shot import Scores
@@ -244,6 +245,34 @@ class Client:
             logit_scale=manifest.logit_scale,
             logit_bias=manifest.logit_bias,
         )
+
+    def classify(self, images: Images, probe: Probe, *, timeout_s: float | None = None) -> Scores:
+        """Score images with a linear classifier fitted on the embeddings of this model.
+
+        Args:
+            images: As for `encode_images`.
+            probe: What `Probe.load` read, from `training.probe` or `training.few_shot`.
+            timeout_s: For this call; the client's own if None.
+
+        Returns:
+            Probabilities and logits, (N, C) each, with the ranking of the probe's labels.
+
+        Raises:
+            ImageError: an image cannot be used; carries its index.
+            ContractError: the probe was fitted on other weights than the server has.
+            ServerError, UnknownModelError, ClientClosedError: see `encode_images`.
+        """
+        model, deadline = self._begin(timeout_s)
+        served = model.manifest.fingerprint
+        if probe.fingerprint != served:
+            raise ContractError(
+                f"the probe was fitted on embeddings of the weights {probe.fingerprint[:12]!r}, "
+                f"and {model.manifest.model!r} has {served[:12]!r}. Fit it again on these, or name "
+                "the model it belongs to with model=.",
+                expected=probe.fingerprint,
+                found=served,
+            )
+        return probe.classify(self._embed_images(model, images, deadline))
 
     def close(self) -> None:
         """Close the connection, and end the embedded server when no other client uses it.

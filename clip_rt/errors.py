@@ -17,6 +17,7 @@ ClipRTError
 │       └── NonFiniteEmbeddingError     NaN, infinite or zero vectors; carries .index
 ├── ContractError                       server and client disagree; carries .expected and .found
 ├── CheckpointError                     weights that cannot be read or do not fit the architecture
+├── TrainingError                       a training run cannot go on
 ├── ParityError                         an exported model drifts from its reference; carries .report
 └── ClientClosedError                   the client was used after close()
 """
@@ -136,6 +137,10 @@ class ContractError(ClipRTError):
 
 class CheckpointError(ClipRTError):
     """Weights are unreadable, unsafe to read, or do not fit the architecture."""
+
+
+class TrainingError(ClipRTError):
+    """A training run diverges or cannot go on; what was saved stays and can be resumed."""
 
 
 class ParityError(ClipRTError):

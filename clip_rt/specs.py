@@ -3,7 +3,8 @@
 Training builds its modules from it, export names its tensors from it, the model repository is
 rendered from it and the client checks the server against it. Nothing here does any work.
 
-Sources: Radford et al. 2021, tables 19 and 20; openai/CLIP `clip/model.py` and `clip/clip.py`.
+Sources: Radford et al. 2021, tables 19 and 20; openai/CLIP `clip/model.py` and `clip/clip.py`; for
+ViT-H/14, ViT-g/14 and ViT-bigG/14 mlfoundations/open_clip `src/open_clip/model_configs/`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class ViTSpec:
     width: int
     layers: int
     heads: int
+    mlp_width: int | None = None
+    """Hidden width of the MLPs; None is 4 x `width`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class ModelSpec:
     text: TextSpec
     embedding_dim: int
     activation: Activation = "quick_gelu"
+    """What the first published weights of the architecture were trained with; others may differ."""
 
 
 def slug(name: str) -> str:
@@ -140,6 +144,17 @@ def _vit(
     return ModelSpec(name=name, side_px=side_px, image=image, text=text, embedding_dim=text.width)
 
 
+def _open_clip_vit(name: str, image: ViTSpec, text: TextSpec) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        side_px=224,
+        image=image,
+        text=text,
+        embedding_dim=text.width,
+        activation="gelu",
+    )
+
+
 def _resnet(
     name: str,
     side_px: int,
@@ -170,6 +185,19 @@ MODELS: dict[str, ModelSpec] = {
         _vit("ViT-B/16", 224, 16, 768, 12, _text(512)),
         _vit("ViT-L/14", 224, 14, 1024, 24, _text(768)),
         _vit("ViT-L/14@336px", 336, 14, 1024, 24, _text(768)),
+        _open_clip_vit(
+            "ViT-H/14", ViTSpec(patch_px=14, width=1280, layers=32, heads=16), _text(1024, 24)
+        ),
+        _open_clip_vit(
+            "ViT-g/14",
+            ViTSpec(patch_px=14, width=1408, layers=40, heads=16, mlp_width=6144),
+            _text(1024, 24),
+        ),
+        _open_clip_vit(
+            "ViT-bigG/14",
+            ViTSpec(patch_px=14, width=1664, layers=48, heads=16, mlp_width=8192),
+            _text(1280, 32),
+        ),
         # Ours, of the same family: what the bundled model of drawings is trained as.
         _resnet("RN26@64px", 64, (2, 2, 2, 2), 32, _text(192, layers=3), 256),
     )

@@ -37,7 +37,7 @@ from export.console import console, mib, print_parity, stage
 from export.graphs import ImageGraph, TextGraph
 from export.repository import Backend, Device, Serving, check_name, publish
 from training.model import CLIP
-from training.weights import fingerprint, load_clip
+from training.weights.load import fingerprint, load_clip
 
 OPSET = 18
 """The set torch's exporter is written in, and the oldest with everything the graphs need."""
@@ -87,7 +87,7 @@ def make_manifest(clip: CLIP, name: str, *, precision: str) -> Manifest:
         context_length=clip.spec.text.context_length,
         text_buckets=(),
         logit_scale=float(clip.logit_scale.exp()),
-        logit_bias=0.0,
+        logit_bias=0.0 if clip.logit_bias is None else float(clip.logit_bias),
         activation=clip.spec.activation,
         mean=CLIP_MEAN,
         std=CLIP_STD,
@@ -182,7 +182,7 @@ def main(
         spec = find_spec(model)
         spec = replace(spec, activation=activation or spec.activation)
         with stage("load the weights") as outcome:
-            clip = _load(spec, checkpoint, weights)
+            clip = _load(spec, checkpoint, weights, activation)
             num_parameters = sum(parameter.numel() for parameter in clip.parameters())
             outcome.append(f"{spec.name}, {spec.activation}, {num_parameters / 1e6:.1f} M")
         report = export_clip(
@@ -200,10 +200,14 @@ def main(
     print_parity(report.to_json())
 
 
-def _load(spec: ModelSpec, checkpoint: Path | None, weights: str | None) -> CLIP:
+def _load(
+    spec: ModelSpec, checkpoint: Path | None, weights: str | None, activation: Activation | None
+) -> CLIP:
     if (checkpoint is None) == (weights is None):
         raise InputError("give either --checkpoint PATH or --weights random.")
-    return random_clip(spec) if checkpoint is None else load_clip(spec, checkpoint)
+    if checkpoint is None:
+        return random_clip(spec)
+    return load_clip(spec, checkpoint, activation=activation)
 
 
 def _fail(error: Exception) -> NoReturn:

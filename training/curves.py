@@ -1,34 +1,63 @@
-"""The learning curves of a run as a picture."""
+"""The learning curves of a run as a picture.
+
+python -m training.curves runs/drawings      # at any time while it runs, too
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from training.journal import read_journal
 
 
 def draw_curves(log: Path, picture: Path) -> None:
-    """Draw loss and zero-shot accuracy over steps from a run's log.jsonl into a PNG."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    if losses:
-        left.plot(*zip(*losses, strict=True), linewidth=1)
-    left.set(xlabel="step", ylabel="contrastive loss", title="training loss")
-    styles = sorted({key for line in lines for key in line if key.startswith("top1_")})
-    for style in styles:
-        points = [(line["step"], 100 * line[style]) for line in lines if style in line]
-        right.plot(*zip(*points, strict=True), marker=".", label=style.removeprefix("top1_"))
-    right.set(
-        xlabel="step",
-        ylabel="top-1, %",
-        title="zero-shot accuracy on held-out styles",
-        ylim=(0, None),
-    )
-    if styles:
-        right.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    """Draw loss, zero-shot accuracy and retrieval over steps from a run's log.jsonl into a PNG."""
+    lines = read_journal(log)
+    panels = [
+        ("training loss", "contrastive loss", {"loss": ""}, 1.0),
+        ("zero-shot, held-out styles", "top-1, %", _series(lines, "top1_"), 100.0),
+        ("retrieval by name, held-out sets", "recall at 10, %", _series(lines, "recall10_"), 100.0),
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (title, unit, label_by_key, factor) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        _draw(axes, lines, label_by_key, factor)
+        axes.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
     figure.savefig(picture, dpi=100)
+
+
+def _series(lines: list[dict[str, Any]], prefix: str) -> dict[str, str]:
+    keys = sorted({key for line in lines for key in line if key.startswith(prefix)})
+    return {key: key.removeprefix(prefix) for key in keys}
+
+
+def _draw(
+    axes: Axes, lines: list[dict[str, Any]], label_by_key: dict[str, str], factor: float
+) -> None:
+    for key, label in label_by_key.items():
+        points = [(line["step"], factor * line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points, strict=True), marker="." if label else "", lw=1, label=label)
+    if any(label_by_key.values()):
+        axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def main(run: tyro.conf.Positional[Path]) -> None:
+    """Draw curves.png of a run beside its log.
+
+    Args:
+        run: The out_dir of python -m training.run.
+    """
+    draw_curves(run / "log.jsonl", run / "curves.png")
+    print(run / "curves.png")  # noqa: T201
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,70 +1,119 @@
-"""How well a model names drawings: zero-shot accuracy per style, by the code that serves."""
+"""Evaluate a checkpoint as the paper does: zero-shot classification and image-text retrieval.
+
+    python -m training.evaluate --checkpoint clip.safetensors --data imagenet/val \
+        --class-names wnids.tsv
+    python -m training.evaluate --checkpoint clip.safetensors --data shard-000.tar shard-001.tar
+    python -m training.evaluate --help
+
+A folder of images for each class, or WebDataset shards, go in; a table and, on request, a JSON come
+out. Images that have a class are classified, with one prompt and with an ensemble of prompts;
+images that have captions are retrieved by them. Prompts, preprocessing and the classifier are those
+that serve.
+
+Source: Radford et al. 2021, sections 3.1 and 3.3; retrieval as in table 13.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch.nn import functional
+import tyro
+from rich.console import Console
+from rich.table import Table
 
-from clip_rt.prompts import fill, find_templates
-from clip_rt.zero_shot import classify, pool
-from training.augment import normalise
-from training.data import Drawings, cut_tokens
+from clip_rt.errors import ClipRTError, InputError
+from clip_rt.prompts import DEFAULT_TEMPLATE
+from clip_rt.zero_shot import classify
+from training.data.drawing_batches import Drawings
+from training.evaluation.class_names import NameTable, describe_layout, read_templates
+from training.evaluation.embed import class_embeddings, embed_drawings, embed_texts, logit_scale
+from training.evaluation.labelled import read_captions
+from training.evaluation.metrics import Accuracy, Retrieval, accuracy, retrieval
+from training.evaluation.source import Embedded, Source, embed_data, find_classes
 from training.model import CLIP
 
-CHUNK = 128
-"""Rows encoded at once; more is not faster on a processor."""
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Source):
+    """What to evaluate, on what."""
+
+    templates: str = "openai_imagenet"
+    """Prompts of the ensemble: a named set, or a file with one template a line."""
+    all_classes: bool = False
+    """Choose among every class of class_names; without it, among those that have images."""
+    captions: Path | None = None
+    """CSV or JSON lines with `image` (a path below the folder) and `caption`, for retrieval."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Also write the figures here."""
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Zero-shot accuracy on one style, fractions of 1."""
+class Evaluation:
+    """Figures of one checkpoint on one data set."""
 
-    top1: float
-    top5: float
     num_images: int
-    num_classes: int
-
-    @property
-    def chance(self) -> float:
-        """Top-1 of a guess."""
-        return 1 / self.num_classes
-
-
-@torch.no_grad()
-def embed_texts(model: CLIP, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Embed texts; float32 (N, E), L2-normalised."""
-    rows = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
-        tokens_BL = cut_tokens(chunk, context_length=model.spec.text.context_length)
-        rows.append(functional.normalize(model.encode_text(tokens_BL).float(), dim=-1))
-    return torch.cat(rows).numpy()
+    layout: str | None
+    """Of the classes; None where the images have none."""
+    accuracy: dict[str, Accuracy]
+    """By what the prompts were."""
+    retrieval: Retrieval | None
+    """None where the images have no captions."""
 
 
-@torch.no_grad()
-def embed_drawings(model: CLIP, drawings: Drawings) -> NDArray[np.float32]:
-    """Embed drawings as they are; float32 (N, E), L2-normalised."""
-    rows = []
-    for start in range(0, len(drawings), CHUNK):
-        rgba = torch.from_numpy(drawings.pixels[start : start + CHUNK]).permute(0, 3, 1, 2)
-        image_BCSS = normalise(rgba[:, :3].float() / 255)
-        rows.append(functional.normalize(model.encode_image(image_BCSS).float(), dim=-1))
-    return torch.cat(rows).numpy()
+def zero_shot(
+    model: CLIP,
+    embedded: Embedded,
+    *,
+    table: NameTable | None = None,
+    templates: str | Sequence[str] = "openai_imagenet",
+    all_classes: bool = False,
+) -> tuple[str, dict[str, Accuracy]]:
+    """Classify the images that have a class.
+
+    Args:
+        model: Whose text tower makes the classes.
+        embedded: Images with labels; those without are left out.
+        table: Names of the classes; see `name_classes`.
+        templates: Of the ensemble.
+        all_classes: Choose among every class of the table, not only those that have images.
+
+    Returns:
+        The layout of the classes in words, and the accuracy with one prompt and with all of them.
+
+    Raises:
+        InputError: a class has no name, or no image has a class.
+    """
+    classes = find_classes(embedded.labels, table, all_classes=all_classes)
+    frames = list(read_templates(templates)) if isinstance(templates, str) else list(templates)
+    prompts = {f"one prompt, {DEFAULT_TEMPLATE!r}": [DEFAULT_TEMPLATE]}
+    prompts[f"ensemble of {len(frames)}"] = frames
+    results = {}
+    for title, each in prompts.items():
+        class_CE = class_embeddings(model, classes.names, templates=each, progress=len(each) > 1)
+        scores = classify(
+            embedded.image_NE[classes.rows_N],
+            class_CE,
+            classes.names,
+            logit_scale=logit_scale(model),
+        )
+        results[title] = accuracy(scores.logits, classes.right_N)
+    return describe_layout(classes.ids), results
 
 
-def class_embeddings(
-    model: CLIP, labels: Sequence[str], *, templates: str | Sequence[str] | None = None
-) -> NDArray[np.float32]:
-    """Embed each label through every template and pool; float32 (C, E)."""
-    frames = find_templates(templates)
-    texts = [fill(frame, label) for label in labels for frame in frames]
-    embeddings = embed_texts(model, texts)
-    return pool(embeddings.reshape(len(labels), len(frames), -1))
+def retrieve(model: CLIP, embedded: Embedded) -> Retrieval:
+    """Find images by their captions and captions by their images; too long ones are cut.
+
+    Raises:
+        InputError: no image has a caption.
+    """
+    pairs = [(text, row) for row, texts in enumerate(embedded.captions) for text in texts]
+    text_ME = embed_texts(model, [text for text, _ in pairs], truncate=True)
+    return retrieval(embedded.image_NE, text_ME, np.array([row for _, row in pairs], dtype=int))
 
 
 def zero_shot_accuracy(
@@ -75,15 +124,90 @@ def zero_shot_accuracy(
     templates: str | Sequence[str] | None = None,
 ) -> Accuracy:
     """Classify drawings among labels; each drawing's name must be one of them."""
-    was_training = model.training
-    model.eval()
-    classes = class_embeddings(model, labels, templates=templates)
-    images = embed_drawings(model, drawings)
-    model.train(was_training)
-    scale = model.logit_scale.exp().item()
-    logits = classify(images, classes, labels, logit_scale=scale).logits
+    class_CE = class_embeddings(model, labels, templates=templates)
+    image_NE = embed_drawings(model, drawings)
     index_by_label = {label: index for index, label in enumerate(labels)}
-    right = np.array([index_by_label[record["name"]] for record in drawings.records])
-    own = logits[np.arange(len(right)), right]
-    rank = (logits > own[:, None]).sum(axis=1)
-    return Accuracy(float((rank < 1).mean()), float((rank < 5).mean()), len(right), len(labels))
+    right_N = np.array([index_by_label[record["name"]] for record in drawings.records])
+    return accuracy(
+        classify(image_NE, class_CE, labels, logit_scale=logit_scale(model)).logits, right_N
+    )
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Do what `config` says.
+
+    Raises:
+        InputError, CheckpointError: something it names cannot be used.
+    """
+    # What can be wrong is looked at before hours of embedding.
+    table = config.read_table()
+    frames = read_templates(config.templates)
+    captions = read_captions(config.captions) if config.captions else None
+    model = config.open_model()
+    embedded = embed_data(model, config.data)
+    if captions is not None:
+        embedded.captions = [captions.get(key, ()) for key in embedded.keys]
+        _check_captions(captions, embedded.keys, config.captions)
+    layout: str | None = None
+    accuracies: dict[str, Accuracy] = {}
+    if any(label is not None for label in embedded.labels):
+        layout, accuracies = zero_shot(
+            model, embedded, table=table, templates=frames, all_classes=config.all_classes
+        )
+    found = retrieve(model, embedded) if any(embedded.captions) else None
+    if layout is None and found is None:
+        raise InputError("the images have neither classes nor captions: nothing to evaluate.")
+    return Evaluation(len(embedded.labels), layout, accuracies, found)
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """Print the figures as tables."""
+    if evaluation.accuracy:
+        table = Table(
+            "zero-shot", "top-1", "top-5", "mean per class", "chance", title=evaluation.layout
+        )
+        for title, row in evaluation.accuracy.items():
+            figures = (row.top1, row.top5, row.mean_per_class, row.chance)
+            table.add_row(title, *(f"{100 * figure:.2f} %" for figure in figures))
+        table.caption = f"{row.num_images:,} images of {row.num_classes:,} classes"
+        console.print(table)
+    if found := evaluation.retrieval:
+        table = Table("retrieval", *(f"R@{k}" for k in found.text_at))
+        for title, recall in (
+            ("texts by image", found.text_at),
+            ("images by text", found.image_at),
+        ):
+            table.add_row(title, *(f"{100 * figure:.2f} %" for figure in recall.values()))
+        table.caption = f"{found.num_images:,} images, {found.num_texts:,} texts"
+        console.print(table)
+
+
+def main(config: EvaluateConfig) -> None:
+    """Evaluate, print tables, write a JSON where one is asked for."""
+    evaluation = evaluate(config)
+    show(evaluation, Console())
+    if config.json_file:
+        document: dict[str, Any] = {
+            "checkpoint": str(config.checkpoint),
+            "data": [str(path) for path in config.data],
+            **asdict(evaluation),
+        }
+        config.json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_captions(
+    captions: dict[str, tuple[str, ...]], keys: Sequence[str], path: Path | None
+) -> None:
+    missing = sorted(captions.keys() - set(keys))
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(captions)} images of {str(path)!r} are not in the data, the "
+            f"first is {missing[0]!r}. Name each by its path below the folder of images."
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(EvaluateConfig, description=__doc__))
+    except ClipRTError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -6,9 +6,10 @@ matrix products: it exports to a graph that TensorRT fuses and gets right, which
 decomposition of scaled-dot-product attention does not promise.
 
 Shape suffixes: B batch, L positions, D width, H heads, K head width, E embedding, C channels,
-S side of the image in pixels, P side of a grid of patches or cells.
+S side of the image in pixels.
 
-Source: Radford et al. 2021, section 2.4; He et al. 2016 for the residual blocks.
+Sources: Radford et al. 2021, section 2.4; Dosovitskiy et al. 2021 for the ViT; Li et al. 2023
+(FLIP), section 3, for patch dropout; Zhai et al. 2023 (SigLIP), section 3.2, for the bias.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_rt.specs import END_OF_TEXT, MAX_LOGIT_SCALE, Activation, ModelSpec, ResNetSpec, ViTSpec
+from clip_rt.errors import InputError
+from clip_rt.specs import END_OF_TEXT, MAX_LOGIT_SCALE, Activation, ModelSpec, ViTSpec
+from training.recompute import recompute_in_backward
+from training.resnet import CELL_PX, ModifiedResNet
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,6 +55,18 @@ def causal_mask(length: int) -> Tensor:
     return torch.full((length, length), -torch.inf).triu(1)
 
 
+def drop_patches(x_BLD: Tensor, num_kept: int) -> Tensor:
+    """Keep the class token and as many random patches, others for each item.
+
+    Returns:
+        (B, 1 + num_kept, D). Patches carry their position, so their order is free.
+    """
+    B, L, D = x_BLD.shape
+    kept_BK = 1 + torch.rand(B, L - 1, device=x_BLD.device).topk(num_kept, dim=1).indices
+    patches_BKD = x_BLD.gather(1, kept_BK[:, :, None].expand(-1, -1, D))
+    return torch.cat([x_BLD[:, :1], patches_BKD], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter layout of `nn.MultiheadAttention`."""
 
@@ -78,15 +94,15 @@ class Attention(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, activation: Activation) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, activation: Activation) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
+                c_fc=nn.Linear(width, mlp_width),
                 gelu=activation_module(activation),
-                c_proj=nn.Linear(4 * width, width),
+                c_proj=nn.Linear(mlp_width, width),
             )
         )
         self.ln_2 = LayerNorm(width)
@@ -99,15 +115,27 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual attention blocks."""
 
-    def __init__(self, width: int, layers: int, heads: int, activation: Activation) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        activation: Activation,
+        mlp_width: int | None = None,
+    ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, activation) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, mlp_width or 4 * width, activation)
+            for _ in range(layers)
         )
+        self.grad_checkpointing = False
 
     def forward(self, x_BLD: Tensor, mask_LL: Tensor | None = None) -> Tensor:  # noqa: D102
         for block in self.resblocks:
-            x_BLD = block(x_BLD, mask_LL)
+            if self.grad_checkpointing:
+                x_BLD = recompute_in_backward(block, x_BLD, mask_LL)
+            else:
+                x_BLD = block(x_BLD, mask_LL)
         return x_BLD
 
     def reset_parameters(self) -> None:
@@ -123,18 +151,27 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The ViT image tower."""
+    """The ViT image tower; `patch_dropout` is the share of patches left out while training."""
 
     def __init__(
-        self, spec: ViTSpec, side_px: int, embedding_dim: int, activation: Activation
+        self,
+        spec: ViTSpec,
+        side_px: int,
+        embedding_dim: int,
+        activation: Activation,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        width, patches = spec.width, (side_px // spec.patch_px) ** 2
+        width = spec.width
+        self.num_patches = (side_px // spec.patch_px) ** 2
+        self.num_kept_patches = max(1, int(self.num_patches * (1 - patch_dropout)))
         self.conv1 = nn.Conv2d(3, width, spec.patch_px, stride=spec.patch_px, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        self.positional_embedding = nn.Parameter(
+            width**-0.5 * torch.randn(self.num_patches + 1, width)
+        )
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, spec.layers, spec.heads, activation)
+        self.transformer = Transformer(width, spec.layers, spec.heads, activation, spec.mlp_width)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embedding_dim))
         self.transformer.reset_parameters()
@@ -148,106 +185,11 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image_BCSS: Tensor) -> Tensor:
         """Embed normalised images; the result is not L2-normalised."""
-        x_BLD = self.transformer(self.embed_patches(image_BCSS))
+        x_BLD = self.embed_patches(image_BCSS)
+        if self.training and self.num_kept_patches < self.num_patches:
+            x_BLD = drop_patches(x_BLD, self.num_kept_patches)
+        x_BLD = self.transformer(x_BLD)
         return self.ln_post(x_BLD[:, 0]) @ self.proj
-
-
-class Bottleneck(nn.Module):
-    """A residual block that average-pools where ResNet uses a strided convolution."""
-
-    expansion = 4
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        channels_out = channels * self.expansion
-        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels_out)
-        self.downsample: nn.Module | None = None
-        if stride > 1 or channels_in != channels_out:
-            self.downsample = nn.Sequential(
-                OrderedDict(
-                    [
-                        ("-1", nn.AvgPool2d(stride)),
-                        ("0", nn.Conv2d(channels_in, channels_out, 1, bias=False)),
-                        ("1", nn.BatchNorm2d(channels_out)),
-                    ]
-                )
-            )
-        nn.init.zeros_(self.bn3.weight)
-
-    def forward(self, x_BCPP: Tensor) -> Tensor:  # noqa: D102
-        y = torch.relu(self.bn1(self.conv1(x_BCPP)))
-        y = torch.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(self.avgpool(y)))
-        identity = x_BCPP if self.downsample is None else self.downsample(x_BCPP)
-        return torch.relu(y + identity)
-
-
-class AttentionPool2d(nn.Module):
-    """Pool a grid of cells by attention, with their mean as the one query."""
-
-    def __init__(self, cells_per_side: int, width: int, heads: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(
-            width**-0.5 * torch.randn(cells_per_side**2 + 1, width)
-        )
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, embedding_dim)
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x_BCPP: Tensor) -> Tensor:  # noqa: D102
-        x_BLD = x_BCPP.flatten(2).transpose(1, 2)
-        x_BLD = torch.cat([x_BLD.mean(dim=1, keepdim=True), x_BLD], dim=1)
-        x_BLD = x_BLD + self.positional_embedding.to(x_BLD.dtype)
-        B, L, D = x_BLD.shape
-        K = D // self.heads
-        q_BH1K = self.q_proj(x_BLD[:, :1]).view(B, 1, self.heads, K).transpose(1, 2)
-        k_BHLK = self.k_proj(x_BLD).view(B, L, self.heads, K).transpose(1, 2)
-        v_BHLK = self.v_proj(x_BLD).view(B, L, self.heads, K).transpose(1, 2)
-        weights_BH1L = ((q_BH1K * K**-0.5) @ k_BHLK.transpose(-1, -2)).softmax(dim=-1)
-        return self.c_proj((weights_BH1L @ v_BHLK).reshape(B, D))
-
-
-class ModifiedResNet(nn.Module):
-    """The ResNet image tower: three-convolution stem, anti-aliased strides, attention pooling."""
-
-    def __init__(self, spec: ResNetSpec, side_px: int, embedding_dim: int) -> None:
-        super().__init__()
-        width = spec.width
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.avgpool = nn.AvgPool2d(2)
-        channels_in = width
-        for stage, blocks in enumerate(spec.layers):
-            channels = width * 2**stage
-            layer = nn.Sequential()
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layer.append(Bottleneck(channels_in, channels, stride))
-                channels_in = channels * Bottleneck.expansion
-            self.add_module(f"layer{stage + 1}", layer)
-        self.attnpool = AttentionPool2d(side_px // 32, channels_in, spec.heads, embedding_dim)
-
-    def forward(self, image_BCSS: Tensor) -> Tensor:
-        """Embed normalised images; the result is not L2-normalised."""
-        x = torch.relu(self.bn1(self.conv1(image_BCSS)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        x = self.avgpool(torch.relu(self.bn3(self.conv3(x))))
-        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
 
 class CLIP(nn.Module):
@@ -255,16 +197,27 @@ class CLIP(nn.Module):
 
     Args:
         spec: What to build; `clip_rt.specs.MODELS` has the published ones.
+        patch_dropout: Share of the patches a ViT leaves out while it trains, in [0, 1).
+        logit_bias: First value of the learned bias of the sigmoid loss, which has its authors'
+            value at -10; None for the contrastive loss, which has no bias.
+
+    Raises:
+        InputError: a side that does not divide into patches, an empty context, or patches that
+            cannot be dropped.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, patch_dropout: float = 0.0, logit_bias: float | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         text = spec.text
+        _check_lengths(spec)
+        _check_patch_dropout(spec, patch_dropout)
         self.visual: nn.Module
         if isinstance(spec.image, ViTSpec):
             self.visual = VisionTransformer(
-                spec.image, spec.side_px, spec.embedding_dim, spec.activation
+                spec.image, spec.side_px, spec.embedding_dim, spec.activation, patch_dropout
             )
         else:
             self.visual = ModifiedResNet(spec.image, spec.side_px, spec.embedding_dim)
@@ -278,6 +231,7 @@ class CLIP(nn.Module):
             text.width**-0.5 * torch.randn(text.width, spec.embedding_dim)
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
         self.register_buffer("causal_mask_LL", causal_mask(text.context_length), persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.transformer.reset_parameters()
@@ -316,7 +270,39 @@ class CLIP(nn.Module):
         text_BE = functional.normalize(self.encode_text(tokens_BL).float(), dim=-1)
         return image_BE, text_BE
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Trade time for memory: keep one activation per transformer block or ResNet stage.
+
+        The others are computed again in the backward pass; gradients are the same.
+        """
+        for module in self.modules():
+            if isinstance(module, Transformer | ModifiedResNet):
+                module.grad_checkpointing = enabled
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the learned temperature in the range the paper allows (section 2.5)."""
         self.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+
+def _check_lengths(spec: ModelSpec) -> None:
+    cell_px = spec.image.patch_px if isinstance(spec.image, ViTSpec) else CELL_PX
+    if spec.side_px < cell_px or spec.side_px % cell_px:
+        raise InputError(
+            f"side_px is {spec.side_px}; {spec.name} reads squares whose side is a multiple of "
+            f"{cell_px} px."
+        )
+    if spec.text.context_length < 2:
+        raise InputError(
+            f"context_length is {spec.text.context_length}; start and end of text need 2."
+        )
+
+
+def _check_patch_dropout(spec: ModelSpec, patch_dropout: float) -> None:
+    if not 0 <= patch_dropout < 1:
+        raise InputError(f"patch_dropout is {patch_dropout}; it must be at least 0 and below 1.")
+    if patch_dropout and not isinstance(spec.image, ViTSpec):
+        raise InputError(
+            f"patch_dropout is {patch_dropout}, but {spec.name} is a ResNet and has no patches to "
+            "drop; use 0."
+        )

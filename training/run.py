@@ -2,241 +2,302 @@
 
     python -m training.run                    # the recipe of the bundled model, on data/drawings
     python -m training.run --sample           # minutes, on the drawings that come with the code
+    python -m training.run --resume           # go on after a kill, bit for bit
+    torchrun --nproc-per-node 8 -m training.run --model ViT-B/32 --data 'shards/{000..099}.tar'
     python -m training.run --help
 
-Writes to `out_dir`: checkpoint.safetensors, log.jsonl and curves.png.
+Writes to `out_dir`: checkpoint.safetensors (the newest weights, for export), best.safetensors (by
+zero-shot accuracy or retrieval), snapshots/ (for --resume), log.jsonl and curves.png.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Any
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FrameType
 
 import torch
 import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from clip_rt.errors import InputError
-from clip_rt.specs import find_spec
+from clip_rt.errors import TrainingError
+from training import parallel
+from training.accumulate import cached_backward, split_batch
+from training.build import build, claim_folder, seed_everything
 from training.checkpoint import save_checkpoint
+from training.config import TrainConfig
 from training.curves import draw_curves
-from training.data import Batch, DrawingBatches, Drawings, load_drawings
-from training.evaluate import zero_shot_accuracy
-from training.loss import contrastive_loss
-from training.model import CLIP
+from training.data.batches import Batch
+from training.evaluation.judge import Judge
+from training.journal import Journal
+from training.loss import contrastive_loss, distillation_loss, sigmoid_loss
+from training.optimizer import set_lr, train_unlocked
 from training.schedule import cosine_lr
+from training.state import Run, gather_average, restore, save
 
-SAMPLE_DIR = Path(__file__).with_name("sample")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything a run depends on. The defaults are the recipe of the bundled model."""
-
-    model: str = "RN26@64px"
-    """Architecture, a key of clip_rt.specs.MODELS."""
-    data_dir: Path = Path("data/drawings")
-    """Folder with train/*.tar and styles/*.tar, made by python -m training.drawings."""
-    out_dir: Path = Path("runs/drawings")
-    """Where the checkpoint, the log and the curves go."""
-    sample: bool = False
-    """Train briefly on the small sample of drawings that comes with the code."""
-    batch_size: int = 512
-    """Pairs per update."""
-    emoji_fraction: float = 0.6
-    """Share of each batch that is emoji; the rest are icons."""
-    total_steps: int | None = None
-    """Updates in all; None is 2,800, or 150 with --sample."""
-    warmup_steps: int = 150
-    """Updates during which the learning rate rises; at most a quarter of all."""
-    peak_lr: float = 1e-3
-    """Highest learning rate."""
-    weight_decay: float = 0.1
-    """Of matrices; gains, biases and the temperature are not decayed."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    eval_every_steps: int = 280
-    """Updates between two zero-shot evaluations; each also saves."""
-    log_every_steps: int = 10
-    """Updates between two lines of log.jsonl."""
-    bf16: bool = True
-    """Compute matrix products and convolutions in bfloat16."""
-    num_threads: int = 0
-    """Threads of torch; 0 leaves its default."""
-    seed: int = 0
-    """Of weights, order, captions and augmentation."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.emoji_fraction <= 1:
-            raise InputError(f"emoji_fraction is {self.emoji_fraction}; it must be within 0 and 1.")
-        for name in ("batch_size", "num_steps", "eval_every_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-
-    @property
-    def num_steps(self) -> int:
-        """Updates this run makes."""
-        if self.total_steps is not None:
-            return self.total_steps
-        return 150 if self.sample else 2800
-
-
-@dataclass
-class Run:
-    """A training in progress."""
-
-    config: TrainConfig
-    model: CLIP
-    optimizer: torch.optim.Optimizer
-    batches: Iterator[Batch]
-    styles: dict[str, Drawings]
-    """Held-out emoji styles to evaluate on."""
-    seen_V: Tensor
-    """bool (V,): whether a token stood in any caption so far."""
-    started_s: float = field(default_factory=time.monotonic)
-
-    def log(self, step: int, **values: float) -> None:
-        """Append one line to log.jsonl."""
-        line = {"step": step, "elapsed_s": round(time.monotonic() - self.started_s, 1), **values}
-        with (self.config.out_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def build(config: TrainConfig) -> Run:
-    """Read the data, build model and optimiser."""
-    torch.manual_seed(config.seed)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    data_dir = SAMPLE_DIR if config.sample else config.data_dir
-    train_shards = sorted(data_dir.glob("train/*.tar"))
-    if not train_shards:
-        raise InputError(
-            f"{data_dir}/train holds no .tar shards. Make them with python -m training.drawings, "
-            "or pass --sample to train on the drawings that come with the code."
-        )
-    spec = find_spec(config.model)
-    model = CLIP(spec).to(memory_format=torch.channels_last)
-    batches = DrawingBatches(
-        load_drawings(train_shards),
-        batch_size=config.batch_size,
-        emoji_fraction=config.emoji_fraction,
-        context_length=spec.text.context_length,
-        seed=config.seed,
-    )
-    styles = {
-        path.stem: load_drawings([path], progress=False)
-        for path in sorted(data_dir.glob("styles/openmoji*.tar"))
-    }
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    (config.out_dir / "log.jsonl").unlink(missing_ok=True)
-    seen_V = torch.zeros(spec.text.vocab_size, dtype=torch.bool)
-    return Run(config, model, adamw(model, config), iter(batches), styles, seen_V)
-
-
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, with the betas of the paper's table 18."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def train_step(run: Run, batch: Batch, *, lr: float) -> Tensor:
-    """Make one update; return its loss, detached."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.config.bf16):
-        image_BCSS = batch.image_BCSS.contiguous(memory_format=torch.channels_last)
-        image_BE, text_BE = run.model(image_BCSS, batch.tokens_BL)
-    scale = run.model.logit_scale.exp()
-    loss = contrastive_loss(image_BE, text_BE, scale, group_B=batch.group_B)
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), run.config.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.model.clamp_logit_scale()
-    run.seen_V[batch.tokens_BL] = True
-    return loss.detach()
-
-
-@torch.no_grad()
-def forget_unseen_tokens(run: Run) -> None:
-    """Zero the embeddings of tokens that no caption held: noise to the model, weight to a file."""
-    run.model.token_embedding.weight[~run.seen_V] = 0
-
-
-def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Measure zero-shot top-1 on the held-out emoji styles, save, and redraw the curves."""
-    scores = {}
-    for style, drawings in run.styles.items():
-        labels = [record["name"] for record in drawings.records]
-        scores[f"top1_{style}"] = zero_shot_accuracy(run.model, drawings, labels).top1
-    run.log(step, **scores)
-    config = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in asdict(run.config).items()
-    }
-    save_checkpoint(
-        run.config.out_dir / "checkpoint.safetensors", run.model, step=step, config=config
-    )
-    draw_curves(run.config.out_dir / "log.jsonl", run.config.out_dir / "curves.png")
-    return scores
-
-
-def train(run: Run) -> dict[str, float]:
-    """Update the model until `num_steps`; return the last evaluation."""
-    config = run.config
-    run.model.train()
-    scores: dict[str, float] = {}
-    bar = tqdm(total=config.num_steps, desc="training", unit="step", dynamic_ncols=True)
-    for step, batch in enumerate(islice(run.batches, config.num_steps), start=1):
-        lr = cosine_lr(
-            step - 1,
-            peak_lr=config.peak_lr,
-            warmup_steps=min(config.warmup_steps, config.num_steps // 4),
-            total_steps=config.num_steps,
-        )
-        loss = train_step(run, batch, lr=lr)
-        if step % config.log_every_steps == 0 or step == config.num_steps:
-            value = loss.item()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {value} at step {step}; lower peak_lr.")
-            rate = config.batch_size * step / (time.monotonic() - run.started_s)
-            run.log(
-                step,
-                loss=value,
-                lr=lr,
-                images_per_s=rate,
-                logit_scale=run.model.logit_scale.exp().item(),
-            )
-            bar.set_postfix(loss=f"{value:.3f}", images_per_s=f"{rate:.0f}", **_percent(scores))
-        if step == config.num_steps:
-            forget_unseen_tokens(run)
-        if step % config.eval_every_steps == 0 or step == config.num_steps:
-            scores = evaluate(run, step)
-        bar.update()
-    bar.close()
-    return scores
-
-
-def _percent(scores: dict[str, float]) -> dict[str, str]:
-    return {name: f"{100 * value:.1f}%" for name, value in scores.items()}
+MAX_BAD_UPDATES = 5
+"""Updates in a row without a finite loss or gradient before the run goes back to a snapshot."""
+MAX_ROLLBACKS = 3
 
 
 def main(config: TrainConfig) -> None:
-    """Train, and say what came of it."""
-    run = build(config)
-    scores: dict[str, Any] = _percent(train(run))
-    print(f"{config.out_dir}/checkpoint.safetensors: {scores}")  # noqa: T201
+    """Train, and say what came of it.
+
+    Raises:
+        InputError: the configuration, the data or out_dir cannot be used.
+        TrainingError: the loss stays without a finite value.
+        CheckpointError: weights cannot be read, or a snapshot not be read or written.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with parallel.join(config.device) as world:
+        if world.is_first:
+            claim_folder(config)
+        parallel.barrier()
+        run = build(config, world)
+        judge = Judge(config, world.device) if world.is_first else None
+        restore(run)
+        journal = Journal(
+            config.out_dir,
+            step=run.step,
+            num_steps=config.num_steps,
+            elapsed_s=run.elapsed_s,
+            tensorboard=config.tensorboard,
+            silent=not world.is_first,
+        )
+        with stopping(run):
+            train(run, judge, journal)
+        journal.close()
+    if run.stop_signal:
+        raise SystemExit(128 + run.stop_signal)
+
+
+def train(run: Run, judge: Judge | None, journal: Journal) -> None:
+    """Update the model until `num_steps`, or until a signal asks to stop."""
+    config = run.config
+    batches = open_stream(run)
+    num_bad = 0
+    while run.step < config.num_steps and not run.stop_signal:
+        update = make_update(run, next(batches))
+        run.data_step += 1
+        run.stop_signal = update.stop_signal
+        if not update.was_made:
+            journal.say(f"batch {run.data_step} skipped: loss {update.loss}, norm {update.norm}")
+            journal.write(run.step, skipped_batch=run.data_step, skipped_loss=str(update.loss))
+            num_bad += update.is_bad
+            if num_bad == MAX_BAD_UPDATES:
+                roll_back(run, journal)
+                batches, num_bad = open_stream(run), 0
+            continue
+        run.step += 1
+        num_bad = 0
+        is_last = run.step == config.num_steps
+        if run.step % config.log_every_steps == 0 or is_last:
+            report(run, update, journal)
+        if run.step % config.eval_every_steps == 0 or is_last:
+            evaluate(run, judge, journal)
+            save(run, elapsed_s=journal.elapsed_s)
+        journal.bar.update()
+    if run.stop_signal and run.step % config.eval_every_steps:
+        save(run, elapsed_s=journal.elapsed_s)
+        journal.say(f"stopped at step {run.step} by signal {run.stop_signal}; go on with --resume")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One batch's effect; the same on all processes."""
+
+    loss: float
+    norm: float
+    """Of the gradient before it was clipped."""
+    accuracy: float
+    """Share of images whose text scored highest among this process's batch."""
+    lr: float
+    was_made: bool
+    is_bad: bool
+    """Not made, and not for the range of FP16, which the scaler finds by itself."""
+    stop_signal: int
+
+
+def make_update(run: Run, batch: Batch) -> Update:
+    """Move the weights by one batch, unless its loss or gradient is not finite."""
+    config = run.config
+    lr = cosine_lr(
+        run.step,
+        peak_lr=config.peak_lr,
+        warmup_steps=min(config.warmup_steps, config.num_steps // 4),
+        total_steps=config.num_steps,
+    )
+    set_lr(run.optimizer, lr)
+    train_unlocked(run.clip, config.lock)
+    # All that dropout draws depends on the seed and the batch only: nothing to save for resuming.
+    seed_everything(config.seed, run.data_step, run.world.rank)
+    run.seen_V[batch.tokens_BL.cpu().long()] = True
+    image_BCSS = batch.image_BCSS.contiguous(memory_format=torch.channels_last)
+    batch = replace(batch, image_BCSS=image_BCSS)
+    chunks = split_batch(batch, config.chunk_size or len(batch.group_B))
+    correct: list[Tensor] = []
+    loss = cached_backward(
+        run.wrapped,
+        chunks,
+        make_objective(run, chunks, correct),
+        autocast=autocast(run),
+        scaler=run.scaler,
+    )
+    run.scaler.unscale_(run.optimizer)
+    norm = parallel.clip_gradients(run.wrapped, config.max_grad_norm)
+    received = torch.tensor(float(run.received_signal), device=loss.device)
+    facts = parallel.mean_over_ranks(torch.stack([loss, correct[0], received]))
+    mean_loss, accuracy, asked_to_stop = facts.tolist()
+    was_made = math.isfinite(mean_loss) and math.isfinite(norm)
+    if was_made:
+        run.scaler.step(run.optimizer)
+        run.clip.clamp_logit_scale()
+        if run.average is not None:
+            run.average.update(run.step)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return Update(
+        loss=mean_loss,
+        norm=float(norm),
+        accuracy=accuracy,
+        lr=lr,
+        was_made=was_made,
+        is_bad=not was_made and (not run.scaler.is_enabled() or not math.isfinite(mean_loss)),
+        stop_signal=(run.received_signal or signal.SIGTERM) if asked_to_stop else 0,
+    )
+
+
+def make_objective(
+    run: Run, chunks: list[Batch], correct: list[Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Build the loss of a batch's embeddings; it leaves the batch's accuracy in `correct`."""
+    config, clip = run.config, run.clip
+    teacher = embed_by_teacher(run, chunks) if run.teacher is not None else None
+
+    def objective(image_BE: Tensor, text_BE: Tensor, group_B: Tensor) -> Tensor:
+        scale = clip.logit_scale.exp()
+        if clip.logit_bias is not None:
+            loss = sigmoid_loss(image_BE, text_BE, scale, clip.logit_bias, group_B=group_B)
+        else:
+            loss = contrastive_loss(image_BE, text_BE, scale, group_B=group_B)
+        if teacher is not None:
+            distilled = distillation_loss((image_BE, text_BE, scale), teacher)
+            loss = loss + config.distill_weight * distilled
+        with torch.no_grad():
+            nearest_B = (image_BE @ text_BE.T).argmax(dim=1)
+            correct.append((group_B[nearest_B] == group_B).float().mean())
+        return loss
+
+    return objective
+
+
+@torch.no_grad()
+def embed_by_teacher(run: Run, chunks: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed a batch with the teacher, for `distillation_loss`."""
+    assert run.teacher is not None
+    rows = []
+    for chunk in chunks:
+        with autocast(run)():
+            device = run.world.device
+            rows.append(run.teacher(chunk.image_BCSS.to(device), chunk.tokens_BL.to(device)))
+    images, texts = zip(*rows, strict=True)
+    return torch.cat(images), torch.cat(texts), run.teacher.logit_scale.exp()
+
+
+def autocast(run: Run) -> Callable[[], AbstractContextManager[object]]:
+    """Choose the precision of a forward pass."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.config.precision)
+    if dtype is None:
+        return nullcontext
+    return partial(torch.autocast, run.world.device.type, dtype)
+
+
+def report(run: Run, update: Update, journal: Journal) -> None:
+    """Log an update and show it on the progress bar."""
+    run.elapsed_s = journal.elapsed_s
+    images_per_s = run.config.batch_size * journal.steps_per_s(run.step)
+    journal.write(
+        run.step,
+        loss=update.loss,
+        batch_accuracy=update.accuracy,
+        grad_norm=update.norm,
+        lr=update.lr,
+        images_per_s=images_per_s,
+        logit_scale=run.clip.logit_scale.exp().item(),
+    )
+    journal.show(
+        loss=f"{update.loss:.3f}",
+        accuracy=f"{update.accuracy:.0%}",
+        images_per_s=f"{images_per_s:.0f}",
+    )
+
+
+def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
+    """Measure what would be served, write it for export, and redraw the curves."""
+    config = run.config
+    if run.average is not None:
+        weights = gather_average(run)
+    else:
+        weights = parallel.gather_weights(run.wrapped)
+    seen_V = parallel.mean_over_ranks(run.seen_V.float()) > 0
+    if judge is not None:
+        if config.init_from is None and run.step == config.num_steps:
+            # Embeddings of tokens that no caption held: noise to the model, weight to a file.
+            weights["token_embedding.weight"] = weights["token_embedding.weight"] * seen_V[:, None]
+        scores = judge.score(weights)
+        if scores:
+            journal.write(run.step, **scores)
+        journal.show(**{name: f"{score:.1%}" for name, score in scores.items() if "top1" in name})
+        paths = [config.out_dir / "checkpoint.safetensors"]
+        score = judge.rank(scores)
+        if score >= run.best_score:
+            run.best_score = score
+            paths.append(config.out_dir / "best.safetensors")
+        for path in paths:
+            save_checkpoint(path, weights, run.clip.spec, step=run.step, config=config.as_json())
+        draw_curves(journal.path, config.out_dir / "curves.png")
+    parallel.barrier()
+
+
+def roll_back(run: Run, journal: Journal) -> None:
+    """Take the weights of the last snapshot, and go on with data that were not seen yet."""
+    run.num_rollbacks += 1
+    way_out = "Lower peak_lr or max_grad_norm, or use bf16 or fp32."
+    if run.num_rollbacks > MAX_ROLLBACKS:
+        raise TrainingError(
+            f"after {MAX_ROLLBACKS} returns to a snapshot the loss is still not finite at step "
+            f"{run.step}. {way_out}"
+        )
+    if not restore(run):
+        raise TrainingError(f"{MAX_BAD_UPDATES} updates in a row were not finite. {way_out}")
+    journal.say(f"went back to step {run.step} after {MAX_BAD_UPDATES} updates without a number")
+    journal.rewind(run.step)
+
+
+def open_stream(run: Run) -> Iterator[Batch]:
+    """Open the data where the run is."""
+    return run.data.stream(run.data_step, rank=run.world.rank, world_size=run.world.size)
+
+
+@contextmanager
+def stopping(run: Run) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the run after the update under way, with a snapshot."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        run.received_signal = number
+        signal.signal(number, before[number])  # The second one ends it at once.
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

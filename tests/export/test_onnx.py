@@ -23,7 +23,7 @@ from export import parity, probes
 from export.graphs import ImageGraph, TextGraph
 from export.onnx import export_clip, make_manifest, random_clip, write_image, write_text
 from export.repository import read_manifest
-from training.weights import fingerprint
+from training.weights.load import fingerprint
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,65 +1,57 @@
-import random
-from itertools import islice
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from training.augment import augment
-from training.data import DrawingBatches, Drawings, caption, cut_tokens, load_drawings
-
-SAMPLE = Path(__file__).resolve().parents[2] / "training/sample"
+from clip_rt.errors import InputError
+from training.data.batches import Purpose, Shuffled, check_rank, cut_tokens, rng, torch_rng
 
 
-@pytest.fixture(scope="module")
-def drawings() -> Drawings:
-    return load_drawings([SAMPLE / "train/sample.tar"], progress=False)
+def test_every_epoch_holds_each_item_once_in_another_order() -> None:
+    order = Shuffled(50, seed=3)
+    one, two = order.take(0, 50), order.take(50, 50)
+    assert sorted(one) == sorted(two) == list(range(50))
+    assert not np.array_equal(one, two)
 
 
-def batches(drawings: Drawings, seed: int) -> DrawingBatches:
-    return DrawingBatches(drawings, batch_size=16, emoji_fraction=0.5, context_length=77, seed=seed)
+def test_any_part_of_an_order_is_what_reading_up_to_it_gives() -> None:
+    whole = Shuffled(7, seed=1).take(0, 100)
+    order = Shuffled(7, seed=1)
+    for start, count in [(93, 7), (0, 0), (6, 2), (13, 30), (40, 1)]:
+        np.testing.assert_array_equal(order.take(start, count), whole[start : start + count])
 
 
-def test_the_same_seed_gives_the_same_batches(drawings: Drawings) -> None:
-    for one, two in zip(
-        islice(batches(drawings, 3), 2), islice(batches(drawings, 3), 2), strict=True
-    ):
-        assert torch.equal(one.image_BCSS, two.image_BCSS)
-        assert torch.equal(one.tokens_BL, two.tokens_BL)
-    other = next(iter(batches(drawings, 4)))
-    assert not torch.equal(next(iter(batches(drawings, 3))).image_BCSS, other.image_BCSS)
+def test_orders_of_other_seeds_and_keys_differ() -> None:
+    orders = [Shuffled(100, seed=seed, key=key).take(0, 100) for seed in (0, 1) for key in (0, 1)]
+    assert len({order.tobytes() for order in orders}) == 4
 
 
-def test_drawings_of_one_name_share_a_group() -> None:
-    record = {"aliases": [], "keywords": [], "emoji": None, "palette": True}
-    names = ["Alarm clock", "alarm-clock", "cat"]
-    drawings = Drawings(
-        np.zeros((3, 8, 8, 4), np.uint8), [{**record, "name": name} for name in names]
-    )
-    stream = DrawingBatches(drawings, batch_size=3, emoji_fraction=0, context_length=77, seed=0)
-    group = sorted(next(iter(stream)).group_B.tolist())
-    assert group == [0, 0, 1]
+def test_no_two_places_share_random_numbers() -> None:
+    places = [(p, s, k, r) for p in Purpose for s in (0, 1) for k in (0, 1) for r in (0, 1)]
+    draws = {rng(purpose, *where).random() for purpose, *where in places}
+    assert len(draws) == len(places)
+    torches = {torch.rand(1, generator=torch_rng(p, *where)).item() for p, *where in places}
+    assert len(torches) == len(places)
 
 
-def test_captions_say_the_name_or_what_else_it_is_called() -> None:
-    record = {"name": "pizza", "aliases": ["slice"], "keywords": ["food"], "emoji": "1F355"}
-    texts = {caption(record, random.Random(seed)) for seed in range(300)}
-    assert {"pizza", "slice", "pizza, food", "food", "an icon of pizza"} <= texts
-    assert all(any(word in text for word in ("pizza", "slice", "food")) for text in texts)
+@pytest.mark.parametrize(
+    ("start_step", "rank", "world_size", "says"),
+    [(-1, 0, 1, "start_step is -1"), (0, 2, 2, "rank is 2 of 2"), (0, 0, 3, "multiple of 3")],
+)
+def test_a_part_of_a_batch_that_cannot_be_is_refused(
+    start_step: int, rank: int, world_size: int, says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        check_rank(start_step, rank, world_size, batch_size=8)
+
+
+def test_an_empty_set_and_a_seed_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="empty"):
+        Shuffled(0, seed=0)
+    with pytest.raises(InputError, match="seed is -1"):
+        Shuffled(1, seed=-1)
 
 
 def test_columns_that_only_pad_are_cut() -> None:
     tokens = cut_tokens(["a cat", "a very small cat"], context_length=77)
     assert tokens.shape == (2, 6)
     assert cut_tokens(["word " * 100], context_length=24).shape == (1, 24)
-
-
-def test_augmentation_keeps_one_colour_drawings_visible() -> None:
-    rgba = torch.zeros(64, 16, 16, 4, dtype=torch.uint8)
-    rgba[:, 4:12, 4:12, 3] = 255  # a black square on nothing
-    image = augment(rgba, torch.zeros(64, dtype=torch.bool), torch.Generator().manual_seed(0))
-    assert image.shape == (64, 3, 16, 16)
-    assert torch.isfinite(image).all()
-    contrast = image.amax(dim=(2, 3)) - image.amin(dim=(2, 3))
-    assert (contrast.amax(dim=1) > 0.5).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data import load_drawings
+from training.data.drawing_batches import load_drawings
 from training.drawings import (
     NAMES_HELD_OUT_ONE_IN,
     Drawing,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
+import tarfile
 import zipfile
 from dataclasses import replace
 
@@ -16,7 +19,7 @@ from safetensors.torch import save_file
 from clip_rt.errors import CheckpointError
 from clip_rt.specs import MODELS, find_spec
 from training.model import CLIP, QuickGELU
-from training.weights import fingerprint, load_clip, load_state_dict, tensor_shapes
+from training.weights.load import fingerprint, load_clip, load_state_dict, tensor_shapes
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,17 @@ class TestFormats:
         reference = open_clip.create_model(f"{name.replace('/', '-')}-quickgelu", device="meta")
         shapes = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
         assert shapes == tensor_shapes(find_spec(name))
+
+    def test_the_bias_of_the_sigmoid_loss_is_kept(self, clip, tmp_path):
+        # A vector of one, as open_clip writes scalars for FSDP.
+        state_dict = clip.state_dict() | {
+            "logit_bias": torch.tensor([-10.5]),
+            "logit_scale": torch.tensor([2.5]),
+        }
+        loaded = load_clip(tiny.VIT, save(state_dict, tmp_path / "clip.safetensors"))
+        assert loaded.logit_bias.item() == -10.5
+        assert loaded.logit_scale.item() == 2.5
+        assert loaded.logit_bias.shape == loaded.logit_scale.shape == ()
 
     def test_activation_can_be_overridden(self, clip, tmp_path):
         path = save(clip.state_dict(), tmp_path / "clip.safetensors")
@@ -185,6 +199,82 @@ class TestRefusals:
             load_state_dict(path)
 
 
+def header(entries: object, num_bytes: int) -> bytes:
+    """A safetensors file with any header and zeros for tensors."""
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+LYING_HEADERS = {
+    "overlap": header({"a": entry("F32", [4], 0, 16), "b": entry("F32", [4], 8, 24)}, 24),
+    "dtype": header({"a": entry("F32", [2], 0, 16)}, 16),
+    "short": header({"a": entry("F32", [4], 0, 16)}, 12),
+    "long": header({"a": entry("F32", [4], 0, 16)}, 20),
+    "hole": header({"a": entry("F32", [4], 4, 20)}, 20),
+    "unknown dtype": header({"a": entry("F99", [4], 0, 16)}, 16),
+    "negative": header({"a": entry("F32", [-4], 0, 16)}, 16),
+    "overflow": header({"a": entry("F32", [2**62, 2**62], 0, 16)}, 16),
+    "list": header([1, 2], 0),
+    "no JSON": (10).to_bytes(8, "little") + b"not a json",
+    "empty": b"",
+}
+
+
+class TestHostileFiles:
+    """B22 and B23 of the bad-input list."""
+
+    @pytest.mark.parametrize("content", LYING_HEADERS.values(), ids=LYING_HEADERS)
+    def test_a_safetensors_header_that_lies(self, tmp_path, content):
+        path = tmp_path / "clip.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a valid safetensors file"):
+            load_state_dict(path)
+
+    def test_a_hundred_thousand_entries_are_not_read(self, tmp_path):
+        path = tmp_path / "clip.safetensors"
+        path.write_bytes(header({f"t{i}": entry("F32", [0], 0, 0) for i in range(100_000)}, 0))
+        with pytest.raises(CheckpointError, match=r"has 100000 entries; .* 1 to 10000"):
+            load_state_dict(path)
+
+    def test_a_legacy_tar_of_torch(self, tmp_path):
+        path = tmp_path / "clip.pt"
+        with tarfile.open(path, "w") as archive:
+            for name in ("sys_info", "pickle", "storages", "tensors"):
+                member = tarfile.TarInfo(name)
+                member.size = 4
+                archive.addfile(member, io.BytesIO(b"\x80\x02N."))
+        with pytest.raises(CheckpointError, match="neither a safetensors file nor a torch archive"):
+            load_state_dict(path)
+
+    @pytest.mark.parametrize("suffix", [".pt2", ".pt"])
+    def test_an_exported_program_names_the_conversion(self, tmp_path, suffix):
+        path = tmp_path / "exported.pt2"
+        program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+        torch.export.save(program, path)
+        path = path.rename(path.with_suffix(suffix))
+        with pytest.raises(CheckpointError, match=r"exported program.*torch\.export\.load"):
+            load_state_dict(path)
+
+    def test_a_pickle_with_code_in_a_folder_of_the_hub_does_not_run(self, tmp_path):
+        evidence = tmp_path / "it-ran"
+        torch.save({"a": Malicious(evidence)}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="can run code"):
+            load_clip(tiny.VIT, tmp_path)
+        assert not evidence.exists()
+
+    def test_a_tensor_that_claims_more_than_its_file_holds(self, tmp_path):
+        # Strides of zero make eight bytes look like a terabyte; the shape is refused first.
+        path = tmp_path / "clip.pt"
+        torch.save({"logit_scale": torch.zeros(2).as_strided((2**20, 2**18), (0, 0))}, path)
+        assert path.stat().st_size < 10_000
+        with pytest.raises(CheckpointError, match=r"logit_scale \(1048576, 262144\) instead of"):
+            load_clip(tiny.VIT, path)
+
+
 class TestFit:
     def test_missing_unexpected_and_misshapen_tensors_are_listed(self, clip, tmp_path):
         state_dict = dict(clip.state_dict())
@@ -204,17 +294,22 @@ class TestFit:
         with pytest.raises(CheckpointError, match=r"does not fit other.*pass --model tiny-ViT"):
             load_clip(other, path)
 
-    def test_sigmoid_loss_is_refused(self, clip, tmp_path):
-        state_dict = clip.state_dict() | {"logit_bias": torch.tensor(-10.0)}
-        with pytest.raises(CheckpointError, match="logit_bias"):
-            load_clip(tiny.VIT, save(state_dict, tmp_path / "clip.safetensors"))
-
-    def test_hugging_face_names_are_recognised(self, tmp_path):
-        path = save(
-            {"vision_model.pre_layrnorm.weight": torch.ones(64)}, tmp_path / "m.safetensors"
-        )
-        with pytest.raises(CheckpointError, match="Hugging Face"):
+    def test_a_resnet_and_a_vit_are_told_apart(self, resnet, tmp_path):
+        path = save(resnet.state_dict(), tmp_path / "clip.safetensors")
+        with pytest.raises(CheckpointError, match=r"Missing: visual\.class_embedding"):
             load_clip(tiny.VIT, path)
+
+    def test_towers_of_timm_are_named(self, clip, tmp_path):
+        state_dict = {n: t for n, t in clip.state_dict().items() if not n.startswith("visual.")}
+        state_dict["visual.trunk.cls_token"] = torch.zeros(1)
+        path = save(state_dict, tmp_path / "clip.safetensors")
+        with pytest.raises(CheckpointError, match="one of timm's"):
+            load_clip(tiny.VIT, path)
+
+    def test_an_fp8_checkpoint_is_quantised(self, clip, tmp_path):
+        tensors = clip.state_dict() | {"visual.proj": clip.visual.proj.to(torch.float8_e4m3fn)}
+        with pytest.raises(CheckpointError, match=r"quantised: visual\.proj"):
+            load_clip(tiny.VIT, save(tensors, tmp_path / "clip.safetensors"))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_values_that_are_not_finite_are_named(self, clip, tmp_path, value):

@@ -1,0 +1,245 @@
+"""What a change of hand costs each way of naming drawings: the paper's section 3.3 in small.
+
+    python -m benchmarks.robustness --checkpoint runs/drawings/checkpoint.safetensors \
+        --drawings data/drawings
+
+The task is to say of which kind an emoji is (`benchmarks.emoji`). Classifiers are fitted on one
+hand, Noto's, and tested on emoji they were not fitted on, drawn by Noto, by hands the model learned
+from, and by hands it never saw. The same emoji are tested in every hand: only the hand differs.
+
+Effective robustness (Taori et al. 2020) is the accuracy on other hands above what accuracy on Noto
+would have led to expect: a line, on logit axes, through classifiers on pixels and on HOG features
+fitted on more and more of Noto. Zero-shot CLIP was fitted on no hand for this task, but its
+training showed it the seen hands with the names of these emoji; only the held-out hands are new.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.drawings import hog_features, small_pixels
+from benchmarks.emoji import kind_by_hexcode, load_style, with_kinds
+from benchmarks.record import save
+from clip_rt.prompts import DEFAULT_TEMPLATE
+from training.data.drawing_batches import Drawings, load_drawings
+from training.evaluation.embed import embed_images, on_white, open_model
+from training.evaluation.metrics import accuracy
+from training.interpolate import zero_shot_probe
+from training.model import CLIP
+from training.probe import fit_probe
+
+REFERENCE = "noto"
+SEEN_HANDS = ("twemoji", "emojione", "fluent-emoji-flat", "fluent-emoji")
+HELD_OUT_HANDS = ("openmoji", "openmoji-black")
+HANDS = (REFERENCE, *SEEN_HANDS, *HELD_OUT_HANDS)
+MIN_EMOJI = 12
+"""Of a kind, in every hand; half of them are fitted on. Kinds with fewer are left out."""
+GROUPS = ("seen", "held_out")
+BASELINE_SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Of Noto's training emoji, for the points the line goes through."""
+
+Features = dict[str, NDArray[np.float32]]
+"""One row for each emoji, by hand."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The same emoji in every hand."""
+
+    pixels_by_hand: dict[str, NDArray[np.uint8]]
+    """uint8 (N, S, S, 3) each, row for row the same emoji."""
+    right_N: NDArray[np.int64]
+    labels: tuple[str, ...]
+    fit_rows: NDArray[np.int64]
+    test_rows: NDArray[np.int64]
+
+
+def load_hand(name: str, drawings_dir: Path) -> Drawings:
+    """Read all emoji of one hand that have a kind."""
+    if name in HELD_OUT_HANDS:
+        return with_kinds(load_style(name))[0]
+    return with_kinds(load_drawings([drawings_dir / f"train/{name}.tar"], progress=False))[0]
+
+
+def make_task(drawings_dir: Path, *, seed: int) -> Task:
+    """Line up the emoji that every hand has, and choose half of each kind to fit on."""
+    labels, kinds = kind_by_hexcode()
+    rows_by_hand, pixels_by_hand = {}, {}
+    for hand in HANDS:
+        drawings = load_hand(hand, drawings_dir)
+        pixels_by_hand[hand] = on_white(drawings.pixels)
+        rows_by_hand[hand] = {
+            r["emoji"]: row for row, r in reversed([*enumerate(drawings.records)])
+        }
+    shared = sorted(set.intersection(*(set(rows) for rows in rows_by_hand.values())))
+    count_by_kind = Counter(kinds[code] for code in shared)
+    common = sorted(kind for kind, count in count_by_kind.items() if count >= MIN_EMOJI)
+    shared = [code for code in shared if kinds[code] in common]
+    right_N = np.array([common.index(kinds[code]) for code in shared])
+    rng = np.random.default_rng(seed)
+    fit = np.zeros(len(shared), np.bool_)
+    for each in np.unique(right_N):
+        rows = rng.permutation(np.flatnonzero(right_N == each))
+        fit[rows[: len(rows) // 2]] = True
+    return Task(
+        {
+            hand: pixels_by_hand[hand][[rows_by_hand[hand][code] for code in shared]]
+            for hand in HANDS
+        },
+        right_N,
+        tuple(labels[kind] for kind in common),
+        rng.permutation(np.flatnonzero(fit)),
+        np.flatnonzero(~fit),
+    )
+
+
+def probe_accuracy(
+    features: Features, task: Task, *, share: float = 1.0, seed: int
+) -> dict[str, float]:
+    """Fit a linear probe on a share of the reference hand; return its accuracy on every hand."""
+    rng = np.random.default_rng(seed)
+    rows = task.fit_rows
+    if share < 1:
+        kinds = [rows[task.right_N[rows] == each] for each in np.unique(task.right_N)]
+        rows = np.concatenate([each[: max(1, round(share * len(each)))] for each in kinds])
+    probe = fit_probe(
+        features[REFERENCE][rows],
+        task.right_N[rows],
+        labels=task.labels,
+        fingerprint="",
+        rng=rng,
+    )
+    return {
+        hand: score(probe.classify(rows_of(features[hand], task)).logits, task) for hand in HANDS
+    }
+
+
+def rows_of(features: NDArray[np.float32], task: Task) -> NDArray[np.float32]:
+    """Keep the emoji that are tested."""
+    return features[task.test_rows]
+
+
+def score(logits_NC: NDArray[np.float32], task: Task) -> float:
+    """Mean recall over the kinds of the emoji that are tested."""
+    return accuracy(logits_NC, task.right_N[task.test_rows]).mean_per_class
+
+
+def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale rows to length 1, as embeddings are, so that one range of penalties suits all."""
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = (features / np.maximum(norms, 1e-6)).astype(np.float32)
+    return unit
+
+
+def shifted(scores: dict[str, float], hands: tuple[str, ...]) -> float:
+    """Average over some hands."""
+    return float(np.mean([scores[hand] for hand in hands]))
+
+
+def expect(points: list[tuple[float, float]]) -> Callable[[float], float]:
+    """Fit a line on logit axes through (accuracy on the reference, on a shift)."""
+    x, y = (
+        np.log(np.array(values) / (1 - np.array(values))) for values in zip(*points, strict=True)
+    )
+    slope, offset = np.polyfit(x, y, 1)
+
+    def expected(reference: float) -> float:
+        return float(1 / (1 + np.exp(-(slope * np.log(reference / (1 - reference)) + offset))))
+
+    return expected
+
+
+def measure_once(
+    model: CLIP, task: Task, *, seed: int
+) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
+    """Return the accuracy on every hand by classifier, and that of the baselines of the line."""
+    embedding = {hand: embed_images(model, task.pixels_by_hand[hand]) for hand in HANDS}
+    zero = zero_shot_probe(model, task.labels, templates=[DEFAULT_TEMPLATE])
+    found = {
+        "zero-shot": {
+            hand: score(zero.classify(rows_of(embedding[hand], task)).logits, task)
+            for hand in HANDS
+        },
+        "linear probe": probe_accuracy(embedding, task, seed=seed),
+    }
+    line = []
+    for name, make in (("HOG", hog_features), ("16x16 pixels", small_pixels)):
+        features = {hand: unit_rows(make(list(task.pixels_by_hand[hand]))) for hand in HANDS}
+        for share in BASELINE_SHARES:
+            line.append(probe_accuracy(features, task, share=share, seed=seed))
+        found[f"{name}, linear"] = line[-1]
+    return found, line
+
+
+def summarise(
+    found: dict[str, dict[str, float]], line: list[dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Add the averages of seen and of held-out hands, and the effective robustness on each."""
+    rows = {}
+    for name, scores in found.items():
+        row: dict[str, Any] = {"accuracy": scores}
+        for group, hands in zip(GROUPS, (SEEN_HANDS, HELD_OUT_HANDS), strict=True):
+            expected = expect([(each[REFERENCE], shifted(each, hands)) for each in line])
+            row[group] = shifted(scores, hands)
+            row[f"effective_robustness_{group}"] = row[group] - expected(scores[REFERENCE])
+        rows[name] = row
+    return rows
+
+
+def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print the accuracies, and the effective robustness in points."""
+    table = Table("mean recall, %", *rows)
+    notes = {REFERENCE: "fitted on"} | dict.fromkeys(HELD_OUT_HANDS, "held out")
+    for hand in HANDS:
+        cells = (f"{100 * row['accuracy'][hand]:.1f}" for row in rows.values())
+        table.add_row(f"{hand}, {notes.get(hand, 'seen')}", *cells)
+    table.add_section()
+    for group in GROUPS:
+        gains = (f"{100 * row[f'effective_robustness_{group}']:+.1f}" for row in rows.values())
+        table.add_row(f"robustness, {group.replace('_', ' ')}", *gains)
+    console.print(table)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Weights of the bundled model.")],
+    drawings: Annotated[Path, typer.Option(help="Folder with train/*.tar.")] = Path(
+        "data/drawings"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the halves to fit and to test on.")] = 0,
+) -> None:
+    """Measure, print a table, and write a dated JSON."""
+    task = make_task(drawings, seed=seed)
+    found, line = measure_once(open_model(checkpoint), task, seed=seed)
+    rows = summarise(found, line)
+    show(rows, Console())
+    path = save(
+        "robustness",
+        {
+            "reference": REFERENCE,
+            "seen_hands": SEEN_HANDS,
+            "held_out_hands": HELD_OUT_HANDS,
+            "classes": task.labels,
+            "fitted_emoji": len(task.fit_rows),
+            "tested_emoji": len(task.test_rows),
+            "templates": [DEFAULT_TEMPLATE],
+            "metric": "mean recall over classes",
+            "results": rows,
+            "line": line,
+        },
+        packages=("numpy", "scikit-image", "scikit-learn", "torch"),
+    )
+    Console().print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""A configuration in, a run before its first update out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from clip_rt.errors import InputError
+from clip_rt.specs import find_spec
+from training import parallel
+from training.checkpoint import remove_partials
+from training.config import SAMPLE_DIR, TrainConfig
+from training.data.batches import BatchStream
+from training.data.drawing_batches import DrawingBatches, load_drawings
+from training.data.pair_batches import PairBatches
+from training.data.photos import PhotoAugmentation
+from training.data.sources import open_sources
+from training.ema import WeightAverage
+from training.model import CLIP
+from training.optimizer import adamw, lock_tower
+from training.state import Run
+from training.weights.load import load_clip
+
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0
+"""Where the sigmoid loss begins (Zhai et al. 2023, section 3.3)."""
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """Make `out_dir`, or make sure that the run in it is to go on."""
+    if config.out_dir.exists() and any(config.out_dir.iterdir()) and not config.resume:
+        raise InputError(
+            f"{config.out_dir} is not empty. Go on with the run in it by --resume, or name another "
+            "--out-dir."
+        )
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    remove_partials(config.out_dir)
+
+
+def build(config: TrainConfig, world: parallel.World) -> Run:
+    """Make model, optimiser and data as they are before the first update."""
+    seed_everything(config.seed)
+    data = open_data(config, world)
+    clip = build_clip(config).to(world.device)
+    if config.parallel == "ddp" or world.size == 1:  # FSDP takes contiguous weights only.
+        clip = clip.to(memory_format=torch.channels_last)
+    if config.compile_backend:
+        clip.compile(backend=config.compile_backend)
+    wrapped = parallel.wrap(clip, config.parallel)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_clip(find_spec(config.teacher_model), config.teacher).to(world.device)
+    return Run(
+        config=config,
+        world=world,
+        clip=clip,
+        wrapped=wrapped,
+        optimizer=adamw(
+            clip,
+            peak_lr=config.peak_lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        ),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
+        data=data,
+        seen_V=torch.zeros(clip.spec.text.vocab_size, dtype=torch.bool),
+        teacher=teacher,
+        average=WeightAverage(clip, decay=config.ema_decay) if config.ema_decay else None,
+    )
+
+
+def build_clip(config: TrainConfig) -> CLIP:
+    """Make the model with random weights, or with those of `init_from`."""
+    spec = find_spec(config.model)
+    is_sigmoid = config.objective == "sigmoid"
+    clip = CLIP(
+        spec,
+        patch_dropout=config.patch_dropout,
+        logit_bias=SIGLIP_LOGIT_BIAS if is_sigmoid else None,
+    )
+    if is_sigmoid:
+        nn.init.constant_(clip.logit_scale, math.log(SIGLIP_LOGIT_SCALE))
+    if config.init_from is not None:
+        loaded = load_clip(spec, config.init_from)
+        # Weights of the contrastive loss have no bias; the sigmoid loss then begins with its own.
+        bias_is_new = is_sigmoid and loaded.logit_bias is None
+        clip.load_state_dict(loaded.state_dict(), strict=not bias_is_new)
+    clip.set_grad_checkpointing(config.grad_checkpointing)
+    lock_tower(clip, config.lock)
+    return clip
+
+
+def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
+    """Open what the run learns from."""
+    spec = find_spec(config.model)
+    if config.data:
+        return PairBatches(
+            open_sources(
+                config.data, templates=config.templates, allow_commands=config.allow_commands
+            ),
+            batch_size=config.batch_size,
+            side_px=spec.side_px,
+            context_length=spec.text.context_length,
+            seed=config.seed,
+            weights=config.data_weights or None,
+            augmentation=PhotoAugmentation(
+                scale=config.crop_scale,
+                jitter=(*3 * (config.colour_jitter,), config.colour_jitter / 4),
+                grey_probability=config.grey_probability,
+            ),
+            num_workers=config.num_workers,
+            device=world.device,
+        )
+    data_dir = SAMPLE_DIR if config.sample else config.data_dir
+    shards = sorted(data_dir.glob("train/*.tar"))
+    if not shards:
+        raise InputError(
+            f"{data_dir}/train holds no .tar shards. Make them with python -m training.drawings, "
+            "pass --sample to train on the drawings that come with the code, or name --data."
+        )
+    return DrawingBatches(
+        load_drawings(shards, progress=world.is_first),
+        batch_size=config.batch_size,
+        emoji_fraction=config.emoji_fraction,
+        context_length=spec.text.context_length,
+        seed=config.seed,
+    )
+
+
+def seed_everything(*where: int) -> None:
+    """Set torch's generators by a place in the run."""
+    state = np.random.SeedSequence(where).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)

@@ -1,0 +1,169 @@
+"""What a training run depends on, as one frozen record; its defaults are the bundled model's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clip_rt.errors import InputError
+from training.optimizer import Lock
+
+SAMPLE_DIR = Path(__file__).with_name("sample")
+
+FREE_FIELDS = frozenset(
+    (
+        *("out_dir", "resume", "init_from", "num_workers", "num_threads", "device", "parallel"),
+        *(
+            "eval_every_steps",
+            "log_every_steps",
+            "keep_last",
+            "tensorboard",
+            "teacher",
+            "eval_data",
+        ),
+    )
+)
+"""Fields that may differ when a run is resumed; the others decide what its weights become."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run depends on. The defaults are the recipe of the bundled model."""
+
+    model: str = "RN26@64px"
+    """Architecture, a key of clip_rt.specs.MODELS."""
+    init_from: Path | None = None
+    """Checkpoint to start from (fine-tuning); random weights if not given."""
+    out_dir: Path = Path("runs/drawings")
+    """Where checkpoints, the log and the curves go."""
+    resume: bool = False
+    """Go on with the run in out_dir, from its last snapshot."""
+
+    data: tuple[str, ...] = ()
+    """Image-text pairs: tar shards (with {000..099}), a .csv or .jsonl table, or a folder."""
+    data_dir: Path = Path("data/drawings")
+    """Without `data`: folder with train/*.tar and styles/*.tar of python -m training.drawings."""
+    sample: bool = False
+    """Train briefly on the small sample of drawings that comes with the code."""
+    emoji_fraction: float = 0.6
+    """Share of each batch of drawings that is emoji; the rest are icons."""
+    templates: str = "openai_imagenet"
+    """Captions of folders of classes: a named set of prompt templates."""
+    data_weights: tuple[float, ...] = ()
+    """How often each of `data` is drawn from, in proportion; by size if empty."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Least and largest share of an image of `data` that a random crop keeps."""
+    colour_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation of `data`; hue changes a quarter."""
+    grey_probability: float = 0.0
+    """Share of the images of `data` that lose their colour."""
+    allow_commands: bool = False
+    """Let `pipe:` shards of `data` run their commands in a shell."""
+    num_workers: int = 2
+    """Processes that decode the images of `data`."""
+    eval_data: tuple[Path, ...] = ()
+    """Folder or shards to evaluate on: classes by zero-shot, captions by retrieval."""
+
+    objective: Literal["infonce", "sigmoid"] = "infonce"
+    """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
+    teacher: Path | None = None
+    """Checkpoint of a model to distil from, of the architecture `teacher_model`."""
+    teacher_model: str = "ViT-B/32"
+    """Architecture of the teacher; it reads images of the same size."""
+    distill_weight: float = 1.0
+    """Weight of the teacher's loss beside the objective's."""
+
+    batch_size: int = 512
+    """Pairs per update, over all processes."""
+    chunk_size: int = 0
+    """Pairs of one process in memory at once (cached gradients); 0 is all of them."""
+    total_steps: int | None = None
+    """Updates in all; None is 2,800, or 150 with --sample."""
+    warmup_steps: int = 150
+    """Updates during which the learning rate rises; at most a quarter of all."""
+    peak_lr: float = 1e-3
+    """Highest learning rate."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each layer further from the embeddings."""
+    weight_decay: float = 0.1
+    """Of matrices; gains, biases and the temperature are not decayed."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    lock: Lock = "none"
+    """Tower to leave as it is; 'image' is LiT."""
+    patch_dropout: float = 0.0
+    """Share of a ViT's patches left out in training."""
+    ema_decay: float = 0.0
+    """Decay of the average of the weights, which is then what is evaluated and saved; 0 is none."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of matrix products and convolutions; fp16 scales the loss."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    compile_backend: str = ""
+    """Backend of torch.compile, such as inductor; none if empty."""
+    device: str = "auto"
+    """cuda, cpu, or auto: cuda where there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes of torchrun share the model."""
+    num_threads: int = 0
+    """Threads of torch; 0 leaves its default."""
+    seed: int = 0
+    """Of weights, order, captions, augmentation and dropout."""
+
+    eval_every_steps: int = 280
+    """Updates between two evaluations; each also saves."""
+    log_every_steps: int = 10
+    """Updates between two lines of log.jsonl."""
+    keep_last: int = 2
+    """Snapshots to keep for resuming."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("emoji_fraction", "patch_dropout", "ema_decay", "layer_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be within 0 and 1.")
+        for name in (
+            *("batch_size", "num_steps", "eval_every_steps", "log_every_steps", "keep_last"),
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.precision == "fp16" and self.parallel == "fsdp":
+            raise InputError(
+                "precision fp16 with fsdp is not supported: the shards would scale apart. bf16 is."
+            )
+        if self.chunk_size < 0:
+            raise InputError(f"chunk_size is {self.chunk_size}; it must be 0 or more.")
+
+    @property
+    def num_steps(self) -> int:
+        """Updates this run makes."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return 150 if self.sample else 2800
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields as JSON."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return fields
+
+    def check_resumes(self, earlier: dict[str, Any]) -> None:
+        """Refuse to go on with a run that another configuration began.
+
+        Raises:
+            InputError: names each field that differs.
+        """
+        now = self.as_json()
+        differing = [
+            f"{name} was {earlier[name]!r} and is {now[name]!r}"
+            for name in sorted(now.keys() & earlier.keys() - FREE_FIELDS)
+            if earlier[name] != now[name]
+        ]
+        if differing:
+            raise InputError(
+                f"the run in {self.out_dir} was begun with another configuration: "
+                f"{'; '.join(differing)}. Name the same, or another out_dir."
+            )

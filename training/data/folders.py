@@ -1,0 +1,138 @@
+"""Folders of images in, (image, caption) pairs out: captioned by class name, or by text files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from clip_rt.errors import InputError
+from clip_rt.prompts import fill, find_templates
+from training.data.pairs import (
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    BadSampleError,
+    Pair,
+    Skips,
+    Strings,
+    check_caption,
+)
+from training.data.tables import resolve
+
+
+class ClassFolder:
+    """Images in one folder per class, at any depth below it; the label is the folder's name."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        templates: str | Iterable[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        allow_outside: bool = False,
+    ) -> None:
+        """List the images; none is opened yet.
+
+        Args:
+            folder: Holds a folder per class.
+            templates: Captions are these, filled with the label; as in `clip_rt.prompts`.
+            labels: Label by folder name, such as ImageNet's n01440764. Otherwise the label is
+                the folder's name with spaces for underscores.
+            allow_outside: Whether links may lead out of the folder.
+
+        Raises:
+            InputError: there is no such folder, no image in it, or a class has no label.
+            TemplateError: the templates are none.
+        """
+        self.folder = Path(folder)
+        self.skips = Skips()
+        self._allow_outside = allow_outside
+        self._templates = find_templates(templates)
+        names = list(_list_images(self.folder, self.skips))
+        class_names = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+        if labels is not None and (unknown := set(class_names) - set(labels)):
+            raise InputError(
+                f"{len(unknown)} classes of {self.folder} have no label, such as {min(unknown)!r}."
+            )
+        number_by_class = {name: number for number, name in enumerate(class_names)}
+        self.labels = [
+            labels[name] if labels is not None else name.replace("_", " ") for name in class_names
+        ]
+        classes = []
+        for name in names:
+            if os.sep in name:
+                classes.append(number_by_class[name.split(os.sep)[0]])
+            else:
+                self.skips.add("image in no class folder", name)
+        if not classes:
+            raise InputError(
+                f"{self.folder} holds no folders of images ({', '.join(IMAGE_EXTENSIONS)})."
+            )
+        self._images = Strings([name for name in names if os.sep in name])
+        self._class = np.array(classes, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Pair:
+        name = self._images[index]
+        label = check_caption(self.labels[self._class[index]], name)
+        captions = tuple(fill(template, label) for template in self._templates)
+        image = resolve(self.folder, name, allow_outside=self._allow_outside)
+        return Pair(image, captions, f"{self.folder}, {name!r}", label)
+
+
+class CaptionFolder:
+    """Images at any depth, each with its caption in a .txt of the same name beside it."""
+
+    def __init__(self, folder: str | Path, *, allow_outside: bool = False) -> None:
+        """List the images; nothing is opened yet.
+
+        Args:
+            folder: Where images and texts are.
+            allow_outside: Whether links may lead out of the folder.
+
+        Raises:
+            InputError: there is no such folder, or no image in it.
+        """
+        self.folder = Path(folder)
+        self.skips = Skips()
+        self._allow_outside = allow_outside
+        images = list(_list_images(self.folder, self.skips))
+        if not images:
+            raise InputError(f"{self.folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}).")
+        self._images = Strings(images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Pair:
+        name = self._images[index]
+        place = f"{self.folder}, {name!r}"
+        text = resolve(
+            self.folder, f"{os.path.splitext(name)[0]}.txt", allow_outside=self._allow_outside
+        )
+        if not text.is_file():
+            raise BadSampleError("no caption", place)
+        try:
+            with text.open("rb") as file:
+                caption = file.read(MAX_CAPTION_BYTES + 1)
+        except OSError as error:
+            raise BadSampleError("caption cannot be read", place) from error
+        if len(caption) > MAX_CAPTION_BYTES:
+            raise BadSampleError("caption too long", place)
+        image = resolve(self.folder, name, allow_outside=self._allow_outside)
+        return Pair(image, (check_caption(caption, place),), place)
+
+
+def _list_images(folder: Path, skips: Skips) -> Iterator[str]:
+    """Yield the names below a folder that end like images, relative to it, in a fixed order."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)[:200]!r}.")
+    for path, folders, files in os.walk(folder):
+        folders.sort()  # the order in which os.walk goes on
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lstrip(".").lower() in IMAGE_EXTENSIONS:
+                yield os.path.relpath(os.path.join(path, name), folder)

@@ -1,0 +1,208 @@
+"""Sources of (image, caption) pairs in, batches out; decoding runs on worker processes.
+
+What a batch holds depends on the seed, the step, the sources and the batch size: neither on how
+many workers or ranks there are, nor on what was read before, nor on the samples that are bad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clip_rt.errors import InputError
+from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from training.data.batches import Batch, check_rank, check_seed
+from training.data.mixture import Mixture
+from training.data.pair_reader import Reader, Rows, Ticket
+from training.data.pairs import Skips, Source
+from training.data.photos import PhotoAugmentation
+from training.data.shards import PipedShards
+
+NUM_CHECKED = 1000
+"""So many samples are read before their share of bad ones is judged."""
+
+
+class PairBatches:
+    """An endless stream of augmented batches of a user's own pairs.
+
+    `skips` grows while batches are taken and says what was left out, on this rank.
+    """
+
+    def __init__(
+        self,
+        sources: Source | Sequence[Source] | PipedShards,
+        *,
+        batch_size: int,
+        side_px: int,
+        context_length: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        augmentation: PhotoAugmentation | None = None,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        max_bad_share: float = 0.2,
+    ) -> None:
+        """Plan the batches; nothing is read yet.
+
+        Args:
+            sources: One or several; or shards that can only be streamed, alone.
+            batch_size: Pairs per batch, over all ranks.
+            side_px: Side of the images.
+            context_length: Tokens to which captions are cut.
+            seed: Of order, choice of captions and augmentation.
+            weights: How often each source is drawn from, in proportion; None is by its size, so
+                that every pair comes once per epoch.
+            augmentation: What happens to images; None is open_clip's default crop.
+            num_workers: Processes that decode; 0 decodes in this one.
+            device: Where batches are put. To a GPU, pixels travel as pinned bytes and are
+                normalised there.
+            max_bad_share: Of the first `NUM_CHECKED` pairs read; more is an error.
+
+        Raises:
+            InputError: a size is not positive, weights do not fit, or streams are mixed.
+        """
+        for name, size in (("batch_size", batch_size), ("side_px", side_px)):
+            if size < 1:
+                raise InputError(f"{name} is {size}; it must be at least 1.")
+        self.batch_size = batch_size
+        self._pipe = sources if isinstance(sources, PipedShards) else None
+        self._sources = _as_sources(sources)
+        self._seed = check_seed(seed)
+        if self._pipe is None:
+            sizes = [len(source) for source in self._sources]
+            self._mixture = Mixture(sizes, weights, seed=seed)
+        elif weights is not None:
+            raise InputError("streamed shards cannot be mixed by weight; name each set by itself.")
+        self._reader = Reader(
+            self._sources,
+            side_px=side_px,
+            context_length=context_length,
+            seed=seed,
+            augmentation=augmentation or PhotoAugmentation(),
+        )
+        self._num_workers = num_workers
+        self._device = torch.device(device)
+        self._max_bad_share = max_bad_share
+        self._num_good = 0
+        self._is_judged = False
+        self.skips = self._pipe.skips if self._pipe is not None else Skips()
+        for source in self._sources:
+            self.skips.merge(source.skips)
+        self._skipped_before = self.skips.total
+
+    def stream(self, start_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield this rank's rows of batches `start_step`, `start_step` + 1, ... without end.
+
+        With random access: rows r::`world_size` of the same batch, bit for bit; only columns of
+        tokens that pad may be more or fewer. A bad sample is replaced by another of its source,
+        drawn from seed, step and row. With `PipedShards` see there for what is exact; a bad
+        sample's place is taken by a good one of the same rows.
+
+        Workers start with the first batch and end when the iterator is closed.
+
+        Raises:
+            InputError: the batch cannot be split evenly, or too much of the data is bad.
+        """
+        check_rank(start_step, rank, world_size, batch_size=self.batch_size)
+        return self._stream(start_step, rank, world_size)
+
+    def _stream(self, start_step: int, rank: int, world_size: int) -> Iterator[Batch]:
+        local_size = self.batch_size // world_size
+        # All workers share each batch, so that the first one is there soon.
+        chunk_size = -(-local_size // max(1, self._num_workers))
+        chunks_per_batch = -(-local_size // chunk_size)
+        loader = DataLoader(
+            self._reader,
+            batch_sampler=_chunks(self._tickets(start_step, rank, world_size), chunk_size),
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,
+            pin_memory=self._device.type == "cuda",
+            # Its own, because a loader takes a number from torch's otherwise: of weights, dropout.
+            generator=torch.Generator(),
+        )
+        chunks = iter(loader)
+        while True:
+            yield self._assemble(list(islice(chunks, chunks_per_batch)))
+
+    def _tickets(self, start_step: int, rank: int, world_size: int) -> Iterator[list[Ticket]]:
+        """Yield the rows of batch after batch."""
+        rows = range(rank, self.batch_size, world_size)
+        if self._pipe is not None:
+            pairs = self._pipe.stream(seed=self._seed, rank=rank, world_size=world_size)
+            pairs = islice(pairs, start_step * len(rows), None)
+            for step in count(start_step):
+                yield [Ticket(step, row, 0, -1, next(pairs)) for row in rows]
+        for step in count(start_step):
+            source, index = self._mixture.take(step * self.batch_size, self.batch_size)
+            yield [Ticket(step, row, int(source[row]), int(index[row])) for row in rows]
+
+    def _assemble(self, chunks: list[Rows]) -> Batch:
+        for chunk in chunks:
+            self.skips.merge(chunk.skips)
+        tokens_BL = torch.cat([chunk.tokens_NL for chunk in chunks])
+        group_B = torch.cat([chunk.group_N for chunk in chunks])
+        pixels = torch.cat(
+            [chunk.pixels_NSSC.to(self._device, non_blocking=True) for chunk in chunks]
+        )
+        is_good = tokens_BL[:, 0] != 0
+        self._judge(is_good)
+        if not is_good.all():
+            good = is_good.nonzero().flatten()
+            rows = torch.arange(len(is_good))
+            rows = torch.where(is_good, rows, good[rows % len(good)])
+            tokens_BL, group_B, pixels = tokens_BL[rows], group_B[rows], pixels[rows]
+        tokens_BL = tokens_BL[:, : int((tokens_BL != 0).any(dim=0).sum())]
+        return Batch(normalise_pixels(pixels), tokens_BL.to(self._device), group_B.to(self._device))
+
+    def _judge(self, is_good: Tensor) -> None:
+        """Give up on data of which too much is bad."""
+        self._num_good += int(is_good.sum())
+        num_bad = self.num_read - self._num_good
+        is_due = self.num_read >= NUM_CHECKED and not self._is_judged
+        self._is_judged |= is_due
+        is_hopeless = not is_good.any() or (self._pipe is None and not is_good.all())
+        if is_hopeless or (is_due and num_bad > self._max_bad_share * self.num_read):
+            raise InputError(
+                f"{num_bad} of the first {self.num_read} samples are bad; at most "
+                f"{self._max_bad_share:.0%} may be: {self.skips}. Repair the data, or raise "
+                "max_bad_share."
+            )
+
+    @property
+    def num_read(self) -> int:
+        """Pairs tried so far, good and bad."""
+        return self._num_good + self.skips.total - self._skipped_before
+
+
+def normalise_pixels(pixels_NSSC: Tensor) -> Tensor:
+    """Turn uint8 (N, S, S, 3) into what the image tower takes: float32 (N, 3, S, S), mean and std.
+
+    Strides stay as they are, which torch calls channels_last.
+    """
+    mean = torch.tensor(CLIP_MEAN, device=pixels_NSSC.device) * 255
+    std = torch.tensor(CLIP_STD, device=pixels_NSSC.device) * 255
+    return pixels_NSSC.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def _as_sources(sources: Source | Sequence[Source] | PipedShards) -> list[Source]:
+    if isinstance(sources, PipedShards):
+        return []
+    listed: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    if any(isinstance(source, PipedShards) for source in listed):
+        raise InputError("streamed shards cannot be mixed with others; pass them alone.")
+    return listed
+
+
+def _chunks(batches: Iterator[list[Ticket]], size: int) -> Iterator[list[Ticket]]:
+    for batch in batches:
+        for start in range(0, len(batch), size):
+            yield batch[start : start + size]
+
+
+def _unchanged(rows: Any) -> Any:
+    return rows  # not collated: a reader fills whole chunks

@@ -1,0 +1,124 @@
+"""Tickets in, the rows of a batch they stand for out; runs in the worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clip_rt.errors import ImageError, TextError
+from clip_rt.tokenizer import encode_text, pad
+from training.data.batches import Purpose, rng
+from training.data.pairs import BadSampleError, Pair, Skips, Source
+from training.data.photos import PhotoAugmentation
+
+_MAX_TRIES = 100
+"""Samples tried for one row of a batch before the data count as hopeless."""
+
+
+class Ticket(NamedTuple):
+    """One row of one batch, to be filled by a worker."""
+
+    step: int
+    row: int
+    source: int
+    pair_index: int
+    """Of the pair in its source; without meaning when `pair` is there."""
+    pair: Pair | None = None
+    """A pair that came by a stream."""
+
+
+class Rows(NamedTuple):
+    """Rows a worker has filled; those it could not are zeros."""
+
+    pixels_NSSC: Tensor
+    """uint8 (N, S, S, 3)."""
+    tokens_NL: Tensor
+    """int32 (N, context_length)."""
+    group_N: Tensor
+    """int64 (N,)."""
+    skips: Skips
+
+
+class Reader(Dataset[Rows]):
+    """Fills rows."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        side_px: int,
+        context_length: int,
+        seed: int,
+        augmentation: PhotoAugmentation,
+    ) -> None:
+        self._sources = sources
+        self._side_px = side_px
+        self._context_length = context_length
+        self._seed = seed
+        self._augmentation = augmentation
+
+    def __getitems__(self, tickets: list[Ticket]) -> Rows:
+        """Fill the rows of some tickets; torch's loader calls this with each chunk."""
+        skips = Skips()
+        pixels = np.zeros((len(tickets), self._side_px, self._side_px, 3), np.uint8)
+        token_ids: list[list[int]] = []
+        groups = []
+        for ticket, pixels_SSC in zip(tickets, pixels, strict=True):
+            ids, group = self._fill(ticket, pixels_SSC, skips)
+            token_ids.append(ids)
+            groups.append(group)
+        tokens_NL = pad(token_ids, length_tokens=self._context_length)
+        return Rows(
+            torch.from_numpy(pixels), torch.from_numpy(tokens_NL), torch.tensor(groups), skips
+        )
+
+    def _fill(
+        self, ticket: Ticket, pixels_SSC: NDArray[np.uint8], skips: Skips
+    ) -> tuple[list[int], int]:
+        """Read a ticket's pair, or else the first good one of its replacements.
+
+        Writes the pixels; returns token ids, none if all were bad, and group.
+        """
+        for attempt in range(1 if ticket.pair else _MAX_TRIES):
+            try:
+                pair = ticket.pair or self._find(ticket, attempt)
+                return self._read(pair, ticket, pixels_SSC)
+            except BadSampleError as error:
+                skips.add(error.reason, error.example)
+        return [], 0
+
+    def _find(self, ticket: Ticket, attempt: int) -> Pair:
+        source = self._sources[ticket.source]
+        if attempt == 0:
+            return source[ticket.pair_index]
+        spare = rng(Purpose.REPLACEMENT, self._seed, ticket.step, ticket.row, attempt)
+        return source[int(spare.integers(len(source)))]
+
+    def _read(
+        self, pair: Pair, ticket: Ticket, pixels_SSC: NDArray[np.uint8]
+    ) -> tuple[list[int], int]:
+        where = ticket.step, ticket.row
+        chosen = rng(Purpose.CAPTION, self._seed, *where).integers(len(pair.captions))
+        try:
+            token_ids = self._encode(pair.captions[int(chosen)])
+            meaning = token_ids if pair.label is None else self._encode(pair.label)
+        except TextError as error:
+            raise BadSampleError("caption is no text", pair.name) from error
+        try:
+            generator = rng(Purpose.AUGMENTATION, self._seed, *where)
+            pixels_SSC[:] = self._augmentation(pair.image, side_px=self._side_px, rng=generator)
+        except ImageError as error:
+            raise BadSampleError("unusable image", f"{pair.name}: {error}") from error
+        # A number that all ranks and runs agree on.
+        digest = hashlib.blake2b(np.array(meaning, np.int64).tobytes(), digest_size=8).digest()
+        return token_ids, int.from_bytes(digest, "little", signed=True)
+
+    def _encode(self, text: str) -> list[int]:
+        return encode_text(text, context_length=self._context_length, truncate=True)

@@ -1,0 +1,160 @@
+"""One (image, caption) pair of a user's data, where pairs come from, and which were left out.
+
+Captions are checked here for all sources alike; images are checked when they are decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from clip_rt.errors import InputError
+from clip_rt.tokenizer import MAX_TEXT_CHARS
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""What is taken for an image; which decoder runs depends on the bytes, and others never do."""
+MAX_CAPTION_BYTES = 4 * MAX_TEXT_CHARS
+MAX_JSON_BYTES = 1024 * 1024
+"""Of one sample's metadata, or of one line of a table."""
+_MAX_EXAMPLES = 3
+
+
+class BadSampleError(InputError):
+    """A sample cannot be used for training; `reason` is one of few, `example` says which one."""
+
+    def __init__(self, reason: str, example: str) -> None:
+        super().__init__(f"{example}: {reason}")
+        self.reason = reason
+        self.example = example
+
+
+class Pair(NamedTuple):
+    """An image, not yet read or decoded, and what may be said of it."""
+
+    image: bytes | Path
+    captions: tuple[str, ...]
+    """At least one; each time the pair is read one of them is chosen."""
+    name: str
+    """Where it is, for messages."""
+    label: str | None = None
+    """The class of the image; pairs of one class fit each other, whatever their captions."""
+
+
+class Source(Protocol):
+    """Pairs in an order that never changes."""
+
+    skips: Skips
+    """What is known to be bad before any pair is read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair:
+        """Return a pair.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
+        ...
+
+
+@dataclass
+class Skips:
+    """What was left out and why: counts by reason, with the first few of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Members of shards that are never read, by extension; the rest of their samples is used."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one more."""
+        self.counts[reason] += 1
+        known = self.examples.setdefault(reason, [])
+        if len(known) < _MAX_EXAMPLES:
+            known.append(example[:200])
+
+    def merge(self, other: Skips) -> None:
+        """Count all of another's."""
+        self.counts.update(other.counts)
+        self.ignored.update(other.ignored)
+        for reason, examples in other.examples.items():
+            known = self.examples.setdefault(reason, [])
+            known.extend(examples[: _MAX_EXAMPLES - len(known)])
+
+    @property
+    def total(self) -> int:
+        """How many were left out."""
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{count} x {reason} ({', '.join(self.examples[reason])})"
+            for reason, count in self.counts.most_common()
+        )
+
+
+def check_caption(caption: object, name: str) -> str:
+    """Return `caption` if it is text that a tokenizer takes.
+
+    Raises:
+        BadSampleError: it is missing, blank, too long, or holds a NUL or half a character.
+    """
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSampleError("caption is not UTF-8", name) from error
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadSampleError("no caption", name)
+    if len(caption) > MAX_TEXT_CHARS:
+        raise BadSampleError("caption too long", name)
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSampleError("caption holds half a character", name) from error
+    if "\0" in caption:
+        raise BadSampleError("caption holds NUL", name)
+    return caption.strip()
+
+
+def parse_object(encoded: bytes, name: str) -> dict[str, object]:
+    """Parse a JSON object of at most `MAX_JSON_BYTES`.
+
+    Raises:
+        BadSampleError: it is none.
+    """
+    if len(encoded) > MAX_JSON_BYTES:
+        raise BadSampleError("JSON too large", name)
+    try:
+        parsed = json.loads(encoded)
+    # Nesting too deep is a RecursionError; ValueError covers syntax, encoding and huge numbers.
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("damaged JSON", name) from error
+    if not isinstance(parsed, dict):
+        raise BadSampleError("JSON is no object", name)
+    return parsed
+
+
+class Strings:
+    """A long list of strings in two arrays.
+
+    A list would be copied into every worker process, page by page, as reference counts change.
+    """
+
+    def __init__(self, strings: list[str]) -> None:
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._ends[index], self._ends[index + 1]
+        return self._bytes[start:end].tobytes().decode("utf-8", "surrogatepass")

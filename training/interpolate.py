@@ -1,0 +1,181 @@
+"""Mix two sets of weights, zero-shot and fine-tuned, as WiSE-FT does; files in, a file out.
+
+    python -m training.interpolate --zero-shot clip.safetensors --fine-tuned tuned.safetensors \
+        --alphas 0 0.25 0.5 0.75 1 --data shop/ --out mixed.safetensors
+
+With `--data`, prints the zero-shot accuracy at each alpha. `--out` receives the best, or the only.
+
+Source: Wortsman et al. 2022, section 3: (1 - alpha) x zero-shot + alpha x fine-tuned, weight by
+weight; they recommend alpha = 0.5 where no data of the target can be spared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clip_rt.errors import CheckpointError, ClipRTError, InputError
+from clip_rt.probe import Probe
+from clip_rt.prompts import DEFAULT_TEMPLATE
+from clip_rt.specs import Activation
+from training.checkpoint import save_checkpoint
+from training.evaluate import zero_shot
+from training.evaluation.class_names import read_name_table, read_templates
+from training.evaluation.embed import class_embeddings, logit_scale, open_model
+from training.evaluation.metrics import Accuracy
+from training.evaluation.source import embed_data
+from training.model import CLIP
+from training.weights.load import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig:
+    """What to mix, how, and where to."""
+
+    zero_shot: Path
+    """Weights before fine-tuning: alpha = 0."""
+    fine_tuned: Path
+    """Weights after it: alpha = 1."""
+    alphas: tuple[float, ...] = (0.5,)
+    """Shares of the fine-tuned weights."""
+    data: tuple[Path, ...] = ()
+    """Class folders or shards to measure each mixture on."""
+    class_names: Path | None = None
+    """What the classes are called; see training.evaluate."""
+    templates: str | None = None
+    """Prompts: a named set, or a file with one a line; without it, "a photo of a {}."."""
+    out: Path | None = None
+    """Where the mixture goes; ends in .safetensors. Of several, the most accurate."""
+    model: str | None = None
+    """Architecture; without it, the one the checkpoints name."""
+    activation: Activation | None = None
+    """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
+    device: str = "cpu"
+    """Where torch computes: cpu, cuda, cuda:1."""
+
+    def __post_init__(self) -> None:
+        if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
+            raise InputError(f"alphas are {self.alphas}; at least one within 0 and 1 is needed.")
+        if len(self.alphas) > 1 and not self.data:
+            raise InputError("several alphas need --data to choose among them.")
+
+
+def interpolate(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Mix two state dicts tensor by tensor; counters are taken from the second.
+
+    Args:
+        first: All of it at alpha = 0.
+        second: All of it at alpha = 1.
+        alpha: Share of the second.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in second.items()}:
+        odd = sorted(
+            name
+            for name in first.keys() | second.keys()
+            if name not in first or name not in second or first[name].shape != second[name].shape
+        )
+        raise CheckpointError(
+            f"the two sets of weights differ in {len(odd)} names or shapes, the first is "
+            f"{odd[0]!r}. Only weights of one architecture can be mixed."
+        )
+    return {
+        name: torch.lerp(first[name], tensor, alpha) if tensor.is_floating_point() else tensor
+        for name, tensor in second.items()
+    }
+
+
+def interpolate_probes(first: Probe, second: Probe, alpha: float) -> Probe:
+    """Mix two classifiers of the same labels on embeddings of the same weights.
+
+    Raises:
+        InputError: labels, sizes or fingerprints differ.
+    """
+    same = first.labels == second.labels and first.weight.shape == second.weight.shape
+    if not same or first.fingerprint != second.fingerprint:
+        raise InputError("two probes can be mixed only with equal labels, sizes and fingerprints.")
+    return Probe(
+        weight=(1 - alpha) * first.weight + alpha * second.weight,
+        bias=(1 - alpha) * first.bias + alpha * second.bias,
+        labels=first.labels,
+        fingerprint=first.fingerprint,
+        method=f"{1 - alpha:g} x ({first.method}) + {alpha:g} x ({second.method})",
+    )
+
+
+def zero_shot_probe(
+    model: CLIP, labels: Sequence[str], *, templates: str | Sequence[str] | None = None
+) -> Probe:
+    """Write the zero-shot classifier of some labels as a probe: scaled class embeddings, no bias.
+
+    Raises:
+        TemplateError, TextError: see `clip_rt.Client.class_embeddings`.
+    """
+    weight = logit_scale(model) * class_embeddings(model, labels, templates=templates)
+    return Probe(
+        weight=weight,
+        bias=weight[:, 0] * 0,
+        labels=tuple(labels),
+        fingerprint=fingerprint(model.state_dict()),
+        method="zero-shot",
+    )
+
+
+def run(config: InterpolateConfig) -> dict[float, Accuracy]:
+    """Do what `config` says; return the accuracy at each alpha, where there are data.
+
+    Raises:
+        InputError, CheckpointError: something it names cannot be used.
+    """
+    table = read_name_table(config.class_names) if config.class_names else None
+    frames = read_templates(config.templates) if config.templates else [DEFAULT_TEMPLATE]
+    model = open_model(config.zero_shot, model=config.model, activation=config.activation)
+    name, activation = model.spec.name, model.spec.activation
+    first = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    second = open_model(config.fine_tuned, model=name, activation=activation).state_dict()
+    model.to(torch.device(config.device))
+    found: dict[float, Accuracy] = {}
+    for alpha in config.alphas if config.data else ():
+        model.load_state_dict(interpolate(first, second, alpha))
+        _, results = zero_shot(model, embed_data(model, config.data), table=table, templates=frames)
+        found[alpha] = list(results.values())[-1]
+    if config.out:
+        best = max(found, key=lambda alpha: found[alpha].top1, default=config.alphas[0])
+        facts = {"zero_shot": str(config.zero_shot), "fine_tuned": str(config.fine_tuned)}
+        save_checkpoint(
+            config.out,
+            interpolate(first, second, best),
+            model.spec,
+            step=0,
+            config={**facts, "alpha": best},
+        )
+    return found
+
+
+def main(config: InterpolateConfig) -> None:
+    """Mix, measure, save, and print a table."""
+    found = run(config)
+    table = Table("alpha", "top-1", "top-5", "mean per class")
+    for alpha, row in found.items():
+        figures = (row.top1, row.top5, row.mean_per_class)
+        table.add_row(f"{alpha:g}", *(f"{100 * figure:.2f} %" for figure in figures))
+    if found:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(InterpolateConfig, description=__doc__))
+    except ClipRTError as error:
+        raise SystemExit(f"error: {error}") from None

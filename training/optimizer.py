@@ -1,0 +1,104 @@
+"""A model in, its AdamW out: what is decayed, what is locked, what learns slower."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from torch import nn
+
+from clip_rt.errors import InputError
+from training.model import CLIP
+
+Lock = Literal["none", "image", "text"]
+
+_RESNET_STAGE = re.compile(r"visual\.layer(\d)\.")
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+
+
+def adamw(
+    model: nn.Module, *, peak_lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.AdamW:
+    """Make AdamW with the betas of the paper's table 18.
+
+    Args:
+        model: A CLIP; parameters that take no gradient are left out.
+        peak_lr: Learning rate of the parameters nearest to the embeddings.
+        weight_decay: Of matrices; gains, biases and the temperature are not decayed.
+        layer_decay: Factor on the learning rate for every layer further from the embeddings
+            (BEiT, Bao et al. 2021, appendix); 1 is the same rate for all.
+
+    Returns:
+        The optimiser; each of its groups carries `lr_scale`, the factor on the scheduled rate.
+    """
+    tops = count_layers(model)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            tower = "image" if name.startswith("visual.") else "text"
+            lr_scale = layer_decay ** (tops[tower] - layer_of(name, tops[tower]))
+            # Scalars by themselves: they stay whole where FSDP shards the others.
+            groups.setdefault((decay, lr_scale, parameter.ndim == 0), []).append(parameter)
+    if not groups:
+        raise InputError("every parameter of the model is locked; nothing is left to train.")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+            for (decay, lr_scale, _), parameters in groups.items()
+        ],
+        lr=peak_lr,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        fused=True,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its share of the scheduled learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def lock_tower(model: CLIP, lock: Lock) -> None:
+    """Freeze one tower, so that the other learns to read or to be read by it (LiT, Zhai 2022).
+
+    The temperature stays free. Call `train_unlocked` where `model.train()` would be called.
+    """
+    for name, parameter in model.named_parameters():
+        in_image = name.startswith("visual.")
+        is_locked = lock == ("image" if in_image else "text")
+        parameter.requires_grad_(not is_locked or name in ("logit_scale", "logit_bias"))
+
+
+def train_unlocked(model: nn.Module, lock: Lock) -> None:
+    """Put the model into training mode, but a locked image tower into evaluation mode.
+
+    Or its batch normalisation would go on following the data, and its patches be dropped.
+    """
+    model.train()
+    if lock == "image":
+        model.get_submodule("visual").eval()
+
+
+def count_layers(model: nn.Module) -> dict[str, int]:
+    """Count the layers of each tower, the embeddings below them being layer 0."""
+    tops = {"image": 0, "text": 0}
+    for name, _ in model.named_parameters():
+        tower = "image" if name.startswith("visual.") else "text"
+        if match := _BLOCK.search(name):
+            tops[tower] = max(tops[tower], int(match[1]) + 2)
+        elif match := _RESNET_STAGE.search(name):
+            tops[tower] = max(tops[tower], int(match[1]) + 1)
+    return tops
+
+
+def layer_of(name: str, top: int) -> int:
+    """Say how far up its tower a parameter is: 0 at the input, `top` at the embedding."""
+    if match := _BLOCK.search(name):
+        return int(match[1]) + 1
+    if match := _RESNET_STAGE.search(name):
+        return int(match[1])
+    last = ("visual.ln_post.", "visual.proj", "visual.attnpool.", "ln_final.", "text_projection")
+    return top if name.startswith((*last, "logit_")) else 0

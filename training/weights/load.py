@@ -1,0 +1,250 @@
+"""Weights from anywhere into `training.model.CLIP`.
+
+A file, a folder in the hub's layout or an identifier of the hub goes in, under OpenAI's,
+open_clip's or Hugging Face's names; a float32 model comes out. What does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from clip_rt.errors import CheckpointError
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, MODELS, Activation, ModelSpec
+from training.model import CLIP, causal_mask
+from training.weights import hub
+from training.weights.adapt import (
+    IMAGE_POSITIONS,
+    TEXT_POSITIONS,
+    read_our_colours,
+    resize_image_positions,
+    resize_text_positions,
+)
+from training.weights.claims import Claims, read_claims
+from training.weights.naming import to_openai_names
+from training.weights.tensor_files import read_tensors
+
+_log = logging.getLogger(__name__)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load_clip(
+    spec: ModelSpec,
+    source: str | Path,
+    *,
+    activation: Activation | None = None,
+    side_px: int | None = None,
+    context_length: int | None = None,
+) -> CLIP:
+    """Build the model of `spec` with weights from a source.
+
+    Args:
+        spec: Architecture the weights must fit exactly.
+        source: A file (see `tensor_files.read_tensors`), a folder (see `hub.open_folder`),
+            `hf:owner/name[@revision]` (see `hub.fetch`), or `openai` for the weights OpenAI
+            published for this architecture. FP16 and BF16 tensors become float32, which loses
+            nothing.
+        activation: As the weights were trained. None takes the source's word: `hidden_act` of a
+            config.json, `quick_gelu` of an open_clip_config.json, `activation` in the metadata of
+            our own checkpoints. A bare state dict is silent, and then None is the spec's: OpenAI's
+            weights and open_clip's `-quickgelu` models need quick_gelu, its others gelu.
+        side_px: Read images of this side: positions are interpolated to it where the weights have
+            another. None demands that they have the spec's.
+        context_length: Read texts of this length; likewise.
+
+    Returns:
+        The model on the CPU, float32, in eval mode; its `spec` says the activation, side and
+        context it has. It has a `logit_bias` if the weights have one (SigLIP).
+
+    Raises:
+        CheckpointError: unreadable or unsafe; other names or shapes than the architecture's (the
+            message lists them, and names the architecture that does fit); values that are not
+            finite; or a source that says it was trained otherwise than asked for.
+        InputError: the side does not divide into patches, or the context is empty.
+    """
+    tensors, claims = _read_source(spec, source)
+    state_dict = to_openai_names(tensors)
+    claims.check_heads(spec)
+    spec = replace(
+        spec,
+        activation=claims.activation_for(spec, activation),
+        side_px=spec.side_px if side_px is None else side_px,
+        text=spec.text
+        if context_length is None
+        else replace(spec.text, context_length=context_length),
+    )
+    expected = tensor_shapes(spec)
+    for name in expected.keys() - state_dict.keys():
+        # Counts training steps; OpenAI's FP16 conversions and some tools leave it out.
+        if name.endswith("num_batches_tracked"):
+            state_dict[name] = torch.tensor(0)
+    if "logit_bias" in state_dict:
+        expected["logit_bias"] = ()
+    resizable = {
+        *(IMAGE_POSITIONS if side_px is not None else ()),
+        *((TEXT_POSITIONS,) if context_length is not None else ()),
+    }
+    _check_fit(spec, expected, state_dict, resizable)
+    _check_values(state_dict)
+    state_dict = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state_dict.items()
+    }
+    if claims.mean and claims.std and (claims.mean, claims.std) != (CLIP_MEAN, CLIP_STD):
+        state_dict = read_our_colours(state_dict, claims.mean, claims.std)
+    for name in resizable:
+        if name in state_dict and tuple(state_dict[name].shape) != expected[name]:
+            resize = resize_text_positions if name == TEXT_POSITIONS else resize_image_positions
+            _log.info("%s: %d positions become %d", name, len(state_dict[name]), expected[name][0])
+            state_dict[name] = resize(state_dict[name], expected[name][0])
+    # On the meta device nothing is initialised only to be overwritten.
+    with torch.device("meta"):
+        clip = CLIP(spec, logit_bias=0.0 if "logit_bias" in state_dict else None)
+    clip.load_state_dict(state_dict, strict=True, assign=True)
+    clip.causal_mask_LL = causal_mask(spec.text.context_length)
+    return clip.requires_grad_(False).eval()
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of one file under OpenAI's names.
+
+    Raises:
+        CheckpointError: see `tensor_files.read_tensors` and `naming.to_openai_names`.
+    """
+    return to_openai_names(read_tensors(Path(path)).tensors)
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Identify weights by content.
+
+    Returns:
+        sha256, hex, over names, dtypes, shapes and bytes in the order of the names. The step
+        counters of batch normalisation are left out: they reach no embedding.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        if name.endswith("num_batches_tracked"):
+            continue
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # A view as bytes works for BF16 too, which numpy does not have.
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a state dict of `spec`, by name."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in CLIP(spec).state_dict().items()}
+
+
+def _read_source(spec: ModelSpec, source: str | Path) -> tuple[dict[str, Tensor], Claims]:
+    """Find the files of a source; read their tensors and what is said about them."""
+    name = str(source)
+    if name == "openai" and not Path(name).exists():
+        if spec.name not in hub.OPENAI:
+            raise CheckpointError(
+                f"OpenAI published no weights for {spec.name}; it did for {', '.join(hub.OPENAI)}."
+            )
+        name = f"{hub.PREFIX}{hub.OPENAI[spec.name]}"
+    if name.startswith(hub.PREFIX):
+        found = hub.fetch(name)
+    elif Path(source).is_dir():
+        found = hub.open_folder(Path(source))
+    else:
+        tensors, metadata = read_tensors(Path(source))
+        return tensors, _claims_of_our_own(metadata, name)
+    tensors = {}
+    for path in found.files:
+        shard = read_tensors(path).tensors
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise CheckpointError(f"{str(path)!r} repeats {_listing(twice)} of another shard.")
+        tensors |= shard
+    return tensors, read_claims(found.folder, by_open_clip=found.by_open_clip)
+
+
+def _claims_of_our_own(metadata: Mapping[str, str], where: str) -> Claims:
+    activation = metadata.get("activation")
+    if activation not in (None, "quick_gelu", "gelu"):
+        raise CheckpointError(
+            f"the metadata of {where!r} says activation {activation[:80]!r}; it must be quick_gelu "
+            "or gelu."
+        )
+    return Claims(
+        where=f"the metadata of {where!r}", activation=cast("Activation | None", activation)
+    )
+
+
+def _check_fit(
+    spec: ModelSpec,
+    expected: Mapping[str, tuple[int, ...]],
+    state_dict: Mapping[str, Tensor],
+    resizable: Collection[str] = (),
+) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    expected = dict(expected)
+    for name in resizable:
+        # Any number of positions will do, of the right width.
+        if name in expected and found.get(name, ())[1:] == expected[name][1:]:
+            expected[name] = found[name]
+    if found == expected:
+        return
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} {found[name]} instead of {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    raise CheckpointError(
+        f"the checkpoint does not fit {spec.name}. Missing: {_listing(missing)}. Unexpected: "
+        f"{_listing(unexpected)}. Wrong shape: {_listing(misshapen)}. {_way_out(spec, found)}"
+    )
+
+
+def _way_out(spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> str:
+    for other in MODELS.values():
+        shapes = tensor_shapes(other)
+        if {name: s for name, s in found.items() if name in shapes} == shapes:
+            return f"It fits {other.name}: pass --model {other.name}."
+    shapes = tensor_shapes(spec)
+    differing = {name for name in shapes if found.get(name) != shapes[name]}
+    if differing <= {*IMAGE_POSITIONS, TEXT_POSITIONS}:
+        return (
+            "Only positions differ: the weights are for another image side or context length. Ask "
+            "for the side_px or context_length you want, and positions are interpolated to it."
+        )
+    if any(name.startswith("visual.trunk.") for name in found):
+        return "Its image tower is one of timm's, which is not built here."
+    known = ", ".join(MODELS)
+    return f"It fits none of the known architectures ({known})."
+
+
+def _check_values(state_dict: Mapping[str, Tensor]) -> None:
+    weights = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    quantised = sorted(name for name, tensor in weights.items() if tensor.dtype not in _FLOATS)
+    if quantised:
+        raise CheckpointError(
+            f"the checkpoint is quantised: {_listing(quantised)} are not of 16, 32 or 64 bits in "
+            "floating point. Use the weights it was made from."
+        )
+    broken = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
+    if broken:
+        raise CheckpointError(
+            f"the checkpoint has NaN or infinite values in {_listing(broken)}. Use an earlier one."
+        )
+
+
+def _listing(items: list[str], limit: int = 8) -> str:
+    if not items:
+        return "none"
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
