@@ -16,11 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from clip_rt.errors import InputError, TrainingError
+from clip_rt.specs import MODELS
 from training import build as build_module
 from training.config import TrainConfig
 from training.journal import read_journal
 from training.run import main
 from training.weights.load import load_clip
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, tiny_run.TINY.name, tiny_run.TINY)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ TINY = ModelSpec(
     image=ViTSpec(patch_px=8, width=32, layers=2, heads=2),
     text=TextSpec(width=32, layers=2, heads=2),
 )  # fmt: skip
-MODELS[TINY.name] = TINY
 
 
 def write_classes(folder: Path, *, per_class: int = 8) -> Path:
@@ -43,4 +42,5 @@ def config(data: Path, out_dir: Path, **changes: object) -> TrainConfig:
 
 
 if __name__ == "__main__":
+    MODELS[TINY.name] = TINY
     sys.exit(run.main(tyro.cli(TrainConfig)))
