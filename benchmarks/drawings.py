@@ -132,7 +132,7 @@ def measure_baselines(train_dir: Path) -> dict[str, dict[str, float]]:
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Flatten a drawing on nothing onto white."""
-    canvas = Image.new("RGBA", rgba.shape[1::-1], "white")
+    canvas = Image.new("RGBA", (rgba.shape[1], rgba.shape[0]), "white")
     canvas.alpha_composite(Image.fromarray(rgba, "RGBA"))
     return np.asarray(canvas.convert("RGB"))
 

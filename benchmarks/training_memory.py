@@ -12,6 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ from training.optimizer import adamw
 MODEL = "ViT-B/32"
 
 
-class SyntheticChunks:
+class SyntheticChunks(Sequence[Batch]):
     """Chunks of random pairs with tokens of full length, each made anew whenever it is taken."""
 
     def __init__(self, batch_size: int, chunk_size: int) -> None:
@@ -40,7 +41,7 @@ class SyntheticChunks:
     def __len__(self) -> int:
         return self.num_chunks
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
         return synthetic_batch(self.chunk_size, seed=index)
 
 

@@ -24,8 +24,9 @@ class PooledBlock(nn.Module):
     are computed once per item instead of L times. Parameters are shared with `block`.
     """
 
-    def __init__(self, block: ResidualAttentionBlock) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        assert isinstance(block, ResidualAttentionBlock)
         attn, width = block.attn, block.attn.out_proj.in_features
         self.heads = attn.heads
         self.ln_1 = block.ln_1
@@ -52,6 +53,9 @@ class PooledBlock(nn.Module):
 class ImageGraph(nn.Module):
     """Pixels to embeddings: mean and standard deviation, the image tower, L2 normalisation."""
 
+    mean_C11: Tensor
+    scale_C11: Tensor
+
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
         # One subtraction and one product on [0, 255] instead of dividing by 255 first.
@@ -72,7 +76,7 @@ class ImageGraph(nn.Module):
             float32 (B, E), L2-normalised.
         """
         image_BCSS = (pixels_BSSC.permute(0, 3, 1, 2).float() - self.mean_C11) * self.scale_C11
-        if self.last_block is None:
+        if self.last_block is None or not isinstance(self.visual, VisionTransformer):
             return _normalise(self.visual(image_BCSS))
         x_BLD = self.visual.embed_patches(image_BCSS)
         for block in self.visual.transformer.resblocks[:-1]:
@@ -83,6 +87,8 @@ class ImageGraph(nn.Module):
 
 class TextGraph(nn.Module):
     """Tokens to embeddings: the text tower read at the first end of text, L2 normalisation."""
+
+    causal_mask_LL: Tensor
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()

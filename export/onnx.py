@@ -234,6 +234,7 @@ def _write(
             dynamic_shapes=(dict(enumerate(dims)),),
             verbose=False,
         )
+    assert program is not None
     model = program.model_proto
     storage.strip_traces(model)
     if weights_dtype == "fp16":

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -26,7 +26,7 @@ from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, VOCAB_SIZE, image_model, text_model
 
-ModelConfig = model_config_pb2.ModelConfig
+ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Tower = Literal["image", "text"]
 Backend = Literal["python", "onnxruntime"]
 Device = Literal["cpu", "gpu", "auto"]
@@ -179,7 +179,8 @@ def publish(
     repository.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=_staging(repository)) as staging:
         moves = []
-        for tower, file in (("image", image), ("text", text)):
+        towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
+        for tower, file in towers:
             config = render_config(manifest, tower, serving)
             staged = _stage(Path(staging) / config.name, config, file, report)
             moves.append((staged, repository / config.name))

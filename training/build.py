@@ -45,7 +45,7 @@ def build(config: TrainConfig, world: parallel.World) -> Run:
     data = open_data(config, world)
     clip = build_clip(config).to(world.device)
     if config.parallel == "ddp" or world.size == 1:  # FSDP takes contiguous weights only.
-        clip = clip.to(memory_format=torch.channels_last)
+        clip = clip.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile_backend:
         clip.compile(backend=config.compile_backend)
     wrapped = parallel.wrap(clip, config.parallel)

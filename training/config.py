@@ -42,7 +42,7 @@ class TrainConfig:
     """Go on with the run in out_dir, from its last snapshot."""
 
     data: tuple[str, ...] = ()
-    """Image-text pairs: tar shards (with {000..099}), a .csv or .jsonl table, or a folder."""
+    """Tar shards (with {000..099}), a .csv or .jsonl with image and caption or label, a folder."""
     data_dir: Path = Path("data/drawings")
     """Without `data`: folder with train/*.tar and styles/*.tar of python -m training.drawings."""
     sample: bool = False
@@ -50,7 +50,7 @@ class TrainConfig:
     emoji_fraction: float = 0.6
     """Share of each batch of drawings that is emoji; the rest are icons."""
     templates: str = "openai_imagenet"
-    """Captions of folders of classes: a named set of prompt templates."""
+    """Captions of images that have a class only: a named set of prompt templates."""
     data_weights: tuple[float, ...] = ()
     """How often each of `data` is drawn from, in proportion; by size if empty."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -64,7 +64,7 @@ class TrainConfig:
     num_workers: int = 2
     """Processes that decode the images of `data`."""
     eval_data: tuple[Path, ...] = ()
-    """Folder or shards to evaluate on: classes by zero-shot, captions by retrieval."""
+    """Folder, table or shards to evaluate on: classes by zero-shot, captions by retrieval."""
 
     objective: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
@@ -95,7 +95,7 @@ class TrainConfig:
     """Tower to leave as it is; 'image' is LiT."""
     patch_dropout: float = 0.0
     """Share of a ViT's patches left out in training."""
-    ema_decay: float = 0.0
+    ema_decay: float = 0.998
     """Decay of the average of the weights, which is then what is evaluated and saved; 0 is none."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

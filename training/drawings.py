@@ -163,10 +163,10 @@ class EmojiNames:
                 self._by_name.setdefault(f"{country}flag", item)
         for table in names:
             for hexcode, values in table.items():
-                item = self._by_hexcode.get(self._hexcode(hexcode))
+                named = self._by_hexcode.get(self._hexcode(hexcode))
                 for value in [values] if isinstance(values, str) else values:
-                    if item is not None:
-                        self._by_name.setdefault(letters(value), item)
+                    if named is not None:
+                        self._by_name.setdefault(letters(value), named)
 
     @staticmethod
     def _hexcode(code: str) -> str:

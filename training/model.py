@@ -140,14 +140,18 @@ class Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as section 2.4's scheme: residual branches shrink with depth."""
-        width, layers = self.resblocks[0].attn.out_proj.in_features, len(self.resblocks)
+        width, layers = self.resblocks[0].get_parameter("ln_1.weight").numel(), len(self.resblocks)
+        std_by_name = {
+            "attn.in_proj_weight": width**-0.5,
+            "attn.out_proj.weight": width**-0.5 * (2 * layers) ** -0.5,
+            "mlp.c_fc.weight": (2 * width) ** -0.5,
+            "mlp.c_proj.weight": width**-0.5 * (2 * layers) ** -0.5,
+        }
         for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
-                nn.init.zeros_(bias)
+            for name, std in std_by_name.items():
+                nn.init.normal_(block.get_parameter(name), std=std)
+            for name in ("attn.out_proj.bias", "mlp.c_fc.bias", "mlp.c_proj.bias"):
+                nn.init.zeros_(block.get_parameter(name))
 
 
 class VisionTransformer(nn.Module):
@@ -205,6 +209,8 @@ class CLIP(nn.Module):
         InputError: a side that does not divide into patches, an empty context, or patches that
             cannot be dropped.
     """
+
+    causal_mask_LL: Tensor
 
     def __init__(
         self, spec: ModelSpec, *, patch_dropout: float = 0.0, logit_bias: float | None = None

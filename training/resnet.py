@@ -118,6 +118,7 @@ class ModifiedResNet(nn.Module):
         x = torch.relu(self.bn1(self.conv1(image_BCSS)))
         x = torch.relu(self.bn2(self.conv2(x)))
         x = self.avgpool(torch.relu(self.bn3(self.conv3(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for number in range(1, 5):
+            stage = self.get_submodule(f"layer{number}")
             x = recompute_in_backward(stage, x) if self.grad_checkpointing else stage(x)
         return self.attnpool(x)

@@ -229,6 +229,7 @@ def report(run: Run, update: Update, journal: Journal) -> None:
         lr=update.lr,
         images_per_s=images_per_s,
         logit_scale=run.clip.logit_scale.exp().item(),
+        bad_samples=run.data.skips.total,
     )
     journal.show(
         loss=f"{update.loss:.3f}",
@@ -240,6 +241,8 @@ def report(run: Run, update: Update, journal: Journal) -> None:
 def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
     """Measure what would be served, write it for export, and redraw the curves."""
     config = run.config
+    if run.data.skips.total:
+        journal.say(f"bad samples left out so far: {run.data.skips}")
     if run.average is not None:
         weights = gather_average(run)
     else:
@@ -292,7 +295,7 @@ def stopping(run: Run) -> Iterator[None]:
         run.received_signal = number
         signal.signal(number, before[number])  # The second one ends it at once.
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(n): signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

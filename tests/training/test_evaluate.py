@@ -12,6 +12,7 @@ import tiny_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tar_shards import write_tar
 
 from clip_rt.errors import CheckpointError, ImageError, InputError, NonFiniteEmbeddingError
 from clip_rt.images import preprocess
@@ -334,6 +335,35 @@ def test_a_truncated_shard_is_an_error(tmp_path: Path) -> None:
         list(read_samples([path]))
 
 
+def test_a_table_gives_each_image_once_with_its_label_and_captions(tmp_path: Path) -> None:
+    paint(tmp_path / "images/a.png", COLOURS["red"])
+    path = tmp_path / "t.csv"
+    path.write_text("image,label,caption\nimages/a.png,cat,one\nb.png,,\nimages/a.png,cat,two\n")
+    first, second = read_samples([path])
+    assert (first.label, first.captions) == ("cat", ("one", "two"))
+    assert first.image == tmp_path / "images/a.png"
+    assert (second.label, second.captions) == (None, ())
+    path.write_text("image,label\na.png,cat\na.png,dog\n")
+    with pytest.raises(InputError, match=r"line 3: the label is 'dog', and was 'cat' before"):
+        list(read_samples([path]))
+    path.write_text("image,label\n../a.png,cat\n")
+    with pytest.raises(InputError, match="path leaves its folder"):
+        list(read_samples([path]))
+    path.write_text("file,label\na.png,cat\n")
+    with pytest.raises(InputError, match=r"t\.csv, line 2: no image"):
+        list(read_samples([path]))
+
+
+def test_a_shard_that_cannot_be_trusted_is_not_evaluated_on(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"../a.png": png("red"), "../a.cls": b"0"})
+    with pytest.raises(InputError, match="member name leaves its folder"):
+        list(read_samples([path]))
+    code = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    path = write_tar(tmp_path / "b.tar", {"a.png": png("red"), "a.cls": b"0", "a.pkl": code})
+    assert [sample.label for sample in read_samples([path])] == ["0"]
+    assert not (tmp_path / "ran").exists()
+
+
 def test_nothing_to_evaluate_names_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image"):
         list(read_samples([tmp_path]))
@@ -353,7 +383,7 @@ def test_captions_of_an_image_may_stand_in_several_rows(tmp_path: Path) -> None:
     )
     assert read_captions(tmp_path / "c.jsonl") == expected
     (tmp_path / "bad.csv").write_text("image,text\na.png,one\n")
-    with pytest.raises(InputError, match="row 1"):
+    with pytest.raises(InputError, match=r"bad\.csv, line 2: no caption"):
         read_captions(tmp_path / "bad.csv")
 
 

@@ -198,6 +198,7 @@ class Poison:
 
     def __init__(self, data, poisoned):
         self._data, self._poisoned = data, poisoned
+        self.skips = data.skips
 
     def stream(self, start_step, **place):
         for step, batch in enumerate(self._data.stream(start_step, **place), start=start_step):
@@ -217,6 +218,16 @@ def test_a_batch_without_a_finite_loss_is_skipped_and_logged(tmp_path, data, mon
     assert [line["skipped_batch"] for line in lines if "skipped_batch" in line] == [5]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     load_clip(tiny_run.TINY, tmp_path / "out/checkpoint.safetensors")  # refuses NaN
+
+
+def test_bad_samples_are_replaced_counted_and_named(tmp_path, data, capsys) -> None:
+    (data / "red" / "0.png").write_bytes(b"no image")
+    main(tiny_run.config(data, tmp_path / "out", total_steps=8))
+    last = read_journal(tmp_path / "out/log.jsonl")[-2]
+    assert last["bad_samples"] == 2  # 48 pairs are two epochs of 24
+    said = capsys.readouterr().out
+    assert "2 x unusable image" in said
+    assert "red/0.png" in said
 
 
 def test_several_in_a_row_send_the_run_back_to_its_last_snapshot(

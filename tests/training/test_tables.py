@@ -37,6 +37,25 @@ def test_csv_rows_become_pairs(tmp_path: Path, suffix: str) -> None:
     assert table[1].captions == ("größer",)
 
 
+def test_labels_are_captioned_by_templates_where_no_caption_is_given(tmp_path: Path) -> None:
+    path = fill(tmp_path) / "t.csv"
+    path.write_text("image,label,caption\nimages/a.jpg,cat,\nimages/a.jpg,cat,my cat\n,cat,x\n")
+    table = Table(path, templates=["a {}.", "the {}"])
+    assert [(table[i].captions, table[i].label) for i in range(len(table))] == [
+        (("a cat.", "the cat"), "cat"), (("my cat",), "cat"),
+    ]  # fmt: skip
+    assert dict(table.skips.counts) == {"no image": 1}
+    rows = [
+        {"image": "a.jpg", "label": 3},
+        {"image": "a.jpg", "label": {}},
+        {"image": "a.jpg", "caption": ["one", "two"]},
+    ]
+    table = Table(write_jsonl(tmp_path, *rows), templates=["{}"])
+    assert [(table[i].captions, table[i].label) for i in range(len(table))] == [
+        (("3",), "3"), (("one", "two"), None),
+    ]  # fmt: skip
+
+
 def test_jsonl_rows_become_pairs_and_damaged_ones_are_counted(tmp_path: Path) -> None:
     path = fill(tmp_path) / "table.jsonl"
     good = b'{"image": "images/a.jpg", "caption": "fine"}'
@@ -92,7 +111,7 @@ def test_tables_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.csv, \.tsv or \.jsonl"):
         Table(tmp_path / "table.parquet")
     (tmp_path / "t.csv").write_text("path,caption\na,b\n")
-    with pytest.raises(InputError, match=r"no column 'image' but 'path', 'caption'"):
+    with pytest.raises(InputError, match=r"no row with 'image' .* columns are 'path', 'caption'"):
         Table(tmp_path / "t.csv")
     with pytest.raises(InputError, match=r"no row .* 1 x no caption"):
         Table(write_jsonl(tmp_path, {"image": "a.jpg"}))

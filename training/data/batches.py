@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clip_rt.errors import InputError
 from clip_rt.tokenizer import tokenize
+from training.data.pairs import Skips
 
 MAX_SEED = 2**32 - 1
 
@@ -39,6 +40,9 @@ class Batch:
 
 class BatchStream(Protocol):
     """A source of batches that can begin at any step."""
+
+    skips: Skips
+    """What this process found to be bad so far, and replaced."""
 
     def stream(self, start_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield this rank's part of batches `start_step`, `start_step` + 1, ... without end."""

@@ -28,6 +28,7 @@ from training.data.batches import (
     cut_tokens,
     torch_rng,
 )
+from training.data.pairs import Skips
 from training.data.tar_samples import read_shard
 from training.drawings import letters
 
@@ -121,6 +122,7 @@ class DrawingBatches:
         seed: int,
     ) -> None:
         self.drawings = drawings
+        self.skips = Skips()  # A bad drawing ends the run before it begins.
         self.batch_size = batch_size
         self.context_length = context_length
         self._seed = check_seed(seed)

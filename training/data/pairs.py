@@ -16,7 +16,7 @@ import numpy as np
 from clip_rt.errors import InputError
 from clip_rt.tokenizer import MAX_TEXT_CHARS
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 """What is taken for an image; which decoder runs depends on the bytes, and others never do."""
 MAX_CAPTION_BYTES = 4 * MAX_TEXT_CHARS
 MAX_JSON_BYTES = 1024 * 1024
@@ -120,6 +120,12 @@ def check_caption(caption: object, name: str) -> str:
     if "\0" in caption:
         raise BadSampleError("caption holds NUL", name)
     return caption.strip()
+
+
+def check_captions(captions: object, name: str) -> tuple[str, ...]:
+    """Return a caption, or each of a list of several, as `check_caption` does."""
+    listed = captions if isinstance(captions, list) and captions else [captions]
+    return tuple(check_caption(caption, name) for caption in listed)
 
 
 def parse_object(encoded: bytes, name: str) -> dict[str, object]:

@@ -23,7 +23,7 @@ from training.data.pairs import (
     BadSampleError,
     Pair,
     Skips,
-    check_caption,
+    check_captions,
     parse_object,
 )
 from training.data.tar_samples import CUT_OFF, Header, index_samples, read_extent, read_samples
@@ -38,8 +38,7 @@ def _make_pair(parts: dict[str, bytes], name: str, *, caption_key: str) -> Pair:
     captions: object = parts.get("txt")
     if captions is None and "json" in parts:
         captions = parse_object(parts["json"], name).get(caption_key)
-    listed = captions if isinstance(captions, list) and captions else [captions]
-    return Pair(image, tuple(check_caption(caption, name) for caption in listed), name)
+    return Pair(image, check_captions(captions, name), name)
 
 
 class TarShards:

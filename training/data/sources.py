@@ -10,9 +10,7 @@ from clip_rt.errors import InputError
 from training.data.folders import CaptionFolder, ClassFolder
 from training.data.pairs import Source
 from training.data.shards import PipedShards, TarShards
-from training.data.tables import Table
-
-_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+from training.data.tables import TABLE_SUFFIXES, Table
 
 
 def open_sources(
@@ -24,7 +22,7 @@ def open_sources(
         names: Local tar shards (braces expand), one table, or one folder each; or nothing but
             URLs of shards, which are streamed together. A folder whose images have a .txt beside
             them is read as pairs, any other as one folder of images for each class.
-        templates: Captions of class folders; a name of `clip_rt.prompts`.
+        templates: Captions of what has a class only; a name of `clip_rt.prompts`.
         allow_commands: Whether `pipe:` shards may run their commands.
 
     Raises:
@@ -45,11 +43,11 @@ def _open(name: str, templates: str | None) -> Source:
     path = Path(name)
     if name.endswith(".tar"):
         return TarShards(name)
-    if path.suffix in _TABLES:
-        return Table(path)
+    if path.suffix in TABLE_SUFFIXES:
+        return Table(path, templates=templates)
     if path.is_dir():
         has_texts = next(path.rglob("*.txt"), None) is not None
         return CaptionFolder(path) if has_texts else ClassFolder(path, templates=templates)
     raise InputError(
-        f"{name!r} is no tar shard, no table ({', '.join(_TABLES)}) and no folder of images."
+        f"{name!r} is no tar shard, no table ({', '.join(TABLE_SUFFIXES)}) and no folder of images."
     )

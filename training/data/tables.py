@@ -1,14 +1,17 @@
-"""A CSV or JSONL file of image paths and captions in, (image, caption) pairs out."""
+"""A CSV or JSONL file of image paths, captions and labels in, (image, caption) pairs out."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from clip_rt.errors import InputError
+from clip_rt.prompts import fill, find_templates
 from training.data.pairs import (
     MAX_JSON_BYTES,
     BadSampleError,
@@ -16,10 +19,14 @@ from training.data.pairs import (
     Skips,
     Strings,
     check_caption,
+    check_captions,
     parse_object,
 )
 
 DELIMITER_BY_SUFFIX = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (*DELIMITER_BY_SUFFIX, ".jsonl", ".ndjson")
+Row = Mapping[str, object]
+"""A row's cells by column: text in a CSV, any JSON in JSONL."""
 
 
 class Table:
@@ -32,98 +39,57 @@ class Table:
         self,
         path: str | Path,
         *,
+        templates: str | Iterable[str] | None = None,
         image_column: str = "image",
         caption_column: str = "caption",
+        label_column: str = "label",
         allow_outside: bool = False,
     ) -> None:
         """Read a table.
 
         Args:
             path: .csv or .tsv with a line of column names, or .jsonl with an object a line. UTF-8.
+            templates: Captions of rows that have a label only; as in `clip_rt.prompts`.
             image_column: Where the image's path is, relative to the folder of the table.
-            caption_column: Where the caption is.
+            caption_column: Where the caption is; in JSONL, perhaps a list of several.
+            label_column: Where the class of the image is, which may be missing.
             allow_outside: Whether paths may lead out of that folder, links included.
 
         Raises:
             InputError: the table cannot be read, lacks a column, or holds no usable row.
+            TemplateError: the templates are none.
         """
         self.path = Path(path)
         self.folder = self.path.parent
         self.skips = Skips()
         self._allow_outside = allow_outside
-        columns = image_column, caption_column
-        is_jsonl = self.path.suffix in (".jsonl", ".ndjson")
-        if not is_jsonl and self.path.suffix not in DELIMITER_BY_SUFFIX:
-            raise InputError(f"{self.path} is no .csv, .tsv or .jsonl. Name it for what it is.")
-        images, captions = [], []
-        try:
-            with self.path.open("rb") as file:
-                rows = self._read_jsonl if is_jsonl else self._read_csv
-                for place, image, caption in rows(file, *columns):
-                    try:
-                        captions.append(check_caption(caption, place))
-                        images.append(_check_path(image, place))
-                    except BadSampleError as error:
-                        del captions[len(images) :]
-                        self.skips.add(error.reason, error.example)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror}.") from error
+        self._templates = find_templates(templates)
+        images, captions, numbers = [], [], []
+        number_by_label: dict[str, int] = {}
+        columns: list[str] = []
+        for place, row in read_rows(self.path, self.skips):
+            columns = columns or list(row)
+            caption = row.get(caption_column)
+            try:
+                image = check_path(row.get(image_column), place)
+                label = read_label(row.get(label_column), place)
+                texts = () if label and caption in (None, "") else check_captions(caption, place)
+            except BadSampleError as error:
+                self.skips.add(error.reason, error.example)
+                continue
+            images.append(image)
+            captions.append(_BETWEEN.join(texts))
+            numbers.append(number_by_label.setdefault(label or "", len(number_by_label)))
         if not images:
             raise InputError(
-                f"{self.path} holds no row with {image_column!r} and {caption_column!r}. "
-                f"Left out: {self.skips}."
+                f"{self.path} holds no row with {image_column!r} and {caption_column!r} or "
+                f"{label_column!r}; its columns are {', '.join(map(repr, columns))[:200]}. Left "
+                f"out: {self.skips}."
             )
         self._images = Strings(images)
         self._captions = Strings(captions)
-
-    def _read_jsonl(
-        self, file: IO[bytes], image_column: str, caption_column: str
-    ) -> Iterator[tuple[str, object, object]]:
-        for place, line in self._lines(file):
-            try:
-                if line.strip():
-                    row = parse_object(line, place)
-                    yield place, row.get(image_column), row.get(caption_column)
-            except BadSampleError as error:
-                self.skips.add(error.reason, error.example)
-
-    def _read_csv(
-        self, file: IO[bytes], image_column: str, caption_column: str
-    ) -> Iterator[tuple[str, object, object]]:
-        text = (line.decode("utf-8", "replace") for _, line in self._lines(file))
-        rows = csv.DictReader(text, delimiter=DELIMITER_BY_SUFFIX[self.path.suffix])
-        missing = {image_column, caption_column} - set(rows.fieldnames or ())
-        if missing:
-            raise InputError(
-                f"{self.path} has no column {', '.join(map(repr, sorted(missing)))} but "
-                f"{', '.join(map(repr, rows.fieldnames or ()))[:200]}. Name the columns."
-            )
-        while True:
-            try:
-                row = next(rows, None)
-            # A field over csv's limit, mostly a quote that never ends.
-            except csv.Error as error:
-                self.skips.add(f"damaged row: {error}", f"{self.path}, line {rows.line_num}")
-                continue
-            if row is None:
-                return
-            place = f"{self.path}, line {rows.line_num}"
-            yield place, row[image_column], row[caption_column]
-
-    def _lines(self, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-        """Yield lines of bounded length with their places; skip the others."""
-        number = 0
-        while line := file.readline(MAX_JSON_BYTES + 1):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            place = f"{self.path}, line {number}"
-            if len(line) <= MAX_JSON_BYTES:
-                yield place, line
-                continue
-            self.skips.add("line too long", place)
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_JSON_BYTES)
+        self._labels = list(number_by_label)
+        self._label = np.array(numbers, np.int32)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -131,7 +97,72 @@ class Table:
     def __getitem__(self, index: int) -> Pair:
         name = self._images[index]
         image = resolve(self.folder, name, allow_outside=self._allow_outside)
-        return Pair(image, (self._captions[index],), f"{self.path}, {name!r}")
+        label = self._labels[self._label[index]]
+        texts = self._captions[index]
+        captions = tuple(texts.split(_BETWEEN)) if texts else ()
+        captions = captions or tuple(fill(template, label) for template in self._templates)
+        return Pair(image, captions, f"{self.path}, {name!r}", label or None)
+
+
+_BETWEEN = "\0"
+"""Between the captions of one row; none holds it."""
+
+
+def read_rows(path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
+    """Yield place and cells of each row of a table; what is damaged is counted in `skips`.
+
+    Raises:
+        InputError: its name has none of `TABLE_SUFFIXES`, or it cannot be read.
+    """
+    if path.suffix not in TABLE_SUFFIXES:
+        raise InputError(f"{path} is no .csv, .tsv or .jsonl. Name it for what it is.")
+    read = _read_csv if path.suffix in DELIMITER_BY_SUFFIX else _read_jsonl
+    try:
+        with path.open("rb") as file:
+            yield from read(file, path, skips)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_jsonl(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
+    for place, line in _lines(file, path, skips):
+        try:
+            if line.strip():
+                yield place, parse_object(line, place)
+        except BadSampleError as error:
+            skips.add(error.reason, error.example)
+
+
+def _read_csv(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
+    text = (line.decode("utf-8", "replace") for _, line in _lines(file, path, skips))
+    rows = csv.DictReader(text, delimiter=DELIMITER_BY_SUFFIX[path.suffix])
+    while True:
+        try:
+            row = next(rows, None)
+        # A field over csv's limit, mostly a quote that never ends.
+        except csv.Error as error:
+            skips.add(f"damaged row: {error}", f"{path}, line {rows.line_num}")
+            continue
+        if row is None:
+            return
+        row.pop(None, None)  # Cells beyond the last column
+        yield f"{path}, line {rows.line_num}", row
+
+
+def _lines(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str, bytes]]:
+    """Yield lines of bounded length with their places; skip the others."""
+    number = 0
+    while line := file.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        place = f"{path}, line {number}"
+        if len(line) <= MAX_JSON_BYTES:
+            yield place, line
+            continue
+        skips.add("line too long", place)
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_JSON_BYTES)
 
 
 def resolve(folder: Path, name: str, *, allow_outside: bool) -> Path:
@@ -147,7 +178,23 @@ def resolve(folder: Path, name: str, *, allow_outside: bool) -> Path:
     return Path(path)
 
 
-def _check_path(name: object, place: str) -> str:
+def read_label(label: object, place: str) -> str | None:
+    """Return the class that a cell names, by text or number; None if it is empty.
+
+    Raises:
+        BadSampleError: it holds something else.
+    """
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    return None if label in (None, "") else check_caption(label, place)
+
+
+def check_path(name: object, place: str) -> str:
+    """Return `name` if it can be a path.
+
+    Raises:
+        BadSampleError: it is missing, holds a NUL, or is too long.
+    """
     if not isinstance(name, str) or not name.strip():
         raise BadSampleError("no image", place)
     if "\0" in name or len(name) > 4096:

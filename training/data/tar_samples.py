@@ -1,8 +1,8 @@
 """Tar files in, the samples in them out: WebDataset's layout, read without trust.
 
 A sample is the consecutive members that share a name up to its first dot: `a.jpg`, `a.txt` and
-`a.json` are one. Only images, txt and json are read, whatever else there is. Nothing is extracted,
-and member names are never used as paths.
+`a.json` are one. Only images, txt, json and cls are read, whatever else there is. Nothing is
+extracted, and member names are never used as paths.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MAX_SIZE_BYTES = {
     **dict.fromkeys(IMAGE_EXTENSIONS, MAX_BYTES),
     "txt": MAX_CAPTION_BYTES,
     "json": MAX_JSON_BYTES,
+    "cls": 32,
 }
 """Largest member of each kind that is read."""
 _CODE_EXTENSIONS = frozenset("pkl pickle pyd pyc pth pt ckpt npy npz joblib ten tb mp".split())
@@ -145,7 +146,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     with path.open("rb") as file:
         samples = list(index_samples(file, str(path), skips))
         if skips.total:
-            raise InputError(f"{path} cannot be trusted: {skips}. Make it again.")
+            raise InputError(f"the shard {path} is damaged or not to be trusted: {skips}.")
         for name, extents in samples:
             yield name, {key: read_extent(file, *extent) for key, extent in extents.items()}
 

@@ -43,7 +43,7 @@ class Judge:
             captions (texts found by image, and images found by text), fractions of 1.
         """
         clip = self._build(weights)
-        scores = {}
+        scores: dict[str, float] = {}
         for style, drawings in self._styles.items():
             names = [record["name"] for record in drawings.records]
             image_NE, class_NE = embed_drawings(clip, drawings), class_embeddings(clip, names)

@@ -1,28 +1,30 @@
-"""Folders and shards on disk in, images with their class and captions out.
+"""Folders, tables and shards on disk in, images with their class and captions out.
 
-A folder holds one folder of images for each class, as ImageNet, its V2, Sketch and R do. A shard is
-a tar in WebDataset's layout. Nothing is decoded here but JSON and text.
+A folder holds one folder of images for each class, as ImageNet, its V2, Sketch and R do. A table is
+a CSV or JSON lines. A shard is a tar in WebDataset's layout. Nothing is decoded here but JSON and
+text. Unlike in training nothing is left out: what is damaged is an error, or figures would be of
+other data than was named.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import webdataset
 
 from clip_rt.decoding import ImageInput
 from clip_rt.errors import InputError
+from training.data.pairs import (
+    IMAGE_EXTENSIONS,
+    BadSampleError,
+    Skips,
+    check_captions,
+    parse_object,
+)
+from training.data.tables import TABLE_SUFFIXES, Row, check_path, read_label, read_rows, resolve
+from training.data.tar_samples import read_shard as read_members
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-"""Files that are taken for images; the same as `clip_rt` decodes."""
 LABEL_KEYS = ("label", "name")
 """Where the JSON of a shard's sample has its class, unless a `cls` member gives its number."""
 CAPTION_KEYS = ("captions", "caption")
@@ -42,10 +44,10 @@ class Sample:
 
 
 def read_samples(data: Sequence[Path]) -> Iterator[Sample]:
-    """Yield the samples of one folder, or of one shard after the other.
+    """Yield the samples of folders, tables and shards, one after the other.
 
     Raises:
-        InputError: a path is neither a folder nor a tar, or holds nothing to evaluate on.
+        InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
     """
     count = 0
     for path in data:
@@ -53,15 +55,20 @@ def read_samples(data: Sequence[Path]) -> Iterator[Sample]:
             samples = read_folder(path)
         elif path.suffix == ".tar" and path.is_file():
             samples = read_shard(path)
+        elif path.suffix in TABLE_SUFFIXES:
+            samples = read_table(path)
         else:
-            raise InputError(f"{str(path)!r} is neither a folder nor a .tar shard.")
+            raise InputError(
+                f"{str(path)!r} is neither a folder, nor a table ({', '.join(TABLE_SUFFIXES)}), "
+                "nor a .tar shard."
+            )
         for sample in samples:
             count += 1
             yield sample
     if count == 0:
         raise InputError(
             f"no image was found in {', '.join(map(str, data))}. A folder of images for each "
-            f"class is needed ({', '.join(IMAGE_SUFFIXES)}), or shards with such members."
+            f"class is needed ({', '.join(IMAGE_EXTENSIONS)}), or shards with such members."
         )
 
 
@@ -87,26 +94,40 @@ def read_folder(folder: Path) -> Iterator[Sample]:
                     yield Sample(str(path.relative_to(root)), path, label=child.name)
 
 
+def read_table(path: Path) -> Iterator[Sample]:
+    """Yield each image of a table once, with its `label` and all of its `caption`s.
+
+    Paths are relative to the folder of the table and stay within it.
+
+    Raises:
+        InputError: the table is damaged, or an image has two labels.
+    """
+    samples: dict[str, Sample] = {}
+    for place, image, row in _read_images(path):
+        file = resolve(path.parent, image, allow_outside=False)
+        label = read_label(row.get("label"), place)
+        captions = _read_captions(row, place)
+        known = samples.setdefault(image, Sample(image, file, label))
+        if known.label != label:
+            raise InputError(f"{place}: the label is {label!r}, and was {known.label!r} before.")
+        samples[image] = replace(known, captions=known.captions + captions)
+    yield from samples.values()
+
+
 def read_shard(path: Path) -> Iterator[Sample]:
     """Yield the samples of one tar that have an image.
 
     Raises:
-        InputError: the tar is damaged, or a sample's text or JSON cannot be read.
+        InputError: the tar is damaged or hostile, or a sample's text or JSON cannot be read.
     """
-    # An absolute path cannot be taken for an address or a command to pipe from.
-    urls = [str(path.resolve())]
-    raw = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-    try:
-        for item in raw:
-            image = next((item[suffix] for suffix in IMAGE_SUFFIXES if suffix in item), None)
-            if image is not None:
-                yield _sample(f"{path.name}:{item['__key__']}", image, item)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"the shard {str(path)!r} is damaged: {error}.") from error
+    for name, members in read_members(path):
+        image = next((members[key] for key in IMAGE_EXTENSIONS if key in members), None)
+        if image is not None:
+            yield _sample(f"{path.name}:{name}", image, members)
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read a CSV or JSON-lines file with the columns `image` and `caption`.
+    """Read a table with the columns `image` and `caption`.
 
     An image may stand in several rows, or have a list of captions in JSON.
 
@@ -116,41 +137,41 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         InputError: a row lacks a column, or the file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"the captions {str(path)!r} cannot be read: {error}.") from error
-    captions: dict[str, list[str]] = defaultdict(list)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not row.get("image") or not row.get("caption"):
-            raise InputError(f"row {number} of {str(path)!r} has no image or no caption.")
-        captions[str(row["image"])].extend(_texts(row["caption"]))
-    return {image: tuple(texts) for image, texts in captions.items()}
+    captions: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for place, image, row in _read_images(path):
+        captions[image] += check_captions(row.get("caption"), place)
+    return dict(captions)
+
+
+def _read_images(path: Path) -> Iterator[tuple[str, str, Row]]:
+    """Yield place, path of the image and cells of each row; no row may be damaged."""
+    skips = Skips()
+    for place, row in read_rows(path, skips):
+        yield place, check_path(row.get("image"), place), row
+    if skips.total:
+        raise InputError(f"the table {path} is damaged: {skips}.")
+
+
+def _read_captions(facts: Row, place: str) -> tuple[str, ...]:
+    """Return what is said in a row or in a sample's JSON; blank lines say nothing."""
+    said = next((facts[name] for name in CAPTION_KEYS if facts.get(name)), [])
+    listed = said if isinstance(said, list) else [said]
+    listed = [text for text in listed if not isinstance(text, str) or text.strip()]
+    return check_captions(listed, place) if listed else ()
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and path.is_file()
+    return path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and path.is_file()
 
 
-def _sample(key: str, image: bytes, item: dict[str, Any]) -> Sample:
+def _sample(place: str, image: bytes, members: dict[str, bytes]) -> Sample:
+    facts = parse_object(members["json"], place) if "json" in members else {}
+    label = next((read_label(facts[name], place) for name in LABEL_KEYS if name in facts), None)
     try:
-        facts = json.loads(item["json"]) if "json" in item else {}
-        facts = facts if isinstance(facts, dict) else {}
-        label = next((str(facts[name]) for name in LABEL_KEYS if name in facts), None)
-        if "cls" in item:
-            label = str(int(item["cls"]))
-        captions = next((_texts(facts[name]) for name in CAPTION_KEYS if name in facts), ())
-        if "txt" in item:
-            captions = _texts(item["txt"].decode("utf-8").splitlines())
+        if "cls" in members:
+            label = str(int(members["cls"]))
+        if "txt" in members:
+            facts = {"captions": members["txt"].decode("utf-8").splitlines()}
     except ValueError as error:
-        raise InputError(f"the sample {key!r} has text that cannot be read: {error}.") from error
-    return Sample(key, image, label, captions)
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    texts = value if isinstance(value, list) else [value]
-    return tuple(str(text).strip() for text in texts if str(text).strip())
+        raise BadSampleError(f"text that cannot be read ({error})", place) from error
+    return Sample(place, image, label, _read_captions(facts, place))

@@ -27,7 +27,8 @@ class Source:
     checkpoint: Path
     """Weights: safetensors, or a torch archive of tensors."""
     data: tuple[Path, ...]
-    """A folder with one folder of images for each class, or .tar shards in WebDataset's layout."""
+    """A folder with one folder of images for each class; a .csv or .jsonl with the columns image
+    and label, or caption; or .tar shards in WebDataset's layout."""
     class_names: Path | None = None
     """What the classes are called: id, tab, name a line; or names alone in the order of the ids; or
     JSON of either kind. Needed for wnids and numbers."""
