@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,6 +75,12 @@ def build(config: TrainConfig, world: parallel.World) -> Run:
 def build_clip(config: TrainConfig) -> CLIP:
     """Make the model with random weights, or with those of `init_from`."""
     spec = find_spec(config.model)
+    loaded = None
+    if config.init_from is not None:
+        loaded = load_clip(spec, config.init_from, activation=config.activation)
+        spec = loaded.spec  # The weights know better which activation they were trained with.
+    elif config.activation is not None:
+        spec = replace(spec, activation=config.activation)
     is_sigmoid = config.objective == "sigmoid"
     clip = CLIP(
         spec,
@@ -82,8 +89,7 @@ def build_clip(config: TrainConfig) -> CLIP:
     )
     if is_sigmoid:
         nn.init.constant_(clip.logit_scale, math.log(SIGLIP_LOGIT_SCALE))
-    if config.init_from is not None:
-        loaded = load_clip(spec, config.init_from)
+    if loaded is not None:
         # Weights of the contrastive loss have no bias; the sigmoid loss then begins with its own.
         bias_is_new = is_sigmoid and loaded.logit_bias is None
         clip.load_state_dict(loaded.state_dict(), strict=not bias_is_new)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clip_rt.errors import InputError
+from clip_rt.specs import Activation
 from training.optimizer import Lock
 
 SAMPLE_DIR = Path(__file__).with_name("sample")
@@ -34,8 +35,10 @@ class TrainConfig:
 
     model: str = "RN26@64px"
     """Architecture, a key of clip_rt.specs.MODELS."""
-    init_from: Path | None = None
-    """Checkpoint to start from (fine-tuning); random weights if not given."""
+    activation: Activation | None = None
+    """Of the MLP blocks; None is what init_from says of itself, or else the architecture's."""
+    init_from: str | None = None
+    """Weights to start from (fine-tuning): a file, hf:owner/name@revision, or openai."""
     out_dir: Path = Path("runs/drawings")
     """Where checkpoints, the log and the curves go."""
     resume: bool = False
@@ -68,8 +71,8 @@ class TrainConfig:
 
     objective: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
-    teacher: Path | None = None
-    """Checkpoint of a model to distil from, of the architecture `teacher_model`."""
+    teacher: str | None = None
+    """Weights, as init_from, of a model to distil from, of the architecture `teacher_model`."""
     teacher_model: str = "ViT-B/32"
     """Architecture of the teacher; it reads images of the same size."""
     distill_weight: float = 1.0

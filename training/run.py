@@ -59,7 +59,7 @@ def main(config: TrainConfig) -> None:
             claim_folder(config)
         parallel.barrier()
         run = build(config, world)
-        judge = Judge(config, world.device) if world.is_first else None
+        judge = Judge(config, run.clip.spec, world.device) if world.is_first else None
         restore(run)
         journal = Journal(
             config.out_dir,

@@ -15,10 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clip_rt.errors import InputError, TrainingError
+from clip_rt.errors import CheckpointError, InputError, TrainingError
+from clip_rt.probe import Probe
 from clip_rt.specs import MODELS
 from training import build as build_module
+from training import coop
 from training.config import TrainConfig
+from training.coop import CoopConfig
 from training.journal import read_journal
 from training.run import main
 from training.weights.load import load_clip
@@ -32,6 +35,14 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return tiny_run.write_classes(tmp_path / "images")
+
+
+def write_table(folder: Path) -> Path:
+    """List the images of class folders beside them, as a user would."""
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in folder.rglob("*.png")]
+    table = folder / "table.csv"
+    table.write_text("\n".join(["image,label", *sorted(rows)]))
+    return table
 
 
 def start(data: Path, out_dir: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -180,6 +191,48 @@ def test_fine_tuning_begins_with_the_weights_it_is_given(tmp_path: Path, data: P
     before, after = load_file(weights), load_file(tmp_path / "second/checkpoint.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     load_clip(tiny_run.TINY, tmp_path / "second/checkpoint.safetensors")
+
+
+def test_fine_tuning_keeps_the_activation_the_weights_were_trained_with(tmp_path, data) -> None:
+    main(tiny_run.config(data, tmp_path / "first", total_steps=1, activation="gelu"))
+    weights = str(tmp_path / "first/checkpoint.safetensors")
+    main(tiny_run.config(data, tmp_path / "second", total_steps=1, init_from=weights))
+    with safe_open(tmp_path / "second/checkpoint.safetensors", framework="numpy") as file:
+        assert file.metadata()["activation"] == "gelu"
+    config = {"init_from": weights, "activation": "quick_gelu"}
+    with pytest.raises(CheckpointError, match="quick_gelu"):
+        main(tiny_run.config(data, tmp_path / "third", **config))
+
+
+@pytest.mark.parametrize("lock", ["none", "image"])
+def test_one_command_tunes_towers_on_a_users_table_of_labels(tmp_path, data, lock) -> None:
+    main(tiny_run.config(data, tmp_path / "first", total_steps=1))
+    weights = tmp_path / "first/checkpoint.safetensors"
+    table = write_table(data)
+    config = tiny_run.config(
+        table, tmp_path / "tuned", init_from=str(weights), lock=lock, total_steps=30,
+        peak_lr=3e-3, eval_data=(table,), eval_every_steps=30,
+    )  # fmt: skip
+    main(config)
+    before, after = load_file(weights), load_file(tmp_path / "tuned/checkpoint.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "transformer" in changed
+    assert ("visual" in changed) == (lock == "none")
+    line = read_journal(tmp_path / "tuned/log.jsonl")[-1]
+    assert line["top1_one_prompt"] > 0.5
+
+
+def test_words_are_learned_from_the_same_table(tmp_path, data) -> None:
+    main(tiny_run.config(data, tmp_path / "first", total_steps=1))
+    coop.main(
+        CoopConfig(
+            checkpoint=str(tmp_path / "first/checkpoint.safetensors"),
+            data=(write_table(data),),
+            out=tmp_path / "kinds.npz",
+            num_steps=3,
+        )
+    )
+    assert Probe.load(tmp_path / "kinds.npz").labels == ("blue", "green", "red")
 
 
 def test_held_out_data_are_evaluated_and_the_best_weights_kept(tmp_path: Path, data: Path) -> None:

@@ -41,7 +41,7 @@ DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 def open_model(
-    checkpoint: Path, *, model: str | None = None, activation: Activation | None = None
+    checkpoint: str | Path, *, model: str | None = None, activation: Activation | None = None
 ) -> CLIP:
     """Load a checkpoint, as the architecture it names where none is given.
 
@@ -56,9 +56,10 @@ def open_model(
         UnknownModelError: no such architecture.
     """
     facts: dict[str, str] = {}
-    if checkpoint.suffix == ".safetensors" and checkpoint.is_file():
+    path = Path(checkpoint)
+    if path.suffix == ".safetensors" and path.is_file():
         try:
-            with safe_open(checkpoint, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{str(checkpoint)!r} cannot be read: {error}.") from error
@@ -67,9 +68,6 @@ def open_model(
         raise CheckpointError(
             f"{str(checkpoint)!r} does not say which architecture it is. Pass --model."
         )
-    noted = facts.get("activation")
-    if activation is None and noted in ("quick_gelu", "gelu"):
-        activation = noted  # type: ignore[assignment]
     return load_clip(find_spec(name), checkpoint, activation=activation)
 
 

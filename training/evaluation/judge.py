@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_rt.specs import find_spec
+from clip_rt.specs import ModelSpec
 from training import evaluate
 from training.config import SAMPLE_DIR, TrainConfig
 from training.data.drawing_batches import load_drawings
@@ -24,8 +24,8 @@ from training.model import CLIP, causal_mask
 class Judge:
     """What a run is measured by: styles of drawings, or the user's `eval_data`."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self._spec = find_spec(config.model)
+    def __init__(self, config: TrainConfig, spec: ModelSpec, device: torch.device) -> None:
+        self._spec = spec
         self._eval_data = config.eval_data
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")

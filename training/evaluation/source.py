@@ -24,8 +24,8 @@ from training.model import CLIP
 class Source:
     """What every command that looks at labelled images is told."""
 
-    checkpoint: Path
-    """Weights: safetensors, or a torch archive of tensors."""
+    checkpoint: str
+    """Weights: a file, a folder in the hub's layout, hf:owner/name@revision, or openai."""
     data: tuple[Path, ...]
     """A folder with one folder of images for each class; a .csv or .jsonl with the columns image
     and label, or caption; or .tar shards in WebDataset's layout."""
