@@ -1,4 +1,4 @@
-"""What an export prints: its stages with time and size, and the parity table."""
+"""What an export prints: its plan, its stages with time and size, the parity table, its errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from clip_rt.errors import ClipRTError, ParityError
 
 console = Console(highlight=False)
 
@@ -31,6 +34,24 @@ def stage(title: str) -> Iterator[list[str]]:
     )
 
 
+@contextmanager
+def command() -> Iterator[None]:
+    """Run a command: errors of ours end it with status 1 and no traceback."""
+    try:
+        yield
+    except (ClipRTError, OSError) as error:
+        if isinstance(error, ParityError):
+            print_parity(error.report)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def print_plan(*stages: tuple[str, str]) -> None:
+    """Print what a dry run would do, stage by stage."""
+    for title, what in stages:
+        console.print(f"[yellow]plan[/] {title:<28} {escape(what)}", soft_wrap=True)
+
+
 def mib(path: Path) -> str:
     """Return the size of a file in words."""
     return f"{path.stat().st_size / 2**20:.1f} MiB"
@@ -41,20 +62,24 @@ def print_parity(report: Mapping[str, Any]) -> None:
     if not report:
         return
     limit = report["tolerance"]
-    table = Table("tower", "case", "min cosine", "mean cosine", "difference", "broken", "")
+    table = Table(
+        *("tower", "case", "min cosine", "p1 cosine", "difference", "by batch", "broken", "")
+    )
     for case in report["cases"]:
         table.add_row(
             case["tower"],
             case["name"],
             f"{case['min_cosine']:.7f}",
-            f"{case['mean_cosine']:.7f}",
+            f"{case['p01_cosine']:.7f}",
             f"{case['max_difference']:.1e}",
+            f"{case['batch_difference']:.1e}",
             str(case["num_nonfinite"]),
             "ok" if case["passed"] else "drifts",
             style=None if case["passed"] else "red",
         )
     table.caption = (
-        f"limits: cosine {limit['min_cosine']}, difference {limit['max_difference']:.0e}; "
+        f"limits: cosine {limit['min_cosine']}, difference {limit['max_difference']:.0e}, by batch "
+        f"{limit['max_batch_difference']:.0e}; "
         f"top-1 agreement {report['top1_agreement']:.3f} (limit {limit['top1_agreement']})"
     )
     console.print(table)

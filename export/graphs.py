@@ -9,44 +9,59 @@ Shape suffixes are those of `training/model.py`; S is also the side of the uint8
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, END_OF_TEXT
-from training.model import CLIP, ResidualAttentionBlock, VisionTransformer
+from training.model import CLIP, Attention, ResidualAttentionBlock, VisionTransformer
+
+MASKED = -30_000.0
+"""Added to the logits of later tokens. Finite, because optimisers of FP16 graphs mishandle
+infinity; the softmax of anything this far below its best is exactly 0."""
+
+
+class PooledAttention(nn.Module):
+    """Self-attention evaluated at one position per item.
+
+    Keys and values still come from every position; the query and the output projection are
+    computed once per item instead of L times. Parameters are shared with `attn`.
+    """
+
+    def __init__(self, attn: Attention) -> None:
+        super().__init__()
+        width = attn.out_proj.in_features
+        self.heads = attn.heads
+        self.query = _linear(attn.in_proj_weight[:width], attn.in_proj_bias[:width])
+        self.key_value = _linear(attn.in_proj_weight[width:], attn.in_proj_bias[width:])
+        self.out_proj = attn.out_proj
+
+    def forward(self, x_BLD: Tensor, x_BD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Attend from `x_BD`, one of the rows of each item, to all rows `x_BLD`."""
+        B, L, D = x_BLD.shape
+        K = D // self.heads
+        q_BH1K = self.query(x_BD).view(B, self.heads, 1, K)
+        k_BHLK, v_BHLK = self.key_value(x_BLD).view(B, L, 2, self.heads, K).permute(2, 0, 3, 1, 4)
+        logits_BH1L = (q_BH1K * K**-0.5) @ k_BHLK.transpose(-1, -2)
+        if mask_BL is not None:
+            logits_BH1L = logits_BH1L + mask_BL[:, None, None, :]
+        return self.out_proj((logits_BH1L.softmax(dim=-1) @ v_BHLK).reshape(B, D))
 
 
 class PooledBlock(nn.Module):
-    """A residual attention block evaluated at one position per item.
-
-    Keys and values still come from every position; the query, the output projection and the MLP
-    are computed once per item instead of L times. Parameters are shared with `block`.
-    """
+    """A residual attention block evaluated at one position per item, its MLP too."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         assert isinstance(block, ResidualAttentionBlock)
-        attn, width = block.attn, block.attn.out_proj.in_features
-        self.heads = attn.heads
-        self.ln_1 = block.ln_1
-        self.query = _linear(attn.in_proj_weight[:width], attn.in_proj_bias[:width])
-        self.key_value = _linear(attn.in_proj_weight[width:], attn.in_proj_bias[width:])
-        self.out_proj = attn.out_proj
-        self.ln_2 = block.ln_2
-        self.mlp = block.mlp
+        self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
+        self.attn = PooledAttention(block.attn)
 
     def forward(self, x_BLD: Tensor, x_BD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """Return the block's output, (B, D), at the position whose input is `x_BD`."""
-        B, L, D = x_BLD.shape
-        K = D // self.heads
-        q_BH1K = self.query(self.ln_1(x_BD)).view(B, self.heads, 1, K)
-        key_value = self.key_value(self.ln_1(x_BLD)).view(B, L, 2, self.heads, K)
-        k_BHLK, v_BHLK = key_value.permute(2, 0, 3, 1, 4)
-        logits_BH1L = (q_BH1K * K**-0.5) @ k_BHLK.transpose(-1, -2)
-        if mask_BL is not None:
-            logits_BH1L = logits_BH1L + mask_BL[:, None, None, :]
-        x_BD = x_BD + self.out_proj((logits_BH1L.softmax(dim=-1) @ v_BHLK).reshape(B, D))
+        x_BD = x_BD + self.attn(self.ln_1(x_BLD), self.ln_1(x_BD), mask_BL)
         return x_BD + self.mlp(self.ln_2(x_BD))
 
 
@@ -82,7 +97,22 @@ class ImageGraph(nn.Module):
         for block in self.visual.transformer.resblocks[:-1]:
             x_BLD = block(x_BLD)
         x_BD = self.last_block(x_BLD, x_BLD[:, 0])
-        return _normalise(self.visual.ln_post(x_BD) @ self.visual.proj)
+        return _normalise(self.visual.ln_post(x_BD.float()) @ self.visual.proj)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return what a precision can be chosen for, by its name in the checkpoint, in order."""
+        if self.last_block is None:
+            stages = [f"layer{stage}" for stage in range(1, 5)]
+            blocks = [
+                f"{stage}.{name}"
+                for stage in stages
+                for name, _ in self.visual.get_submodule(stage).named_children()
+            ]
+            names = ["conv1", "conv2", "conv3", *blocks, "attnpool"]
+            return {f"visual.{name}": self.visual.get_submodule(name) for name in names}
+        assert isinstance(self.visual, VisionTransformer)
+        blocks_ = [*self.visual.transformer.resblocks[:-1], self.last_block]
+        return {"visual.conv1": self.visual.conv1} | _halves("visual.transformer", blocks_)
 
 
 class TextGraph(nn.Module):
@@ -98,7 +128,7 @@ class TextGraph(nn.Module):
         self.last_block = PooledBlock(clip.transformer.resblocks[-1])
         self.ln_final = clip.ln_final
         self.text_projection = clip.text_projection
-        self.register_buffer("causal_mask_LL", clip.causal_mask_LL)
+        self.register_buffer("causal_mask_LL", clip.causal_mask_LL.clamp(min=MASKED))
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Embed token ids.
@@ -111,14 +141,31 @@ class TextGraph(nn.Module):
         """
         B, L = tokens_BL.shape
         mask_LL = self.causal_mask_LL[:L, :L]
-        x_BLD = self.token_embedding(tokens_BL) + self.positional_embedding[:L]
+        x_BLD = self.token_embedding(tokens_BL)
+        x_BLD = x_BLD + self.positional_embedding[:L].to(x_BLD.dtype)
         for block in self.blocks:
             x_BLD = block(x_BLD, mask_LL)
         # On integers: in FP16 the ids 49406 and 49407 are the same number.
         end_B = (tokens_BL == END_OF_TEXT).int().argmax(dim=1)
         x_BD = x_BLD[torch.arange(B, device=x_BLD.device), end_B]
         x_BD = self.last_block(x_BLD, x_BD, mask_LL[end_B])
-        return _normalise(self.ln_final(x_BD) @ self.text_projection)
+        return _normalise(self.ln_final(x_BD.float()) @ self.text_projection)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return what a precision can be chosen for, by its name in the checkpoint, in order."""
+        blocks = [*self.blocks, self.last_block]
+        return {"token_embedding": self.token_embedding} | _halves("transformer", blocks)
+
+
+def _halves(prefix: str, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    return {
+        f"{prefix}.resblocks.{index}.{half}": block.get_submodule(half)
+        for index, block in enumerate(blocks)
+        for half in ("attn", "mlp")
+    }
+
+
+Graph = ImageGraph | TextGraph
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -25,12 +25,14 @@ from tritonclient.grpc import model_config_pb2
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, VOCAB_SIZE, image_model, text_model
+from export.storage import external_files
 
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Tower = Literal["image", "text"]
 Backend = Literal["python", "onnxruntime"]
 Device = Literal["cpu", "gpu", "auto"]
 
+MODEL_FILE = "model.onnx"
 PYTHON_MODEL = Path(__file__).with_name("onnxruntime_model.py")
 """What the python backend runs; copied verbatim into the version folder."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
@@ -163,8 +165,8 @@ def publish(
     Args:
         repository: Made when it does not exist.
         manifest: Its `model` names the two folders.
-        image: ONNX file of the image tower; copied.
-        text: ONNX file of the text tower; copied.
+        image: ONNX file of the image tower; copied, with its weights where they lie beside it.
+        text: ONNX file of the text tower; likewise.
         serving: Defaults to `Serving()`.
         report: The parity report, kept beside each config.pbtxt as parity.json.
 
@@ -172,7 +174,7 @@ def publish(
         The folders of the image and the text model.
 
     Raises:
-        InputError: see `check_name`.
+        InputError: see `check_name` and `onnx_writer.external_files`.
     """
     repository, serving = Path(repository), serving or Serving()
     check_name(manifest.model, repository)
@@ -234,7 +236,12 @@ def _stage(
     (folder / "config.pbtxt").write_text(text, "utf-8")
     if report is not None:
         (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    shutil.copyfile(file, version / "model.onnx")
+    weights = external_files(file)
+    if weights and file.name != MODEL_FILE:
+        raise InputError(f"{file} keeps its weights beside it, so it must be called {MODEL_FILE}.")
+    shutil.copyfile(file, version / MODEL_FILE)
+    for each in weights:
+        shutil.copyfile(each, version / each.name)
     if config.backend == "python":
         shutil.copyfile(PYTHON_MODEL, version / "model.py")
     return folder

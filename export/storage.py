@@ -1,17 +1,18 @@
-"""An ONNX graph after the exporter: large weights stored as FP16, build traces removed.
+"""How an ONNX file keeps its weights: as FP16, beside itself; build traces removed.
 
 Never changes what is computed beyond rounding the stored weights: arithmetic stays FP32.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 from onnx import numpy_helper
 
-from clip_rt.errors import CheckpointError
+from clip_rt.errors import CheckpointError, InputError
+from export.precision import FP16_MAX
 
-FP16_MAX = 65504.0
-"""Largest finite FP16 number."""
 MIN_FP16_ELEMENTS = 1024
 """Smaller tensors stay FP32: halving them saves nothing."""
 
@@ -55,15 +56,51 @@ def store_fp16(model: onnx.ModelProto) -> int:
     return len(casts)
 
 
+def external_files(path: Path) -> list[Path]:
+    """Return what an ONNX file keeps outside itself: nothing, or one file beside it.
+
+    Raises:
+        InputError: unreadable, or weights lie anywhere but in `<name>.data`; the file may have
+            been made to read or leak others.
+    """
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except OSError:
+        raise
+    except Exception as error:  # Of protobuf's own kinds.
+        raise InputError(f"{path} is no ONNX file: {error}.") from error
+    size_bytes = 0
+    expected = f"{path.name}.data"
+    for tensor in onnx.external_data_helper._get_all_tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        facts = {entry.key: entry.value for entry in tensor.external_data}
+        if facts.get("location") != expected:
+            raise InputError(
+                f"{path} keeps the weight {tensor.name[:80]!r} in {facts.get('location')!r:.200}; "
+                f"only {expected!r} beside it is read."
+            )
+        try:
+            end = int(facts.get("offset", "0")) + int(facts.get("length", "0"))
+        except ValueError as error:
+            raise InputError(f"{path} says nonsense of {tensor.name[:80]!r}: {error}.") from error
+        size_bytes = max(size_bytes, end)
+    if not size_bytes:
+        return []
+    data = path.with_name(expected)
+    if data.is_symlink() or not data.is_file() or data.stat().st_size < size_bytes:
+        raise InputError(f"{data} must be a file of at least {size_bytes} bytes, and is not.")
+    return [data]
+
+
 def _round(tensor: onnx.TensorProto) -> onnx.NodeProto:
     name = tensor.name
     values = numpy_helper.to_array(tensor)
-    # The causal mask holds minus infinity, which FP16 has too.
-    largest = float(abs(values[abs(values) != float("inf")]).max(initial=0.0))
+    largest = float(abs(values).max(initial=0.0))
     if not largest <= FP16_MAX:  # Written so that NaN is refused too.
         raise CheckpointError(
             f"weight {name!r} reaches {largest:.4g}, beyond FP16's {FP16_MAX:.0f}; "
-            "export with --weights-dtype fp32."
+            "export with --precision fp32."
         )
     stored = numpy_helper.from_array(values.astype("float16"), f"{name}_fp16")
     tensor.CopyFrom(stored)

@@ -9,7 +9,8 @@ import pytest
 import tiny_clip as tiny
 
 from clip_rt.specs import ModelSpec
-from export.onnx import write_image, write_text
+from export.graphs import ImageGraph, TextGraph
+from export.onnx_writer import write_onnx
 from training.model import CLIP
 
 
@@ -24,8 +25,8 @@ class Exported:
 
 def _export(spec: ModelSpec, folder: Path) -> Exported:
     exported = Exported(tiny.make(spec), folder / "image.onnx", folder / "text.onnx")
-    write_image(exported.clip, exported.image)
-    write_text(exported.clip, exported.text)
+    write_onnx(ImageGraph(exported.clip), spec, exported.image)
+    write_onnx(TextGraph(exported.clip), spec, exported.text)
     return exported
 
 

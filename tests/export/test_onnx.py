@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,16 +12,16 @@ import onnx
 import pytest
 import tiny_clip as tiny
 import torch
-import typer.testing
 from safetensors.torch import save_file
 
-from clip_rt.errors import InputError
+from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import EMBEDDINGS, MODELS
-from export import onnx as command
-from export import parity, probes
+from export import console, onnx_writer, parity, probes, storage
 from export.graphs import ImageGraph, TextGraph
-from export.onnx import export_clip, make_manifest, random_clip, write_image, write_text
-from export.repository import read_manifest
+from export.onnx import OnnxConfig, export
+from export.onnx_writer import write_onnx
+from export.repository import publish, read_manifest
+from export.road import make_manifest, random_clip
 from training.weights.load import fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -88,34 +87,49 @@ def test_one_file_without_traces_of_the_machine_that_wrote_it(files):
 
 
 def test_two_exports_give_the_same_bytes(exported_vit, tmp_path):
-    write_text(exported_vit.clip, tmp_path / "text.onnx")
+    clip = exported_vit.clip
+    write_onnx(TextGraph(clip), clip.spec, tmp_path / "text.onnx")
     assert (tmp_path / "text.onnx").read_bytes() == exported_vit.text.read_bytes()
 
 
-def test_more_weights_than_one_file_holds_are_refused(exported_vit, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "MAX_WEIGHT_BYTES", 10**6)
-    with pytest.raises(InputError, match=r"text\.onnx would hold .* GiB.*--weights-dtype fp16"):
-        write_text(exported_vit.clip, tmp_path / "text.onnx")
-    assert not list(tmp_path.iterdir())
+def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_writer, "MAX_FILE_BYTES", 10**6)
+    clip = exported_vit.clip
+    path = tmp_path / "model.onnx"
+    write_onnx(TextGraph(clip), clip.spec, path)
+    assert storage.external_files(path) == [tmp_path / "model.onnx.data"]
+    assert path.stat().st_size < 10**6
+    report = parity.check_onnx(clip, image=exported_vit.image, text=path, precision="fp32")
+    assert report.passed
+    folders = publish(
+        tmp_path / "models",
+        make_manifest(clip, "shop", precision="fp32", weights_fingerprint="a" * 64),
+        image=exported_vit.image,
+        text=path,
+    )
+    assert {each.name for each in (folders[1] / "1").iterdir()} == {
+        "model.onnx", "model.onnx.data", "model.py",
+    }  # fmt: skip
 
 
 class TestManifest:
     def test_says_what_was_exported(self, clip):
-        manifest = make_manifest(clip, "shop-v3", precision="fp32")
+        manifest = make_manifest(clip, "shop-v3", precision="fp32", weights_fingerprint="a" * 64)
         assert manifest.model == "shop-v3"
         assert manifest.architecture == clip.spec.name
-        assert manifest.fingerprint == fingerprint(clip.state_dict())
+        assert manifest.fingerprint == "a" * 64
         assert manifest.logit_scale == pytest.approx(1 / 0.07)
         assert manifest.libraries.keys() == {"clip_rt", "onnx", "onnxruntime", "torch"}
 
     def test_records_the_activation(self):
         clip = tiny.make(replace(tiny.VIT, activation="gelu"))
-        assert make_manifest(clip, "x", precision="fp32").activation == "gelu"
+        manifest = make_manifest(clip, "x", precision="fp32", weights_fingerprint="a" * 64)
+        assert manifest.activation == "gelu"
 
 
 def test_gelu_is_exported_too(exported_vit, tmp_path):
     clip = tiny.make(replace(tiny.VIT, activation="gelu"))
-    write_image(clip, tmp_path / "image.onnx")
+    write_onnx(ImageGraph(clip), clip.spec, tmp_path / "image.onnx")
     pixels = probes.images(clip.spec.side_px)
     found = parity.onnx_encoder(tmp_path / "image.onnx")(pixels)
     np.testing.assert_allclose(found, parity._reference_images(clip, pixels), atol=2e-6)
@@ -128,11 +142,62 @@ def test_random_weights_are_the_same_every_time():
     assert fingerprint(first.state_dict()) == fingerprint(second.state_dict())
 
 
-def test_a_taken_name_fails_before_the_export(clip, tmp_path, monkeypatch):
-    (tmp_path / "shop_text").mkdir()
-    monkeypatch.setattr("export.onnx.write_image", lambda *_, **__: pytest.fail("exported"))
+def config(folder: Path, **changes: object) -> OnnxConfig:
+    values = {"model": "tiny-ViT", "weights": "random", "name": "shop"}
+    folders = {"repository": folder / "models", "cache": folder / "cache"}
+    return OnnxConfig(**{**values, **folders, **changes})
+
+
+@pytest.fixture
+def tiny_spec(monkeypatch):
+    monkeypatch.setitem(MODELS, tiny.VIT.name, tiny.VIT)
+    return tiny.VIT
+
+
+def test_a_taken_name_fails_before_the_export(tiny_spec, tmp_path, monkeypatch):
+    (tmp_path / "models/shop_text").mkdir(parents=True)
+    monkeypatch.setattr("export.onnx.load_weights", lambda _: pytest.fail("exported"))
     with pytest.raises(InputError, match="shop_text"):
-        export_clip(clip, name="shop", repository_folder=tmp_path)
+        export(config(tmp_path))
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_spec, tmp_path, capsys):
+    assert export(config(tmp_path, precision="fp16", dry_run=True)) is None
+    printed = capsys.readouterr().out
+    for stage in ("load the weights", "FP16", "cosine at least 0.9995", "'shop' into"):
+        assert stage in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_makes_only_what_has_changed(tiny_spec, tmp_path, capsys):
+    export(config(tmp_path))
+    assert "reused" not in capsys.readouterr().out
+    export(config(tmp_path, name="other"))
+    assert capsys.readouterr().out.count("unchanged, reused") == 2
+    export(config(tmp_path, precision="fp16", name="half"))
+    assert "reused" not in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "models/half_image")
+    assert manifest.precision == "fp16"
+
+
+def test_islands_of_a_graph_without_fp16_are_refused():
+    with pytest.raises(InputError, match="islands are of fp16 only"):
+        config(Path(), find_islands=True)
+
+
+def test_below_the_gate_nothing_is_published_and_what_was_served_stays(
+    tiny_spec, tmp_path, monkeypatch
+):
+    export(config(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    tolerance = parity.Tolerance(
+        min_cosine=1.1, max_difference=0, top1_agreement=1, max_batch_difference=0
+    )
+    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
+    for name in ("shop", "new"):
+        with pytest.raises(ParityError, match="Nothing was published"):
+            export(config(tmp_path, name=name))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 class TestCommand:
@@ -153,8 +218,9 @@ class TestCommand:
         checkpoint = tmp_path / "clip.safetensors"
         save_file(clip.state_dict(), checkpoint)
         found = self.run(
-            *("--model", "RN26@64px", "--checkpoint", checkpoint, "--name", "shop-v3"),
-            *("--repository", tmp_path / "models", "--weights-dtype", "fp16"),
+            *("--model", "RN26@64px", "--weights", checkpoint, "--name", "shop-v3"),
+            *("--repository", tmp_path / "models", "--precision", "fp16_weights"),
+            *("--cache", tmp_path / "cache"),
         )
         assert found.returncode == 0, found.stdout + found.stderr
         assert {path.name for path in (tmp_path / "models").iterdir()} == {
@@ -166,7 +232,8 @@ class TestCommand:
         manifest = read_manifest(tmp_path / "models" / "shop_v3_image")
         assert manifest.fingerprint == fingerprint(clip.state_dict())
         assert manifest.precision == "fp16_weights"
-        size_bytes = sum(path.stat().st_size for path in tmp_path.rglob("model.onnx"))
+        files = (tmp_path / "models").rglob("model.onnx")
+        size_bytes = sum(path.stat().st_size for path in files)
         assert size_bytes < 40e6
 
     def test_errors_end_with_status_1_and_no_traceback(self, tmp_path):
@@ -178,32 +245,16 @@ class TestCommand:
 
 
 def test_failed_parity_ends_with_status_1_and_shows_the_table(
-    exported_vit, tmp_path, monkeypatch, capsys
+    tiny_spec, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(MODELS, "tiny-ViT", tiny.VIT)
-    tolerance = parity.Tolerance(min_cosine=1.1, max_difference=0, top1_agreement=1)
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
-    for name, source in (("write_image", exported_vit.image), ("write_text", exported_vit.text)):
-        monkeypatch.setattr(
-            command, name, lambda _, path, source=source, **__: shutil.copyfile(source, path)
-        )
-    app = typer.Typer()
-    app.command()(command.main)
-    found = typer.testing.CliRunner().invoke(
-        app, ["--model", "tiny-ViT", "--weights", "random", "--repository", str(tmp_path)]
+    tolerance = parity.Tolerance(
+        min_cosine=1.1, max_difference=0, top1_agreement=1, max_batch_difference=0
     )
-    printed = capsys.readouterr().out + found.output
-    assert found.exit_code == 1
+    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
+    with pytest.raises(SystemExit) as ended, console.command():
+        export(config(tmp_path))
+    printed = capsys.readouterr().out
+    assert ended.value.code == 1
     assert "drifts" in printed
     assert "ParityError" in printed
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("weights", [[], ["--weights", "random", "--checkpoint", "x"]])
-def test_exactly_one_source_of_weights_is_needed(tmp_path, weights):
-    app = typer.Typer()
-    app.command()(command.main)
-    found = typer.testing.CliRunner().invoke(
-        app, ["--model", "RN26@64px", "--repository", str(tmp_path), *weights]
-    )
-    assert found.exit_code == 1
+    assert not (tmp_path / "models").exists()

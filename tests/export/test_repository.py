@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import onnx
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -35,10 +36,10 @@ MANIFEST = Manifest(
 
 @pytest.fixture
 def towers(tmp_path):
-    """Files that stand for ONNX models; publishing does not look into them."""
+    """ONNX files of nothing; publishing looks only for weights kept elsewhere."""
     files = {"image": tmp_path / "a.onnx", "text": tmp_path / "b.onnx"}
     for tower, path in files.items():
-        path.write_bytes(f"{tower} tower".encode())
+        path.write_bytes(onnx.ModelProto(doc_string=f"{tower} tower").SerializeToString())
     return files
 
 

@@ -62,7 +62,8 @@ def client(reference, tmp_path_factory):
     export = subprocess.run(
         [
             *(sys.executable, "-m", "export.onnx", "--model", "ViT-B/32", "--name", "proof"),
-            *("--checkpoint", str(folder / "clip.pt"), "--repository", str(folder / "models")),
+            *("--weights", str(folder / "clip.pt"), "--repository", str(folder / "models")),
+            *("--cache", str(folder / "cache")),
         ],
         cwd=ROOT,
         capture_output=True,

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from clip_rt.errors import CheckpointError
+from clip_rt.errors import CheckpointError, InputError
 from export import parity, storage
 
 FLOAT16 = onnx.TensorProto.FLOAT16
@@ -50,3 +50,49 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_by_name(exported_vit, value):
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     with pytest.raises(CheckpointError, match=f"{tensor.name}.*65504"):
         storage.store_fp16(model)
+
+
+@pytest.fixture
+def external(exported_vit, tmp_path):
+    path = tmp_path / "model.onnx"
+    onnx.save_model(
+        onnx.load(exported_vit.image), path, save_as_external_data=True, location="model.onnx.data"
+    )
+    return path
+
+
+def test_weights_beside_the_file_are_found(external, exported_vit):
+    assert storage.external_files(external) == [external.with_name("model.onnx.data")]
+    assert storage.external_files(exported_vit.image) == []
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "other.data", "model.onnx.data/"])
+def test_weights_anywhere_else_are_refused(external, location):
+    model = onnx.load_model(external, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    external.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"only 'model\.onnx\.data' beside it is read"):
+        storage.external_files(external)
+
+
+@pytest.mark.parametrize("change", ["missing", "short", "link"])
+def test_weights_that_are_not_there_whole_are_refused(external, change, tmp_path):
+    data = external.with_name("model.onnx.data")
+    content = data.read_bytes()
+    data.unlink()
+    if change == "short":
+        data.write_bytes(content[:-1])
+    elif change == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="must be a file of at least"):
+        storage.external_files(external)
+
+
+def test_what_is_no_onnx_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08 no protobuf \xff")
+    with pytest.raises(InputError, match="is no ONNX file"):
+        storage.external_files(tmp_path / "model.onnx")

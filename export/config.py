@@ -1,0 +1,49 @@
+"""What an export is told, whatever it ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_rt.specs import Activation
+from export.parity import Precision
+from export.store import default_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """From weights to a model repository."""
+
+    model: str
+    """Architecture, such as ViT-B/32; a key of clip_rt.specs.MODELS."""
+    weights: str = "openai"
+    """A file, a folder in the hub's layout, hf:owner/name@revision, openai, or random."""
+    name: str | None = None
+    """Served name; without it, the model's."""
+    repository: Path = Path("model_repository")
+    """Triton model repository to publish into."""
+    activation: Activation | None = None
+    """Of the MLP blocks, where neither the weights nor the architecture say it right."""
+    fp32_island: tuple[str, ...] = ()
+    """Layers that stay FP32 among FP16 ones, by name or pattern: 'visual.*.resblocks.3.mlp'."""
+    find_islands: bool = False
+    """Measure which layers must stay FP32, and keep those."""
+    max_batch_size: int = 64
+    """Largest batch the server accepts."""
+    cache: Path = field(default_factory=default_folder)
+    """Where files are kept for the next export."""
+    dry_run: bool = False
+    """Only say what would be done."""
+
+    @property
+    def served_name(self) -> str:
+        """Name the client asks for."""
+        return self.name or self.model
+
+
+PRECISION_IN_WORDS: dict[Precision, str] = {
+    "fp32": "FP32",
+    "fp16_weights": "FP32 arithmetic on weights stored as FP16",
+    "fp16": "FP16; FP32 normalisations, projection, mean and std",
+    "int8": "INT8 matrix products",
+}

@@ -1,0 +1,89 @@
+"""A graph in torch in, an ONNX file out: dynamic batch and text length, output `embeddings`.
+
+One file below 2 GB; above, the weights lie beside it in `<name>.data`, as the format demands.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch.export import Dim
+
+from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, ModelSpec
+from export import storage
+from export.graphs import Graph, ImageGraph
+
+OPSET = 18
+"""The set torch's exporter is written in, and the oldest with everything the graphs need. Both
+TensorRT 10.12 to 11 and ONNX Runtime read it; in 23 attention would be one operator that neither
+runs everywhere."""
+BATCH = Dim("batch", min=1, max=65_536)
+MAX_FILE_BYTES = 2**31 - 2**24
+"""Of weights in one file: protobuf ends at 2 GiB, and 16 MiB is ample for the graph around them."""
+
+
+def write_onnx(graph: Graph, spec: ModelSpec, path: Path, *, fp16_weights: bool = False) -> None:
+    """Export a tower.
+
+    Args:
+        graph: In eval mode, on the CPU; its layers' dtypes are those of the file.
+        spec: Of the model the graph was made from.
+        path: Where to write; ends in .onnx.
+        fp16_weights: Store large FP32 weights in half the bytes; see `storage.store_fp16`.
+
+    Raises:
+        CheckpointError: a weight does not fit into FP16.
+    """
+    dims: tuple[Dim, ...]
+    # Two items: an axis of one would be taken for a constant.
+    if isinstance(graph, ImageGraph):
+        name, dims = PIXELS, (BATCH,)
+        example = torch.zeros(2, spec.side_px, spec.side_px, 3, dtype=torch.uint8)
+    else:
+        context_length = spec.text.context_length
+        name, dims = TOKENS, (BATCH, Dim("length", min=2, max=context_length))
+        example = torch.zeros(2, context_length - 1, dtype=torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # About torch's own use of deprecated names.
+        program = torch.onnx.export(
+            graph.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[name],
+            output_names=[EMBEDDINGS],
+            dynamic_shapes=(dict(enumerate(dims)),),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    storage.strip_traces(model)
+    if fp16_weights:
+        storage.store_fp16(model)
+    _check_axes(model, [dim.__name__ for dim in dims], name)
+    _save(model, path)
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    # Protobuf's own count fails on the messages that are too large.
+    size_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size_bytes <= MAX_FILE_BYTES:
+        onnx.save_model(model, path)
+        return
+    onnx.save_model(
+        model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024
+    )
+
+
+def _check_axes(model: onnx.ModelProto, names: list[str], input_name: str) -> None:
+    """Make sure that the exporter has kept each dynamic axis, which it may silently not do."""
+    (graph_input,), (graph_output,) = model.graph.input, model.graph.output
+    axes = [axis.dim_param for axis in graph_input.type.tensor_type.shape.dim]
+    found = (graph_input.name, axes[: len(names)], graph_output.name)
+    batch = graph_output.type.tensor_type.shape.dim[0].dim_param
+    expected = (input_name, names, EMBEDDINGS)
+    if (*found, batch) != (*expected, names[0]):
+        raise RuntimeError(f"torch.onnx exported {found}, batch {batch!r}; expected {expected}.")

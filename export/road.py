@@ -1,0 +1,178 @@
+"""The road of every export: weights, FP32 torch, precision in the graph, ONNX, gate, repository.
+
+Each stage takes what the one before made. What is made is kept by content (`export.store`); what is
+measured is measured every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+
+import clip_rt
+from clip_rt.manifest import Manifest
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec
+from export import graphs, onnx_writer, parity, precision, probes, storage
+from export.config import PRECISION_IN_WORDS, ExportConfig
+from export.console import console, mib, stage
+from export.graphs import Graph, ImageGraph, TextGraph
+from export.islands import Proposal, print_proposal, propose_islands
+from export.parity import Precision
+from export.precision import bake_fp16, match_islands
+from export.store import Artefact, Store, source_hash
+from training import model as training_model
+from training import resnet
+from training.model import CLIP
+from training.weights.load import fingerprint, load_clip
+
+RANDOM = "random"
+"""Weights nobody trained, for benchmarks; never a default."""
+
+_WRITERS = (graphs, onnx_writer, precision, storage, training_model, resnet)
+"""Modules whose code decides the bytes of an ONNX file."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The two files of an export."""
+
+    image: Path
+    text: Path
+
+
+def load_weights(config: ExportConfig) -> CLIP:
+    """Load the model, float32, in eval mode.
+
+    Raises:
+        UnknownModelError, CheckpointError: see `training.weights.load.load_clip`.
+    """
+    spec = find_spec(config.model)
+    with stage("load the weights") as outcome:
+        if config.weights == RANDOM:
+            clip = random_clip(replace(spec, activation=config.activation or spec.activation))
+        else:
+            clip = load_clip(spec, config.weights, activation=config.activation)
+        num_parameters = sum(parameter.numel() for parameter in clip.parameters())
+        outcome.append(f"{clip.spec.name}, {clip.spec.activation}, {num_parameters / 1e6:.1f} M")
+    return clip
+
+
+def random_clip(spec: ModelSpec, *, seed: int = 0) -> CLIP:
+    """Build a model nobody trained: it costs what a real one costs and knows nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(spec).requires_grad_(False).eval()
+
+
+def choose_islands(clip: CLIP, config: ExportConfig) -> tuple[str, ...]:
+    """Return the layers that stay FP32: those named, and those found where that is asked for.
+
+    Raises:
+        InputError: a pattern matches no layer.
+    """
+    towers = (ImageGraph(clip), TextGraph(clip))
+    names = [name for tower in towers for name in tower.layers()]
+    islands = match_islands(names, config.fp32_island)
+    if config.find_islands:
+        limit = parity.TOLERANCES["fp16"].min_cosine
+        pixels = torch.from_numpy(probes.images(clip.spec.side_px))
+        tokens = torch.from_numpy(probes.tokens(clip.spec.text.context_length))
+        with stage("find FP32 islands") as outcome:
+            found: list[Proposal] = [
+                propose_islands(towers[0], pixels, min_cosine=limit),
+                propose_islands(towers[1], tokens, min_cosine=limit),
+            ]
+            islands |= {name for proposal in found for name in proposal.islands}
+            outcome.append(f"{len(islands)} of {len(names)} layers")
+        for proposal in found:
+            print_proposal(proposal, console)
+        if islands:
+            arguments = " ".join(f"'{name}'" for name in names if name in islands)
+            console.print(f"the same without measuring: --fp32-island {arguments}", soft_wrap=True)
+    return tuple(name for name in names if name in islands)
+
+
+def make_onnx(
+    clip: CLIP,
+    store: Store,
+    *,
+    precision: Precision,
+    weights_fingerprint: str,
+    islands: Sequence[str] = (),
+) -> Towers:
+    """Write both towers as ONNX, or find them as they were written before.
+
+    Raises:
+        CheckpointError: a weight is beyond the range of FP16.
+    """
+    made: list[Artefact] = []
+    for tower, make in (("image", ImageGraph), ("text", TextGraph)):
+
+        def write(path: Path, make: type[ImageGraph] | type[TextGraph] = make) -> None:
+            graph: Graph = make(clip)
+            if precision == "fp16":
+                names = graph.layers().keys()
+                graph = bake_fp16(graph, [name for name in islands if name in names])
+            onnx_writer.write_onnx(graph, clip.spec, path, fp16_weights=precision == "fp16_weights")
+
+        key = {
+            "tower": tower,
+            "weights": weights_fingerprint,
+            "spec": repr(clip.spec),
+            "precision": precision,
+            "islands": sorted(islands),
+            "code": source_hash(*_WRITERS),
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+        }
+        with stage(f"export the {tower} tower") as outcome:
+            artefact = store.make("model.onnx", key, write)
+            made.append(artefact)
+            outcome.append(f"ONNX, {PRECISION_IN_WORDS[precision]}, {mib(artefact.path)}")
+            if artefact.reused:
+                outcome.append("unchanged, reused")
+    return Towers(made[0].path, made[1].path)
+
+
+def make_manifest(
+    clip: CLIP,
+    name: str,
+    *,
+    precision: str,
+    weights_fingerprint: str,
+    text_buckets: tuple[int, ...] = (),
+    libraries: dict[str, str] | None = None,
+) -> Manifest:
+    """Write down what a client must know about `clip` served as `name`."""
+    return Manifest(
+        model=name,
+        architecture=clip.spec.name,
+        fingerprint=weights_fingerprint,
+        embedding_dim=clip.spec.embedding_dim,
+        side_px=clip.spec.side_px,
+        context_length=clip.spec.text.context_length,
+        text_buckets=text_buckets,
+        logit_scale=float(clip.logit_scale.exp()),
+        logit_bias=0.0 if clip.logit_bias is None else float(clip.logit_bias),
+        activation=clip.spec.activation,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        precision=precision,
+        libraries={
+            "clip_rt": clip_rt.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "torch": torch.__version__,
+            **(libraries or {}),
+        },
+    )
+
+
+def fingerprint_of(clip: CLIP) -> str:
+    """Return the sha256 over the weights that names this model everywhere."""
+    return fingerprint(clip.state_dict())
