@@ -18,6 +18,7 @@ ClipRTError
 ├── ContractError                       server and client disagree; carries .expected and .found
 ├── CheckpointError                     weights that cannot be read or do not fit the architecture
 ├── TrainingError                       a training run cannot go on
+├── ExportError                         a model cannot be compiled here
 ├── ParityError                         an exported model drifts from its reference; carries .report
 └── ClientClosedError                   the client was used after close()
 """
@@ -141,6 +142,10 @@ class CheckpointError(ClipRTError):
 
 class TrainingError(ClipRTError):
     """A training run diverges or cannot go on; what was saved stays and can be resumed."""
+
+
+class ExportError(ClipRTError):
+    """A model cannot be compiled: software or a GPU is missing, or the compiler refuses it."""
 
 
 class ParityError(ClipRTError):

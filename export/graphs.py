@@ -68,14 +68,14 @@ class PooledBlock(nn.Module):
 class ImageGraph(nn.Module):
     """Pixels to embeddings: mean and standard deviation, the image tower, L2 normalisation."""
 
-    mean_C11: Tensor
-    scale_C11: Tensor
+    mean_C: Tensor
+    scale_C: Tensor
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
         # One subtraction and one product on [0, 255] instead of dividing by 255 first.
-        self.register_buffer("mean_C11", 255 * torch.tensor(CLIP_MEAN).view(3, 1, 1))
-        self.register_buffer("scale_C11", 1 / (255 * torch.tensor(CLIP_STD).view(3, 1, 1)))
+        self.register_buffer("mean_C", 255 * torch.tensor(CLIP_MEAN))
+        self.register_buffer("scale_C", 1 / (255 * torch.tensor(CLIP_STD)))
         self.visual = clip.visual
         self.last_block: PooledBlock | None = None
         if isinstance(clip.visual, VisionTransformer):
@@ -90,7 +90,9 @@ class ImageGraph(nn.Module):
         Returns:
             float32 (B, E), L2-normalised.
         """
-        image_BCSS = (pixels_BSSC.permute(0, 3, 1, 2).float() - self.mean_C11) * self.scale_C11
+        # The cast comes first because TensorRT takes UINT8 for nothing else.
+        image_BSSC = (pixels_BSSC.float() - self.mean_C) * self.scale_C
+        image_BCSS = image_BSSC.permute(0, 3, 1, 2)
         if self.last_block is None or not isinstance(self.visual, VisionTransformer):
             return _normalise(self.visual(image_BCSS))
         x_BLD = self.visual.embed_patches(image_BCSS)
