@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ console = Console(highlight=False)
 
 
 @contextmanager
-def stage(title: str) -> Iterator[list[str]]:
-    """Print a stage when it ends, with its duration and what the body appended as its outcome."""
+def stage(title: str, *, spinner: bool = True) -> Iterator[list[str]]:
+    """Print a stage when it ends, with its duration and what the body appended as its outcome.
+
+    A body that shows its own progress wants no `spinner` beside it.
+    """
     outcome: list[str] = []
     start_s = time.perf_counter()
-    with console.status(title):
+    with console.status(title) if spinner else nullcontext():
         try:
             yield outcome
         except BaseException:

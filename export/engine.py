@@ -87,8 +87,12 @@ def image_profiles(spec: ModelSpec, options: BuildOptions) -> tuple[Profile, ...
 
 def text_profiles(spec: ModelSpec, options: BuildOptions) -> tuple[Profile, ...]:
     """Return a profile of each length of text: batches vary, lengths within a profile do not."""
-    lengths = sorted({min(length, spec.text.context_length) for length in TEXT_BUCKETS})
-    return tuple(_profile(options, (length,)) for length in lengths)
+    return tuple(_profile(options, (length,)) for length in text_lengths(spec))
+
+
+def text_lengths(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the lengths, in tokens, that an engine reads: the buckets, up to the context."""
+    return tuple(sorted({min(length, spec.text.context_length) for length in TEXT_BUCKETS}))
 
 
 def _profile(options: BuildOptions, shape: tuple[int, ...]) -> Profile:
@@ -116,8 +120,7 @@ def load_runtime(runtime: Runtime) -> ModuleType:
             raise ExportError(f"{name} is {module.__version__}; {oldest} or newer is needed.")
         if runtime == "tensorrt" and not compute_capabilities():
             raise ExportError(
-                "TensorRT builds on the GPU that will serve, and none is visible here. "
-                f"{way_out()}"
+                f"TensorRT builds on the GPU that will serve, and none is visible here. {way_out()}"
             )
         return module
     if runtime == "rtx":
@@ -163,11 +166,11 @@ def compute_capabilities() -> list[str]:
 
 
 def engine_key(
-    onnx_sha256: str, profiles: Sequence[Profile], options: BuildOptions, trt: ModuleType
+    onnx_sha256: Sequence[str], profiles: Sequence[Profile], options: BuildOptions, trt: ModuleType
 ) -> dict[str, object]:
     """Return all that an engine depends on, for `export.store`."""
     return {
-        "onnx": onnx_sha256,
+        "onnx": list(onnx_sha256),
         "version": trt.__version__,
         "gpu": compute_capabilities()[:1] if options.runtime == "tensorrt" else [],
         "profiles": [asdict(profile) for profile in profiles],
@@ -211,17 +214,13 @@ def build_engine(
     _check_network(trt, network)
     config = builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
-    config.set_memory_pool_limit(
-        trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30)
-    )
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.compute_capabilities:
         _set_targets(trt, config, options.compute_capabilities)
     for each in profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape(
-            network.get_input(0).name, each.smallest, each.tuned_for, each.largest
-        )
+        profile.set_shape(network.get_input(0).name, each.smallest, each.tuned_for, each.largest)
         config.add_optimization_profile(profile)
     if timing_cache is not None and options.runtime == "tensorrt":
         known = timing_cache.read_bytes() if timing_cache.is_file() else b""
@@ -282,7 +281,7 @@ def _make_logger(trt: Any) -> Any:
         trt.ILogger.Severity.INFO: logging.INFO,
     }
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.last_error = "it did not say why"
@@ -299,7 +298,7 @@ def _make_logger(trt: Any) -> Any:
 def _make_monitor(trt: Any, progress: Progress) -> Any:
     """Show the phases of a build as bars. TensorRT calls it from several threads."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._lock = threading.Lock()

@@ -21,7 +21,7 @@ from clip_rt.specs import find_spec
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, print_parity, print_plan, stage
-from export.repository import Backend, Device, Serving, check_name, publish
+from export.repository import Device, Serving, check_name, publish
 from export.road import choose_islands, fingerprint_of, load_weights, make_manifest, make_onnx
 from export.store import Store
 
@@ -33,7 +33,7 @@ class OnnxConfig(ExportConfig):
     precision: Literal["fp32", "fp16_weights", "fp16"] = "fp32"
     """Of the graph. fp16_weights halves the file, computes in FP32 and suits processors; fp16 is
     for GPUs: on a processor ONNX Runtime computes it in FP32 with roundings in between."""
-    backend: Backend = "python"
+    backend: Literal["python", "onnxruntime"] = "python"
     """Triton backend that runs it; NVIDIA's container has onnxruntime too."""
     device: Device = "cpu"
     """Where Triton places it."""

@@ -29,15 +29,20 @@ from export.storage import external_files
 
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Tower = Literal["image", "text"]
-Backend = Literal["python", "onnxruntime"]
+Backend = Literal["python", "onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu", "auto"]
 
-MODEL_FILE = "model.onnx"
+MODEL_FILE: dict[Backend, str] = {
+    "python": "model.onnx",
+    "onnxruntime": "model.onnx",
+    "tensorrt": "model.plan",
+}
 PYTHON_MODEL = Path(__file__).with_name("onnxruntime_model.py")
 """What the python backend runs; copied verbatim into the version folder."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
 WARMUP_LENGTH_TOKENS = 16
 
+_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 _KINDS = {
     "cpu": model_config_pb2.ModelInstanceGroup.KIND_CPU,
     "gpu": model_config_pb2.ModelInstanceGroup.KIND_GPU,
@@ -50,7 +55,7 @@ class Serving:
     """How Triton runs a model; nothing here changes an embedding."""
 
     backend: Backend = "python"
-    """python needs no more than the embedded server has; onnxruntime is in NVIDIA's container."""
+    """python needs no more than the embedded server has; the others are in NVIDIA's container."""
     device: Device = "cpu"
     num_instances: int = 1
     """One per device: each instance of ONNX Runtime already uses every core."""
@@ -113,8 +118,7 @@ def render_config(manifest: Manifest, tower: Tower, serving: Serving) -> ModelCo
         backend=serving.backend,
         max_batch_size=serving.max_batch_size,
     )
-    if serving.backend == "onnxruntime":
-        config.platform = "onnxruntime_onnx"
+    config.platform = _PLATFORMS.get(serving.backend, "")
     input_type = model_config_pb2.TYPE_UINT8 if image else model_config_pb2.TYPE_INT32
     side = manifest.side_px
     config.input.add(
@@ -125,7 +129,10 @@ def render_config(manifest: Manifest, tower: Tower, serving: Serving) -> ModelCo
     config.output.add(
         name=EMBEDDINGS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
     )
-    config.instance_group.add(kind=_KINDS[serving.device], count=serving.num_instances)
+    group = config.instance_group.add(kind=_KINDS[serving.device], count=serving.num_instances)
+    if serving.backend == "tensorrt" and not image:
+        # Without this Triton uses the first profile only.
+        group.profile.extend(map(str, range(len(manifest.text_buckets))))
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = serving.max_queue_delay_us
     if serving.max_queue_size:
@@ -165,8 +172,8 @@ def publish(
     Args:
         repository: Made when it does not exist.
         manifest: Its `model` names the two folders.
-        image: ONNX file of the image tower; copied, with its weights where they lie beside it.
-        text: ONNX file of the text tower; likewise.
+        image: ONNX file, with its weights where they lie beside it, or engine of the image tower.
+        text: The same of the text tower; both are copied.
         serving: Defaults to `Serving()`.
         report: The parity report, kept beside each config.pbtxt as parity.json.
 
@@ -236,10 +243,12 @@ def _stage(
     (folder / "config.pbtxt").write_text(text, "utf-8")
     if report is not None:
         (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    weights = external_files(file)
-    if weights and file.name != MODEL_FILE:
-        raise InputError(f"{file} keeps its weights beside it, so it must be called {MODEL_FILE}.")
-    shutil.copyfile(file, version / MODEL_FILE)
+    backend: Backend = config.backend
+    target = version / MODEL_FILE[backend]
+    weights = external_files(file) if target.suffix == ".onnx" else []
+    if weights and file.name != target.name:
+        raise InputError(f"{file} keeps its weights beside it, so it must be called {target.name}.")
+    shutil.copyfile(file, target)
     for each in weights:
         shutil.copyfile(each, version / each.name)
     if config.backend == "python":

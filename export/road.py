@@ -82,7 +82,7 @@ def choose_islands(clip: CLIP, config: ExportConfig) -> tuple[str, ...]:
         limit = parity.TOLERANCES["fp16"].min_cosine
         pixels = torch.from_numpy(probes.images(clip.spec.side_px))
         tokens = torch.from_numpy(probes.tokens(clip.spec.text.context_length))
-        with stage("find FP32 islands") as outcome:
+        with stage("find FP32 islands", spinner=False) as outcome:
             found: list[Proposal] = [
                 propose_islands(towers[0], pixels, min_cosine=limit),
                 propose_islands(towers[1], tokens, min_cosine=limit),

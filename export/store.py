@@ -60,7 +60,7 @@ class Store:
             made = Path(staging) / "made"
             made.mkdir()
             write(made / name)
-            sums = {path.name: _sha256(path) for path in sorted(made.iterdir())}
+            sums = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
             record = {"key": json.loads(text), "sha256": sums}
             (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             _replace(made, folder, aside=Path(staging) / "damaged")
@@ -84,12 +84,13 @@ def source_hash(*modules: ModuleType) -> str:
 def _is_whole(folder: Path) -> bool:
     try:
         sums = json.loads((folder / RECORD).read_text("utf-8"))["sha256"]
-        return bool(sums) and all(_sha256(folder / name) == sums[name] for name in sums)
+        return bool(sums) and all(sha256_of(folder / name) == sums[name] for name in sums)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the checksum of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

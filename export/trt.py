@@ -1,0 +1,260 @@
+"""CLIP weights become two TensorRT engines in FP16, if they pass the parity gate.
+
+    python -m export.trt --model ViT-L/14
+    python -m export.trt --model ViT-L/14 --weights clip.safetensors --name shop-v3 --find-islands
+    python -m export.trt --model ViT-L/14 --weights random --runtime rtx     # no GPU needed
+    python -m export.trt --help
+
+With TensorRT, on the GPU that will serve, engines are run against FP32 torch and published for
+Triton's tensorrt backend. With TensorRT for RTX and no GPU they are built, the ONNX files they are
+built from pass the gate in ONNX Runtime, and both go to `engines`; Triton does not load those.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import tyro
+
+from clip_rt.errors import InputError
+from clip_rt.specs import ViTSpec, find_spec, slug
+from export import parity
+from export.config import PRECISION_IN_WORDS, ExportConfig
+from export.console import command, console, mib, print_parity, print_plan, stage
+from export.engine import (
+    BuildOptions,
+    Profile,
+    Runtime,
+    build_engine,
+    engine_key,
+    image_profiles,
+    load_runtime,
+    text_lengths,
+    text_profiles,
+)
+from export.engine_runner import EngineRunner
+from export.repository import Serving, check_name, publish
+from export.road import (
+    Towers,
+    choose_islands,
+    fingerprint_of,
+    load_weights,
+    make_manifest,
+    make_onnx,
+)
+from export.storage import external_files
+from export.store import Store, sha256_of
+from training.model import CLIP
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtConfig(ExportConfig):
+    """What to build, and for which runtime."""
+
+    runtime: Runtime = "tensorrt"
+    """tensorrt builds and runs on this machine's GPU; rtx needs no GPU."""
+    opt_batch_size: int = 8
+    """Batch the kernels are tuned for: what you expect to be asked."""
+    optimization_level: int = 3
+    """0 to 5: how long TensorRT looks for fast kernels."""
+    workspace_gib: float = 4.0
+    """Most scratch memory a kernel may take."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to compile for, such as 8.9, with rtx; empty is the runtime's default."""
+    engines: Path = Path("engines")
+    """Where engines of rtx go."""
+
+    @property
+    def options(self) -> BuildOptions:
+        """What the builder is told."""
+        return BuildOptions(
+            runtime=self.runtime,
+            opt_batch_size=min(self.opt_batch_size, self.max_batch_size),
+            max_batch_size=self.max_batch_size,
+            optimization_level=self.optimization_level,
+            workspace_gib=self.workspace_gib,
+            compute_capabilities=self.compute_capabilities,
+        )
+
+
+def export(config: TrtConfig) -> parity.ParityReport | None:
+    """Do what `config` says.
+
+    Returns:
+        The report of the gate; None of a dry run.
+
+    Raises:
+        InputError, CheckpointError: something it names cannot be used.
+        ExportError: TensorRT or its GPU is missing, or it refuses the network.
+        ParityError: engines or graphs drift from the weights; what was served stays.
+    """
+    spec, options = find_spec(config.model), config.options
+    check_name(config.served_name, config.repository)
+    if config.dry_run:
+        _print_plan(config, spec.name)
+        return None
+    # What can be missing or in the way is looked for before minutes of work.
+    folder = config.engines / slug(config.served_name)
+    _check_free(folder)
+    trt = load_runtime(config.runtime)
+    clip = load_weights(config)
+    islands = choose_islands(clip, config)
+    fingerprint = fingerprint_of(clip)
+    store = Store(config.cache)
+    onnx = make_onnx(
+        clip, store, precision="fp16", weights_fingerprint=fingerprint, islands=islands
+    )
+    # Before the engines are built from them: a graph that drifts is not worth the minutes.
+    report = _gate_onnx(clip, onnx)
+    engines = Towers(
+        image=_build("image", onnx.image, image_profiles(spec, options), config, store, trt),
+        text=_build("text", onnx.text, text_profiles(spec, options), config, store, trt),
+    )
+    facts: dict[str, object] = {"fp32_islands": islands, "runtime": config.runtime}
+    if config.runtime == "tensorrt":
+        report, facts["fused_attentions"] = _gate_engines(clip, engines, trt)
+    else:
+        facts["engine"] = "built, not run: the figures are those of its ONNX files"
+    manifest = make_manifest(
+        clip,
+        config.served_name,
+        precision="fp16",
+        weights_fingerprint=fingerprint,
+        text_buckets=text_lengths(spec),
+        libraries={trt.__name__: trt.__version__},
+    )
+    with stage("publish") as outcome:
+        document = report.to_json() | facts
+        if config.runtime == "tensorrt":
+            serving = Serving(
+                backend="tensorrt", device="gpu", max_batch_size=config.max_batch_size
+            )
+            folders = publish(
+                config.repository,
+                manifest,
+                image=engines.image,
+                text=engines.text,
+                serving=serving,
+                report=document,
+            )
+            outcome.extend(map(str, folders))
+        else:
+            document["manifest"] = manifest.to_parameters()
+            _place(folder, engines, document)
+            outcome.append(f"{folder}, for TensorRT for RTX {trt.__version__}; not for Triton")
+    print_parity(report.to_json())
+    if config.runtime == "rtx":
+        console.print("the engines were built, not run; the table is of their ONNX files")
+    return report
+
+
+def _print_plan(config: TrtConfig, architecture: str) -> None:
+    on_gpu, options = config.runtime == "tensorrt", config.options
+    limit = f"cosine at least {parity.TOLERANCES['fp16'].min_cosine}"
+    islands = "by measuring" if config.find_islands else ", ".join(config.fp32_island) or "none"
+    where = config.repository if on_gpu else config.engines
+    batches = f"batches 1 to {options.max_batch_size}, tuned for {options.opt_batch_size}"
+    lengths = ", ".join(map(str, text_lengths(find_spec(config.model))))
+    print_plan(
+        ("load the weights", f"{config.weights}, as {architecture}"),
+        ("find FP32 islands", islands),
+        ("export both towers", f"ONNX, {PRECISION_IN_WORDS['fp16']}"),
+        ("compare ONNX with torch", f"in ONNX Runtime, {limit}"),
+        ("build both engines", f"{config.runtime}, {batches}, texts of {lengths} tokens"),
+        ("compare engines with torch", f"on the GPU, {limit}" if on_gpu else "not without a GPU"),
+        ("publish", f"{config.served_name!r} into {where}"),
+    )
+
+
+def _build(
+    tower: parity.Tower,
+    onnx: Path,
+    profiles: Sequence[Profile],
+    config: TrtConfig,
+    store: Store,
+    trt: ModuleType,
+) -> Path:
+    key = engine_key(
+        [sha256_of(each) for each in (onnx, *external_files(onnx))], profiles, config.options, trt
+    )
+
+    def write(path: Path) -> None:
+        build_engine(
+            onnx,
+            path,
+            profiles=profiles,
+            options=config.options,
+            trt=trt,
+            timing_cache=config.cache / f"timing-{trt.__version__}.cache",
+        )
+
+    with stage(f"build the {tower} engine", spinner=False) as outcome:
+        artefact = store.make("model.plan", key, write)
+        outcome.append(f"{trt.__name__} {trt.__version__}, {mib(artefact.path)}")
+        if artefact.reused:
+            outcome.append("unchanged, reused")
+    return artefact.path
+
+
+def _gate_onnx(clip: CLIP, onnx: Towers) -> parity.ParityReport:
+    with stage("compare ONNX with torch") as outcome:
+        report = parity.check_onnx(clip, image=onnx.image, text=onnx.text, precision="fp16")
+        outcome.append(f"{len(report.cases)} cases pass")
+    return report
+
+
+def _gate_engines(
+    clip: CLIP, engines: Towers, trt: ModuleType
+) -> tuple[parity.ParityReport, dict[str, int]]:
+    """Run the engines on the GPU against torch, and look for their attentions."""
+    runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
+    with stage("compare engines with torch") as outcome:
+        report = parity.check(
+            clip, encode_images=runners[0], encode_texts=runners[1], precision="fp16"
+        )
+        outcome.append(f"{len(report.cases)} cases pass")
+    spec = clip.spec
+    expected = {
+        "image": spec.image.layers if isinstance(spec.image, ViTSpec) else 0,
+        "text": spec.text.layers,
+    }
+    fused = {}
+    for tower, runner in zip(expected, runners, strict=True):
+        fused[tower] = runner.inspect().num_fused_attentions
+        # The last block attends from one token, which is no attention to TensorRT.
+        if fused[tower] < expected[tower] - 1:
+            console.print(
+                f"[yellow]warning[/] {fused[tower]} of {expected[tower]} attentions of the {tower} "
+                "tower are fused; the others are slower than they could be"
+            )
+    return report, fused
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not (folder / "export.json").is_file():
+        raise InputError(f"{folder} holds no engines of this command; name another --engines.")
+
+
+def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
+    """Put both engines and their report into a folder, replacing it as a whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=folder.parent) as staging:
+        made = Path(staging) / "made"
+        made.mkdir()
+        shutil.copyfile(engines.image, made / "image.engine")
+        shutil.copyfile(engines.text, made / "text.engine")
+        (made / "export.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        if folder.exists():
+            folder.rename(Path(staging) / "replaced")
+        made.rename(folder)
+
+
+if __name__ == "__main__":
+    with command():
+        export(tyro.cli(TrtConfig, description=__doc__))
