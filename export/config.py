@@ -30,6 +30,8 @@ class ExportConfig:
     """Measure which layers must stay FP32, and keep those."""
     max_batch_size: int = 64
     """Largest batch the server accepts."""
+    keep_versions: int = 2
+    """Versions of the model to keep in the repository, the new one included."""
     cache: Path = field(default_factory=default_folder)
     """Where files are kept for the next export."""
     dry_run: bool = False

@@ -21,9 +21,10 @@ from clip_rt.specs import find_spec
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, print_parity, print_plan, stage
-from export.repository import Device, Serving, check_name, publish
+from export.repository import check_name, publish
 from export.road import choose_islands, fingerprint_of, load_weights, make_manifest, make_onnx
 from export.store import Store
+from export.triton_config import Device, Serving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             text=towers.text,
             serving=serving,
             report=report.to_json() | {"fp32_islands": islands},
+            keep_versions=config.keep_versions,
         )
         outcome.extend(str(folder) for folder in folders)
     print_parity(report.to_json())

@@ -1,10 +1,12 @@
-"""Two exported towers into a model repository that Triton loads, both or neither.
+"""Two exported towers into a model repository that Triton loads, both or neither; and back.
+
+    python -m export.repository                                  # what is there
+    python -m export.repository --name shop-v3 --rollback        # serve the version before
+    python -m export.repository --name shop-v3 --version 4
 
 A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
-config.pbtxt, rendered from the manifest, and one version folder. Nothing is written in place: a
-server that starts meanwhile sees the old model or the new one.
-
-Source: triton-inference-server/common `protobuf/model_config.proto`.
+config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
+Nothing is written in place: a server that starts meanwhile sees the old model or the new one.
 """
 
 from __future__ import annotations
@@ -17,21 +19,27 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
+import tyro
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
+from rich.table import Table
 
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
-from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, VOCAB_SIZE, image_model, text_model
+from clip_rt.specs import image_model, text_model
+from export.console import command, console
 from export.storage import external_files
+from export.triton_config import (
+    Backend,
+    ModelConfig,
+    Serving,
+    Tower,
+    read_config,
+    read_manifest,
+    render_config,
+)
 
-ModelConfig: TypeAlias = model_config_pb2.ModelConfig
-Tower = Literal["image", "text"]
-Backend = Literal["python", "onnxruntime", "tensorrt"]
-Device = Literal["cpu", "gpu", "auto"]
-
+CONFIG, REPORT = "config.pbtxt", "parity.json"
 MODEL_FILE: dict[Backend, str] = {
     "python": "model.onnx",
     "onnxruntime": "model.onnx",
@@ -40,50 +48,8 @@ MODEL_FILE: dict[Backend, str] = {
 PYTHON_MODEL = Path(__file__).with_name("onnxruntime_model.py")
 """What the python backend runs; copied verbatim into the version folder."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
-WARMUP_LENGTH_TOKENS = 16
-
-_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-_KINDS = {
-    "cpu": model_config_pb2.ModelInstanceGroup.KIND_CPU,
-    "gpu": model_config_pb2.ModelInstanceGroup.KIND_GPU,
-    "auto": model_config_pb2.ModelInstanceGroup.KIND_AUTO,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """How Triton runs a model; nothing here changes an embedding."""
-
-    backend: Backend = "python"
-    """python needs no more than the embedded server has; the others are in NVIDIA's container."""
-    device: Device = "cpu"
-    num_instances: int = 1
-    """One per device: each instance of ONNX Runtime already uses every core."""
-    max_batch_size: int = 64
-    """Largest request, and largest batch the server joins requests into."""
-    max_queue_delay_us: int = 500
-    """How long a request may wait for company when the model is idle."""
-    max_queue_size: int = 0
-    """Waiting requests, the next one is refused at once; 0 is no bound. Any queue policy turns off
-    the batcher's prefetching, and then about one request in a hundred waits 500 ms (seen with 2.51;
-    triton-inference-server/core `src/dynamic_batch_scheduler.cc`): bound it where overload is the
-    greater danger."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers Triton would read as something else.
-
-        Raises:
-            InputError: names the field and its limits.
-        """
-        for field, low, high in (
-            ("num_instances", 1, 64),
-            ("max_batch_size", 1, 4096),
-            ("max_queue_delay_us", 0, 1_000_000),
-            ("max_queue_size", 0, 1_000_000),
-        ):
-            value = getattr(self, field)
-            if not low <= value <= high:
-                raise InputError(f"{field} is {value}; it must be {low} to {high}.")
+KEEP_VERSIONS = 2
+"""Versions that stay in a repository: the one that is served and the one to go back to."""
 
 
 def check_name(name: str, repository: Path) -> None:
@@ -110,51 +76,6 @@ def check_name(name: str, repository: Path) -> None:
             )
 
 
-def render_config(manifest: Manifest, tower: Tower, serving: Serving) -> ModelConfig:
-    """Describe one tower to Triton; the manifest becomes its parameters, one each."""
-    image = tower == "image"
-    config = ModelConfig(
-        name=image_model(manifest.model) if image else text_model(manifest.model),
-        backend=serving.backend,
-        max_batch_size=serving.max_batch_size,
-    )
-    config.platform = _PLATFORMS.get(serving.backend, "")
-    input_type = model_config_pb2.TYPE_UINT8 if image else model_config_pb2.TYPE_INT32
-    side = manifest.side_px
-    config.input.add(
-        name=PIXELS if image else TOKENS,
-        data_type=input_type,
-        dims=[side, side, 3] if image else [-1],
-    )
-    config.output.add(
-        name=EMBEDDINGS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
-    )
-    group = config.instance_group.add(kind=_KINDS[serving.device], count=serving.num_instances)
-    if serving.backend == "tensorrt" and not image:
-        # Without this Triton uses the first profile only.
-        group.profile.extend(map(str, range(len(manifest.text_buckets))))
-    batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = serving.max_queue_delay_us
-    if serving.max_queue_size:
-        batching.default_queue_policy.max_queue_size = serving.max_queue_size
-    parameters = manifest.to_parameters()
-    if not image:
-        parameters["vocab_size"] = str(VOCAB_SIZE)
-    for key, value in parameters.items():
-        config.parameters[key].string_value = value
-    # A model that cannot run fails when it is loaded, not at its first request. Zeros: random
-    # token ids would lie outside the vocabulary.
-    warmup = config.model_warmup.add(name="one", batch_size=1)
-    warmup.inputs[config.input[0].name].CopyFrom(
-        model_config_pb2.ModelWarmup.Input(
-            data_type=input_type,
-            dims=[side, side, 3] if image else [WARMUP_LENGTH_TOKENS],
-            zero_data=True,
-        )
-    )
-    return config
-
-
 def publish(
     repository: str | Path,
     manifest: Manifest,
@@ -163,8 +84,9 @@ def publish(
     text: Path,
     serving: Serving | None = None,
     report: Mapping[str, object] | None = None,
+    keep_versions: int = KEEP_VERSIONS,
 ) -> tuple[Path, Path]:
-    """Put both towers into a repository, replacing the model of that name if there is one.
+    """Put both towers into a repository as the next version of their model, and serve that one.
 
     Both folders are complete before either is moved into place, and when the second move fails the
     first is undone.
@@ -175,46 +97,100 @@ def publish(
         image: ONNX file, with its weights where they lie beside it, or engine of the image tower.
         text: The same of the text tower; both are copied.
         serving: Defaults to `Serving()`.
-        report: The parity report, kept beside each config.pbtxt as parity.json.
+        report: The parity report, kept in the version's folder as parity.json.
+        keep_versions: How many to keep, this one included.
 
     Returns:
         The folders of the image and the text model.
 
     Raises:
-        InputError: see `check_name` and `onnx_writer.external_files`.
+        InputError: see `check_name` and `storage.external_files`.
     """
     repository, serving = Path(repository), serving or Serving()
     check_name(manifest.model, repository)
+    if keep_versions < 1:
+        raise InputError(f"keep_versions is {keep_versions}; it must be at least 1.")
     repository.mkdir(parents=True, exist_ok=True)
+    targets = _folders(repository, manifest.model)
+    version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
+    towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
     with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=_staging(repository)) as staging:
         moves = []
-        towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
-        for tower, file in towers:
-            config = render_config(manifest, tower, serving)
-            staged = _stage(Path(staging) / config.name, config, file, report)
-            moves.append((staged, repository / config.name))
+        for (tower, file), target in zip(towers, targets, strict=True):
+            staged = Path(staging) / target.name
+            config = render_config(manifest, tower, serving, version=version)
+            _stage(staged, version, config, file, report)
+            for earlier in list_versions(target)[: keep_versions - 1]:
+                shutil.copytree(target / str(earlier), staged / str(earlier), copy_function=_link)
+            moves.append((staged, target))
         _move(moves, aside=Path(staging) / "replaced")
-    return moves[0][1], moves[1][1]
+    return targets
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Parse the config.pbtxt of a model folder.
+def switch_version(repository: str | Path, name: str, version: int | None = None) -> int:
+    """Serve another version of a model that is still in the repository.
 
-    Raises:
-        OSError: there is none.
-        google.protobuf.text_format.ParseError: it is not a model configuration.
-    """
-    return text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), ModelConfig())
+    Args:
+        repository: The model repository.
+        name: Served name.
+        version: Which; None is the newest before the one that is served now.
 
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a model folder back from its config.pbtxt.
+    Returns:
+        The version that is served now; a running server notices when it reloads the model.
 
     Raises:
-        ContractError: it carries none.
+        InputError: there is no such model or version; lists those there are.
     """
-    parameters = {key: value.string_value for key, value in read_config(folder).parameters.items()}
-    return Manifest.from_parameters(parameters, served=folder.name)
+    repository = Path(repository)
+    targets = _folders(repository, name)
+    for target in targets:
+        if _owner(target) != name:
+            raise InputError(f"{repository} holds no model {name[:80]!r} in {target.name}.")
+    kept = set.intersection(*(set(list_versions(target)) for target in targets))
+    now = served_version(targets[0])
+    choice = version or max((each for each in kept if each < now), default=0)
+    configs = [target / str(choice) / CONFIG for target in targets]
+    if choice not in kept or not all(config.is_file() for config in configs):
+        raise InputError(
+            f"{name!r} has no version {version or f'before {now}'} to go back to in {repository}; "
+            f"it has {', '.join(map(str, sorted(kept)))}, and serves {now}."
+        )
+    with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=_staging(repository)) as staging:
+        moves = []
+        for target, config in zip(targets, configs, strict=True):
+            staged = Path(staging) / target.name
+            shutil.copytree(target, staged, copy_function=_link)
+            (staged / CONFIG).unlink()
+            shutil.copyfile(config, staged / CONFIG)
+            moves.append((staged, target))
+        _move(moves, aside=Path(staging) / "replaced")
+    return choice
+
+
+def list_versions(folder: Path) -> list[int]:
+    """Return the versions in a model's folder, the newest first; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def served_version(folder: Path) -> int:
+    """Return the version that Triton loads of a model's folder."""
+    versions = read_config(folder).version_policy.specific.versions
+    return int(versions[0]) if versions else max(list_versions(folder), default=0)
+
+
+def _folders(repository: Path, name: str) -> tuple[Path, Path]:
+    return repository / image_model(name), repository / text_model(name)
+
+
+def _link(source: str, target: str) -> None:
+    """Let a file be in two folders at once where the file system can; copy it elsewhere."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _owner(folder: Path) -> str | None:
@@ -235,25 +211,31 @@ def _staging(repository: Path) -> Path:
 
 
 def _stage(
-    folder: Path, config: ModelConfig, file: Path, report: Mapping[str, object] | None
-) -> Path:
-    version = folder / "1"
-    version.mkdir(parents=True)
+    folder: Path,
+    version: int,
+    config: ModelConfig,
+    file: Path,
+    report: Mapping[str, object] | None,
+) -> None:
+    """Write a model's folder with one version in it."""
+    inside = folder / str(version)
+    inside.mkdir(parents=True)
     text = text_format.MessageToString(config, as_utf8=True)
-    (folder / "config.pbtxt").write_text(text, "utf-8")
+    # The version has one of its own, to go back to.
+    for path in (folder / CONFIG, inside / CONFIG):
+        path.write_text(text, "utf-8")
     if report is not None:
-        (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        (inside / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     backend: Backend = config.backend
-    target = version / MODEL_FILE[backend]
+    target = inside / MODEL_FILE[backend]
     weights = external_files(file) if target.suffix == ".onnx" else []
     if weights and file.name != target.name:
         raise InputError(f"{file} keeps its weights beside it, so it must be called {target.name}.")
     shutil.copyfile(file, target)
     for each in weights:
-        shutil.copyfile(each, version / each.name)
+        shutil.copyfile(each, inside / each.name)
     if config.backend == "python":
-        shutil.copyfile(PYTHON_MODEL, version / "model.py")
-    return folder
+        shutil.copyfile(PYTHON_MODEL, inside / "model.py")
 
 
 def _move(moves: list[tuple[Path, Path]], *, aside: Path) -> None:
@@ -275,3 +257,48 @@ def _move(moves: list[tuple[Path, Path]], *, aside: Path) -> None:
             if replaced is not None:
                 os.rename(replaced, target)
         raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepositoryConfig:
+    """What to look at or change."""
+
+    repository: Path = Path("model_repository")
+    """Triton model repository."""
+    name: str | None = None
+    """Served name of the model to change."""
+    rollback: bool = False
+    """Serve the version before the one that is served now."""
+    version: int | None = None
+    """Serve this version."""
+
+
+def main(config: RepositoryConfig) -> None:
+    """Do what `config` says, and show what is there."""
+    if config.rollback or config.version is not None:
+        if config.name is None or (config.rollback and config.version is not None):
+            raise InputError("pass --name with one of --rollback and --version.")
+        now = switch_version(config.repository, config.name, config.version)
+        console.print(f"{config.name} is served in version {now}", markup=False)
+    if not config.repository.is_dir():
+        raise InputError(f"there is no folder {config.repository}.")
+    table = Table("model", "architecture", "precision", "backend", "served", "kept", "weights")
+    for folder in sorted(config.repository.glob("*_image")):
+        if _owner(folder) is None:
+            continue
+        manifest = read_manifest(folder)
+        table.add_row(
+            manifest.model,
+            manifest.architecture,
+            manifest.precision,
+            read_config(folder).backend,
+            str(served_version(folder)),
+            ", ".join(map(str, sorted(list_versions(folder)))),
+            manifest.fingerprint[:12],
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    with command():
+        main(tyro.cli(RepositoryConfig, description=__doc__))

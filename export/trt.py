@@ -39,7 +39,7 @@ from export.engine import (
     text_profiles,
 )
 from export.engine_runner import EngineRunner
-from export.repository import Serving, check_name, publish
+from export.repository import check_name, publish
 from export.road import (
     Towers,
     choose_islands,
@@ -50,6 +50,7 @@ from export.road import (
 )
 from export.storage import external_files
 from export.store import Store, sha256_of
+from export.triton_config import Serving
 from training.model import CLIP
 
 
@@ -142,6 +143,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
                 text=engines.text,
                 serving=serving,
                 report=document,
+                keep_versions=config.keep_versions,
             )
             outcome.extend(map(str, folders))
         else:

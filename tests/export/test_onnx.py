@@ -20,8 +20,9 @@ from export import console, onnx_writer, parity, probes, storage
 from export.graphs import ImageGraph, TextGraph
 from export.onnx import OnnxConfig, export
 from export.onnx_writer import write_onnx
-from export.repository import publish, read_manifest
+from export.repository import publish
 from export.road import make_manifest, random_clip
+from export.triton_config import read_manifest
 from training.weights.load import fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, 
         text=path,
     )
     assert {each.name for each in (folders[1] / "1").iterdir()} == {
-        "model.onnx", "model.onnx.data", "model.py",
+        "config.pbtxt", "model.onnx", "model.onnx.data", "model.py",
     }  # fmt: skip
 
 

@@ -14,7 +14,16 @@ from clip_rt.errors import InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
 from export import repository
-from export.repository import PYTHON_MODEL, Serving, publish, read_manifest, render_config
+from export.repository import (
+    PYTHON_MODEL,
+    RepositoryConfig,
+    list_versions,
+    main,
+    publish,
+    served_version,
+    switch_version,
+)
+from export.triton_config import Serving, read_manifest, render_config
 
 MANIFEST = Manifest(
     model="shop-v3",
@@ -109,7 +118,9 @@ class TestPublish:
         assert [folder.name for folder in folders] == ["shop_v3_image", "shop_v3_text"]
         for folder, tower in zip(folders, ("image", "text"), strict=True):
             files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-            assert files == {"config.pbtxt", "parity.json", "1/model.onnx", "1/model.py"}
+            assert files == {
+                "config.pbtxt", "1/config.pbtxt", "1/parity.json", "1/model.onnx", "1/model.py",
+            }  # fmt: skip
             assert (folder / "1/model.onnx").read_bytes() == towers[tower].read_bytes()
             assert (folder / "1/model.py").read_bytes() == PYTHON_MODEL.read_bytes()
             assert read_manifest(folder) == MANIFEST
@@ -126,14 +137,17 @@ class TestPublish:
         for folder in publish(
             tmp_path / "models", MANIFEST, **towers, serving=Serving(backend="onnxruntime")
         ):
-            assert [path.name for path in (folder / "1").iterdir()] == ["model.onnx"]
+            assert {path.name for path in (folder / "1").iterdir()} == {
+                "config.pbtxt",
+                "model.onnx",
+            }
 
     def test_replaces_its_own_earlier_model_and_spares_others(self, tmp_path, towers):
         models = tmp_path / "models"
         publish(models, replace(MANIFEST, model="other"), **towers)
         other = snapshot(models)
         publish(models, MANIFEST, **towers)
-        (models / "shop_v3_image" / "1" / "leftover").touch()
+        (models / "shop_v3_image" / "leftover").touch()
         publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
         assert read_manifest(models / "shop_v3_text").fingerprint == "1" * 64
         assert not list(models.rglob("leftover"))
@@ -207,3 +221,81 @@ class TestNames:
         with pytest.raises(InputError, match="holds no clip_rt model"):
             publish(tmp_path, MANIFEST, **towers)
         assert not (tmp_path / "shop_v3_text").exists()
+
+
+class TestVersions:
+    """Each export is a version; the one before stays, and can be served again."""
+
+    @pytest.fixture
+    def models(self, tmp_path, towers):
+        models = tmp_path / "models"
+        for number in (1, 2, 3):
+            publish(models, replace(MANIFEST, fingerprint=str(number) * 64), **towers)
+        return models
+
+    def fingerprints(self, models):
+        return {read_manifest(folder).fingerprint[0] for folder in models.iterdir()}
+
+    def test_the_newest_is_served_and_one_before_it_kept(self, models):
+        for folder in models.iterdir():
+            assert list_versions(folder) == [3, 2]
+            assert served_version(folder) == 3
+        assert self.fingerprints(models) == {"3"}
+
+    def test_rolling_back_serves_the_one_before_and_again_the_newest(self, models):
+        assert switch_version(models, "shop-v3") == 2
+        assert self.fingerprints(models) == {"2"}
+        assert {served_version(folder) for folder in models.iterdir()} == {2}
+        assert switch_version(models, "shop-v3", 3) == 3
+        assert self.fingerprints(models) == {"3"}
+
+    def test_what_is_not_there_is_refused_with_what_is(self, models):
+        before = snapshot(models)
+        with pytest.raises(InputError, match=r"no version 1 to go back to .* has 2, 3, and serves"):
+            switch_version(models, "shop-v3", 1)
+        switch_version(models, "shop-v3", 2)
+        with pytest.raises(InputError, match=r"no version before 2"):
+            switch_version(models, "shop-v3")
+        switch_version(models, "shop-v3", 3)
+        with pytest.raises(InputError, match="holds no model 'other'"):
+            switch_version(models, "other")
+        assert snapshot(models) == before
+
+    def test_a_failed_roll_back_changes_nothing(self, models, monkeypatch):
+        before, rename, calls = snapshot(models), os.rename, []
+
+        def rename_until(source, target):
+            calls.append(source)
+            if len(calls) == 4:
+                raise OSError("disk is gone")
+            rename(source, target)
+
+        monkeypatch.setattr(repository.os, "rename", rename_until)
+        with pytest.raises(OSError, match="disk is gone"):
+            switch_version(models, "shop-v3")
+        assert snapshot(models) == before
+
+    def test_a_version_after_a_roll_back_has_a_new_number(self, models, towers):
+        switch_version(models, "shop-v3")
+        publish(models, MANIFEST, **towers, keep_versions=3)
+        for folder in models.iterdir():
+            assert (list_versions(folder), served_version(folder)) == ([4, 3, 2], 4)
+
+    def test_without_links_versions_are_copied(self, models, towers, monkeypatch):
+        def refuse(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(repository.os, "link", refuse)
+        publish(models, MANIFEST, **towers)
+        assert switch_version(models, "shop-v3") == 3
+        assert self.fingerprints(models) == {"3"}
+
+    def test_the_command_lists_and_rolls_back(self, models, capsys):
+        main(RepositoryConfig(repository=models, name="shop-v3", rollback=True))
+        printed = capsys.readouterr().out
+        assert "shop-v3 is served in version 2" in printed
+        assert "2, 3" in printed
+        with pytest.raises(InputError, match="pass --name"):
+            main(RepositoryConfig(repository=models, rollback=True))
+        with pytest.raises(InputError, match="no folder"):
+            main(RepositoryConfig(repository=models / "none"))

@@ -1,0 +1,141 @@
+"""A manifest and a way to serve in, config.pbtxt out, and back.
+
+Source: triton-inference-server/common `protobuf/model_config.proto`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from clip_rt.errors import InputError
+from clip_rt.manifest import Manifest
+from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, VOCAB_SIZE, image_model, text_model
+
+ModelConfig: TypeAlias = model_config_pb2.ModelConfig
+Tower = Literal["image", "text"]
+Backend = Literal["python", "onnxruntime", "tensorrt"]
+Device = Literal["cpu", "gpu", "auto"]
+
+WARMUP_LENGTH_TOKENS = 16
+_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+_KINDS = {
+    "cpu": model_config_pb2.ModelInstanceGroup.KIND_CPU,
+    "gpu": model_config_pb2.ModelInstanceGroup.KIND_GPU,
+    "auto": model_config_pb2.ModelInstanceGroup.KIND_AUTO,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How Triton runs a model; nothing here changes an embedding."""
+
+    backend: Backend = "python"
+    """python needs no more than the embedded server has; the others are in NVIDIA's container."""
+    device: Device = "cpu"
+    num_instances: int = 1
+    """One per device: each instance of ONNX Runtime already uses every core."""
+    max_batch_size: int = 64
+    """Largest request, and largest batch the server joins requests into."""
+    max_queue_delay_us: int = 500
+    """How long a request may wait for company when the model is idle."""
+    max_queue_size: int = 0
+    """Waiting requests, the next one is refused at once; 0 is no bound. Any queue policy turns off
+    the batcher's prefetching, and then about one request in a hundred waits 500 ms (seen with 2.51;
+    triton-inference-server/core `src/dynamic_batch_scheduler.cc`): bound it where overload is the
+    greater danger."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers Triton would read as something else.
+
+        Raises:
+            InputError: names the field and its limits.
+        """
+        for field, low, high in (
+            ("num_instances", 1, 64),
+            ("max_batch_size", 1, 4096),
+            ("max_queue_delay_us", 0, 1_000_000),
+            ("max_queue_size", 0, 1_000_000),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise InputError(f"{field} is {value}; it must be {low} to {high}.")
+
+
+def render_config(
+    manifest: Manifest, tower: Tower, serving: Serving, *, version: int = 1
+) -> ModelConfig:
+    """Describe one tower to Triton; the manifest becomes its parameters, one each.
+
+    Args:
+        manifest: What is served.
+        tower: Which half of it.
+        serving: How.
+        version: The one numbered folder that is loaded, whatever others there are.
+    """
+    image = tower == "image"
+    config = ModelConfig(
+        name=image_model(manifest.model) if image else text_model(manifest.model),
+        backend=serving.backend,
+        max_batch_size=serving.max_batch_size,
+    )
+    config.version_policy.specific.versions.append(version)
+    config.platform = _PLATFORMS.get(serving.backend, "")
+    input_type = model_config_pb2.TYPE_UINT8 if image else model_config_pb2.TYPE_INT32
+    side = manifest.side_px
+    config.input.add(
+        name=PIXELS if image else TOKENS,
+        data_type=input_type,
+        dims=[side, side, 3] if image else [-1],
+    )
+    config.output.add(
+        name=EMBEDDINGS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
+    )
+    group = config.instance_group.add(kind=_KINDS[serving.device], count=serving.num_instances)
+    if serving.backend == "tensorrt" and not image:
+        # Without this Triton uses the first profile only.
+        group.profile.extend(map(str, range(len(manifest.text_buckets))))
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = serving.max_queue_delay_us
+    if serving.max_queue_size:
+        batching.default_queue_policy.max_queue_size = serving.max_queue_size
+    parameters = manifest.to_parameters()
+    if not image:
+        parameters["vocab_size"] = str(VOCAB_SIZE)
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    # A model that cannot run fails when it is loaded, not at its first request. Zeros: random
+    # token ids would lie outside the vocabulary.
+    warmup = config.model_warmup.add(name="one", batch_size=1)
+    warmup.inputs[config.input[0].name].CopyFrom(
+        model_config_pb2.ModelWarmup.Input(
+            data_type=input_type,
+            dims=[side, side, 3] if image else [WARMUP_LENGTH_TOKENS],
+            zero_data=True,
+        )
+    )
+    return config
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Parse the config.pbtxt of a model folder.
+
+    Raises:
+        OSError: there is none.
+        google.protobuf.text_format.ParseError: it is not a model configuration.
+    """
+    return text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), ModelConfig())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a model folder back from its config.pbtxt.
+
+    Raises:
+        ContractError: it carries none.
+    """
+    parameters = {key: value.string_value for key, value in read_config(folder).parameters.items()}
+    return Manifest.from_parameters(parameters, served=folder.name)
