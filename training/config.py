@@ -50,7 +50,7 @@ class TrainConfig:
     """Without `data`: folder with train/*.tar and styles/*.tar of python -m training.drawings."""
     sample: bool = False
     """Train briefly on the small sample of drawings that comes with the code."""
-    emoji_fraction: float = 0.6
+    emoji_fraction: float = 0.5
     """Share of each batch of drawings that is emoji; the rest are icons."""
     templates: str = "openai_imagenet"
     """Captions of images that have a class only: a named set of prompt templates."""
@@ -83,14 +83,14 @@ class TrainConfig:
     chunk_size: int = 0
     """Pairs of one process in memory at once (cached gradients); 0 is all of them."""
     total_steps: int | None = None
-    """Updates in all; None is 2,800, or 150 with --sample."""
+    """Updates in all; None is 3,200, or 150 with --sample."""
     warmup_steps: int = 150
     """Updates during which the learning rate rises; at most a quarter of all."""
     peak_lr: float = 1e-3
     """Highest learning rate."""
     layer_decay: float = 1.0
     """Factor on the learning rate for each layer further from the embeddings."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     """Of matrices; gains, biases and the temperature are not decayed."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
@@ -116,7 +116,7 @@ class TrainConfig:
     seed: int = 0
     """Of weights, order, captions, augmentation and dropout."""
 
-    eval_every_steps: int = 280
+    eval_every_steps: int = 320
     """Updates between two evaluations; each also saves."""
     log_every_steps: int = 10
     """Updates between two lines of log.jsonl."""
@@ -146,7 +146,7 @@ class TrainConfig:
         """Updates this run makes."""
         if self.total_steps is not None:
             return self.total_steps
-        return 150 if self.sample else 2800
+        return 150 if self.sample else 3200
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as JSON."""

@@ -15,6 +15,8 @@ from torch.nn import functional
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
 
 _LUMA = (0.299, 0.587, 0.114)
+RESTYLED = 0.2
+"""Share of the pictures that go through a random convolution."""
 
 
 class Dice:
@@ -88,6 +90,41 @@ def _recolour(rgb_BCSS: Tensor, dice: Dice) -> Tensor:
     return ((rgb - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
 
 
+def _restyle(rgb_BCSS: Tensor, dice: Dice) -> Tensor:
+    """Pass some pictures through a random convolution, mixed with what they were.
+
+    It changes colours, edges and textures and keeps shapes, so that what a thing is called does not
+    come to depend on them.
+
+    Source: Xu et al. 2021, "Robust and Generalizable Visual Representation Learning via Random
+    Convolutions", the mixing variant. Kernels of 1, 3 and 5 pixels.
+    """
+    kernel_BCCKK = dice.randn(3, 3, 5, 5)
+    width = dice.rand()
+    share_B111 = dice.rand()[:, None, None, None]
+    rows = dice.chance(RESTYLED).flatten().nonzero().flatten()
+    if not len(rows):
+        return rgb_BCSS
+    # A smaller kernel is the middle of a large one.
+    distance_K = torch.arange(5).sub(2).abs()
+    distance_KK = torch.maximum(distance_K[:, None], distance_K[None, :])
+    reach_B = (3 * width[rows]).long()
+    inside = (distance_KK <= reach_B[:, None, None]).float()
+    kernel = kernel_BCCKK[rows] * inside[:, None, None]
+    kernel = kernel / (3 * inside.sum(dim=(1, 2))).sqrt()[:, None, None, None, None]
+    # One by one: in a batch the last bits of a picture would depend on how many others there are.
+    mixed = torch.stack(
+        [
+            functional.conv2d(centred_CSS, each_CCKK, padding=2) + 0.5
+            for centred_CSS, each_CCKK in zip(rgb_BCSS[rows] - 0.5, kernel, strict=True)
+        ]
+    )
+    share = share_B111[rows]
+    restyled = rgb_BCSS.clone()
+    restyled[rows] = (share * rgb_BCSS[rows] + (1 - share) * mixed).clamp(0, 1)
+    return restyled
+
+
 def _paper(dice: Dice) -> Tensor:
     """Choose a background for each drawing: mostly white, some light, a few dark."""
     kind = dice.rand(1)
@@ -129,7 +166,7 @@ def augment(rgba_BSSC: Tensor, palette_B: Tensor, dice: Dice) -> Tensor:
     image = torch.where(one_colour, inked, coloured)
     inverted = dice.chance(0.05)
     image = torch.where(inverted, 1 - image, image)
-    return normalise(image)
+    return normalise(_restyle(image, dice))
 
 
 def normalise(image_BCSS: Tensor) -> Tensor:
