@@ -28,6 +28,13 @@ class ExportConfig:
     """Layers that stay FP32 among FP16 ones, by name or pattern: 'visual.*.resblocks.3.mlp'."""
     find_islands: bool = False
     """Measure which layers must stay FP32, and keep those."""
+    samples: tuple[Path, ...] = ()
+    """Images of one's own to measure on too: folders with one of images for each class, tables with
+    the columns image and label or caption, or .tar shards."""
+    class_names: Path | None = None
+    """What the classes of the samples are called, where wnids or numbers say nothing."""
+    num_images: int = 256
+    """How many images of each of the samples to measure on."""
     max_batch_size: int = 64
     """Largest batch the server accepts."""
     keep_versions: int = 2
@@ -47,5 +54,5 @@ PRECISION_IN_WORDS: dict[Precision, str] = {
     "fp32": "FP32",
     "fp16_weights": "FP32 arithmetic on weights stored as FP16",
     "fp16": "FP16; FP32 normalisations, projection, mean and std",
-    "int8": "INT8 matrix products",
+    "int8": "INT8 matrix products; FP32 attention, normalisations and projection",
 }

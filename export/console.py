@@ -33,7 +33,8 @@ def stage(title: str, *, spinner: bool = True) -> Iterator[list[str]]:
             raise
     duration_s = time.perf_counter() - start_s
     console.print(
-        f"[green]done[/] {title:<28} {duration_s:7.1f} s  {', '.join(outcome)}", soft_wrap=True
+        f"[green]done[/] {title:<28} {duration_s:7.1f} s  {escape(', '.join(outcome))}",
+        soft_wrap=True,
     )
 
 
@@ -85,4 +86,23 @@ def print_parity(report: Mapping[str, Any]) -> None:
         f"{limit['max_batch_difference']:.0e}; "
         f"top-1 agreement {report['top1_agreement']:.3f} (limit {limit['top1_agreement']})"
     )
+    console.print(table)
+    if report.get("choices"):
+        print_choices(report)
+
+
+def print_choices(report: Mapping[str, Any]) -> None:
+    """Print what both models choose for the images of the user's samples."""
+    table = Table("samples", "images", "texts", "top-1 in torch", "top-1", "same choice", "")
+    for each in report["choices"]:
+        shares = [each["reference_top1"], each["top1"], each["agreement"]]
+        table.add_row(
+            escape(each["name"]),
+            str(each["num_images"]),
+            str(each["num_texts"]),
+            *("" if share is None else f"{share:.4f}" for share in shares),
+            "ok" if each["passed"] else "worse",
+            style=None if each["passed"] else "red",
+        )
+    table.caption = f"limit: {report['tolerance']['max_top1_lost']} of top-1 lost"
     console.print(table)

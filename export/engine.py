@@ -12,7 +12,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import os
+import shlex
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +23,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from rich.progress import Progress, TaskID
 
 from clip_rt.errors import ExportError, InputError
 from clip_rt.specs import EMBEDDINGS, PIXELS, TEXT_BUCKETS, TOKENS, ModelSpec
+from export.store import source_hash
 
 Runtime = Literal["tensorrt", "rtx"]
 MODULES: dict[Runtime, tuple[str, ...]] = {
@@ -118,9 +123,14 @@ def load_runtime(runtime: Runtime) -> ModuleType:
         if version < OLDEST[runtime]:
             oldest = ".".join(map(str, OLDEST[runtime]))
             raise ExportError(f"{name} is {module.__version__}; {oldest} or newer is needed.")
-        if runtime == "tensorrt" and not compute_capabilities():
+        if runtime == "tensorrt" and not gpu_names():
             raise ExportError(
                 f"TensorRT builds on the GPU that will serve, and none is visible here. {way_out()}"
+            )
+        if runtime == "tensorrt" and not torch.cuda.is_available():
+            raise ExportError(
+                f"the gate runs engines beside torch {torch.__version__}, which sees no GPU: it is "
+                f"a build without CUDA, or for another driver. {way_out()}"
             )
         return module
     if runtime == "rtx":
@@ -133,27 +143,26 @@ def load_runtime(runtime: Runtime) -> ModuleType:
 
 def way_out() -> str:
     """Return the command that does on a GPU machine what was asked for here."""
-    arguments = " ".join(_quote(each) for each in sys.argv[1:])
+    inside = f"pip install -e '.[export]' && python -m export.trt {shlex.join(sys.argv[1:])}"
     return (
-        "On a machine with an NVIDIA GPU and Docker:\n\n"
+        "On a machine with an NVIDIA GPU and Docker, with the weights below this folder:\n\n"
         f'    docker run --rm --gpus all -v "$PWD":/clip_rt -w /clip_rt {CONTAINER} bash -c '
-        f"\"pip install -e '.[export]' && python -m export.trt {arguments}\"\n\n"
+        f"{shlex.quote(inside)}\n\n"
         "Without a GPU, --runtime rtx checks that the graphs compile."
     )
 
 
-def _quote(argument: str) -> str:
-    is_plain = all(c.isalnum() or c in "-_./@:=+," for c in argument)
-    return argument if is_plain and argument else "'" + argument.replace("'", "'\\''") + "'"
+def gpu_names() -> list[str]:
+    """Return name and compute capability of each GPU that CUDA sees; none without CUDA.
 
-
-def compute_capabilities() -> list[str]:
-    """Return the compute capability of each GPU that CUDA sees, such as 8.9; none without CUDA."""
+    The name matters to an engine: two GPUs of one capability have different fastest kernels.
+    """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return []
     count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
     found = []
@@ -161,7 +170,8 @@ def compute_capabilities() -> list[str]:
         # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h.
         cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-        found.append(f"{major.value}.{minor.value}")
+        cuda.cuDeviceGetName(name, len(name), device)
+        found.append(f"{name.value.decode(errors='replace')}, {major.value}.{minor.value}")
     return found
 
 
@@ -172,7 +182,8 @@ def engine_key(
     return {
         "onnx": list(onnx_sha256),
         "version": trt.__version__,
-        "gpu": compute_capabilities()[:1] if options.runtime == "tensorrt" else [],
+        "gpu": gpu_names()[:1] if options.runtime == "tensorrt" else [],
+        "code": source_hash(sys.modules[__name__]),
         "profiles": [asdict(profile) for profile in profiles],
         "options": asdict(options),
     }
@@ -216,15 +227,20 @@ def build_engine(
     config.builder_optimization_level = options.optimization_level
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.compute_capabilities:
-        _set_targets(trt, config, options.compute_capabilities)
+    targets = check_targets(trt, options)
+    if targets:
+        config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        config.set_compute_capability(target, index)
     for each in profiles:
         profile = builder.create_optimization_profile()
         profile.set_shape(network.get_input(0).name, each.smallest, each.tuned_for, each.largest)
         config.add_optimization_profile(profile)
     if timing_cache is not None and options.runtime == "tensorrt":
         known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        # Refused where it was timed on another GPU; then a new one is begun.
+        if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     with Progress(transient=True) as progress:
         config.progress_monitor = monitor = _make_monitor(trt, progress)
         plan = builder.build_serialized_network(network, config)
@@ -235,9 +251,9 @@ def build_engine(
     path.write_bytes(plan)
     if timing_cache is not None and options.runtime == "tensorrt":
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        staged = timing_cache.with_name(f"{timing_cache.name}.partial")
-        staged.write_bytes(config.get_timing_cache().serialize())
-        staged.replace(timing_cache)
+        with tempfile.NamedTemporaryFile(dir=timing_cache.parent, delete=False) as staged:
+            staged.write(config.get_timing_cache().serialize())
+        os.replace(staged.name, timing_cache)
 
 
 def _check_network(trt: Any, network: Any) -> None:
@@ -255,21 +271,26 @@ def _check_network(trt: Any, network: Any) -> None:
         )
 
 
-def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+def check_targets(trt: Any, options: BuildOptions) -> list[Any]:
+    """Return the GPUs to compile for, as `trt` calls them.
+
+    Raises:
+        InputError: it does not compile for one of them; lists those it does.
+    """
+    if not options.compute_capabilities:
+        return []
     known = {
         f"{int(value) // 10}.{int(value) % 10}": value
         for name, value in trt.ComputeCapability.__members__.items()
         if name.startswith("SM")
     }
-    unknown = [target for target in targets if target not in known]
+    unknown = [target for target in options.compute_capabilities if target not in known]
     if unknown:
         raise InputError(
             f"TensorRT for RTX does not compile for {', '.join(unknown)}; it does for "
             f"{', '.join(known)}."
         )
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        config.set_compute_capability(known[target], index)
+    return [known[target] for target in options.compute_capabilities]
 
 
 def _make_logger(trt: Any) -> Any:

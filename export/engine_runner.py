@@ -72,9 +72,12 @@ class EngineRunner:
     def _run(self, chunk: NDArray[np.generic], profile: int) -> NDArray[np.float32]:
         with torch.cuda.stream(self._stream):
             handle = self._stream.cuda_stream
-            self._context.set_optimization_profile_async(profile, handle)
             given = torch.from_numpy(chunk).cuda()
-            self._context.set_input_shape(self._input, tuple(given.shape))
+            if not (
+                self._context.set_optimization_profile_async(profile, handle)
+                and self._context.set_input_shape(self._input, tuple(given.shape))
+            ):
+                raise ExportError(f"the engine refuses {chunk.dtype} {chunk.shape}.")
             shape = tuple(self._context.get_tensor_shape(EMBEDDINGS))
             found = torch.full(shape, torch.nan, dtype=torch.float32, device="cuda")
             self._context.set_tensor_address(self._input, given.data_ptr())

@@ -3,26 +3,38 @@
     python -m export.onnx --model ViT-B/32
     python -m export.onnx --model ViT-B/32 --weights clip.safetensors --name shop-v3
     python -m export.onnx --model ViT-L/14 --precision fp16 --find-islands
+    python -m export.onnx --model ViT-B/32 --precision int8 --calibration photos/ --samples val/
     python -m export.onnx --help
 
 A second run makes only what has changed. Below the gate's limits nothing is published and what was
-served stays served.
+served stays served. INT8, for processors, is an OpenVINO model made from the FP32 ONNX file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
-from export import parity
+from export import int8, parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, print_parity, print_plan, stage
+from export.parity import Precision
 from export.repository import check_name, publish
-from export.road import choose_islands, fingerprint_of, load_weights, make_manifest, make_onnx
+from export.road import (
+    RANDOM,
+    choose_islands,
+    fingerprint_of,
+    load_weights,
+    make_int8,
+    make_manifest,
+    make_onnx,
+    read_samples,
+)
 from export.store import Store
 from export.triton_config import Device, Serving
 
@@ -31,9 +43,11 @@ from export.triton_config import Device, Serving
 class OnnxConfig(ExportConfig):
     """What to write, and what runs it."""
 
-    precision: Literal["fp32", "fp16_weights", "fp16"] = "fp32"
-    """Of the graph. fp16_weights halves the file, computes in FP32 and suits processors; fp16 is
-    for GPUs: on a processor ONNX Runtime computes it in FP32 with roundings in between."""
+    precision: Precision = "fp32"
+    """Of the graph. fp16_weights halves the file and computes in FP32; int8 is the fastest on a
+    processor; fp16 is for GPUs: on a processor it is computed in FP32 with roundings between."""
+    calibration: tuple[Path, ...] = ()
+    """For int8: images like those to come, with classes or captions, in any form of samples."""
     backend: Literal["python", "onnxruntime"] = "python"
     """Triton backend that runs it; NVIDIA's container has onnxruntime too."""
     device: Device = "cpu"
@@ -42,6 +56,16 @@ class OnnxConfig(ExportConfig):
     def __post_init__(self) -> None:
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
             raise InputError(f"precision is {self.precision}; islands are of fp16 only.")
+        if self.precision != "int8":
+            if self.calibration:
+                raise InputError(f"precision is {self.precision}; only int8 is calibrated.")
+        elif (self.backend, self.device) != ("python", "cpu"):
+            raise InputError("int8 is run by OpenVINO: leave --backend python and --device cpu.")
+        elif self.weights != RANDOM and not (self.calibration and self.samples):
+            raise InputError(
+                "int8 needs --calibration, images and texts like those to come, and --samples to "
+                "measure what it costs; calibrated on other pictures it answers nonsense."
+            )
 
 
 def export(config: OnnxConfig) -> parity.ParityReport | None:
@@ -69,18 +93,29 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         )
         return None
     clip = load_weights(config)
-    islands = choose_islands(clip, config) if config.precision == "fp16" else ()
+    samples = read_samples(config.samples, config, clip.spec)
+    islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
     fingerprint = fingerprint_of(clip)
+    store = Store(config.cache)
     towers = make_onnx(
         clip,
-        Store(config.cache),
-        precision=config.precision,
+        store,
+        precision="fp32" if config.precision == "int8" else config.precision,
         weights_fingerprint=fingerprint,
         islands=islands,
     )
+    libraries: dict[str, str] = {}
+    if config.precision == "int8":
+        calibration = read_samples(config.calibration, config, clip.spec)
+        towers = make_int8(towers, calibration, clip.spec, store)
+        libraries = int8.library_versions()
     with stage("compare with torch") as outcome:
-        report = parity.check_onnx(
-            clip, image=towers.image, text=towers.text, precision=config.precision
+        report = parity.check_files(
+            clip,
+            image=towers.image,
+            text=towers.text,
+            precision=config.precision,
+            samples=samples,
         )
         outcome.append(f"{len(report.cases)} cases pass")
     manifest = make_manifest(
@@ -88,6 +123,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         config.served_name,
         precision=config.precision,
         weights_fingerprint=fingerprint,
+        libraries=libraries,
     )
     with stage("publish") as outcome:
         folders = publish(

@@ -71,8 +71,13 @@ def bake_fp16(graph: Graph, islands: Collection[str] = ()) -> Graph:
 
 def set_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
     """Make a layer compute in `dtype`: cast its weights now, its inputs whenever it is called."""
+    # The final projection of a ResNet lies within its last layer.
+    projection = layer.c_proj if isinstance(layer, AttentionPool2d) else nn.Identity()
+    kept = {key: tensor.clone() for key, tensor in projection.state_dict().items()}
     if dtype == torch.float16:
         for each, tensor in layer.state_dict().items():
+            if kept and each.startswith("c_proj."):
+                continue
             largest = float(tensor.abs().max()) if tensor.numel() else 0.0
             if not largest <= FP16_MAX:  # Written so that NaN is refused too.
                 raise CheckpointError(
@@ -80,10 +85,8 @@ def set_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
                     f"Keep the layer in FP32: --fp32-island '{name}'."
                 )
     layer.to(dtype)
-    parts = [layer]
-    if isinstance(layer, AttentionPool2d):
-        parts.append(layer.c_proj.float())  # The final projection of a ResNet.
-    for part in parts:
+    projection.float().load_state_dict(kept)
+    for part in (layer, *([projection] if kept else [])):
         if not part._forward_pre_hooks:
             part.register_forward_pre_hook(_cast_inputs)
 

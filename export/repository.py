@@ -40,12 +40,13 @@ from export.triton_config import (
 )
 
 CONFIG, REPORT = "config.pbtxt", "parity.json"
-MODEL_FILE: dict[Backend, str] = {
-    "python": "model.onnx",
-    "onnxruntime": "model.onnx",
-    "tensorrt": "model.plan",
+MODEL_FILE: dict[Backend, tuple[str, ...]] = {
+    "python": ("model.onnx", "model.xml"),
+    "onnxruntime": ("model.onnx",),
+    "tensorrt": ("model.plan",),
 }
-PYTHON_MODEL = Path(__file__).with_name("onnxruntime_model.py")
+"""What each backend can run, by its file's name."""
+PYTHON_MODEL = Path(__file__).with_name("python_model.py")
 """What the python backend runs; copied verbatim into the version folder."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
 KEEP_VERSIONS = 2
@@ -227,8 +228,13 @@ def _stage(
     if report is not None:
         (inside / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     backend: Backend = config.backend
-    target = inside / MODEL_FILE[backend]
-    weights = external_files(file) if target.suffix == ".onnx" else []
+    first, *others = MODEL_FILE[backend]
+    target = inside / next((name for name in others if Path(name).suffix == file.suffix), first)
+    weights: list[Path] = []
+    if target.suffix == ".onnx":
+        weights = external_files(file)
+    elif target.suffix == ".xml":
+        weights = [file.with_suffix(".bin")]
     if weights and file.name != target.name:
         raise InputError(f"{file} keeps its weights beside it, so it must be called {target.name}.")
     shutil.copyfile(file, target)

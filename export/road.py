@@ -9,37 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
+import onnxscript
 import torch
+from numpy.typing import NDArray
 
 import clip_rt
+from clip_rt import specs
 from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec
-from export import graphs, onnx_writer, parity, precision, probes, storage
+from export import graphs, int8, onnx_writer, parity, precision, probes, storage
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import console, mib, stage
 from export.graphs import Graph, ImageGraph, TextGraph
 from export.islands import Proposal, print_proposal, propose_islands
 from export.parity import Precision
 from export.precision import bake_fp16, match_islands
-from export.store import Artefact, Store, source_hash
+from export.samples import Samples, calibration_batches, load_samples
+from export.store import Artefact, Store, sha256_of, source_hash
 from training import model as training_model
 from training import resnet
+from training.evaluation.class_names import read_name_table
 from training.model import CLIP
 from training.weights.load import fingerprint, load_clip
 
 RANDOM = "random"
 """Weights nobody trained, for benchmarks; never a default."""
 
-_WRITERS = (graphs, onnx_writer, precision, storage, training_model, resnet)
+ISLAND_IMAGES = 8
+"""Of each of the user's samples; every layer's drift is measured on all of them."""
+_WRITERS = (graphs, onnx_writer, precision, specs, storage, training_model, resnet)
 """Modules whose code decides the bytes of an ONNX file."""
 
 
 @dataclass(frozen=True)
 class Towers:
-    """The two files of an export."""
+    """The two files of an export; what belongs to one lies beside it."""
 
     image: Path
     text: Path
@@ -69,7 +78,30 @@ def random_clip(spec: ModelSpec, *, seed: int = 0) -> CLIP:
         return CLIP(spec).requires_grad_(False).eval()
 
 
-def choose_islands(clip: CLIP, config: ExportConfig) -> tuple[str, ...]:
+def read_samples(
+    paths: Sequence[Path], config: ExportConfig, spec: ModelSpec
+) -> tuple[Samples, ...]:
+    """Read the user's own images and texts.
+
+    Raises:
+        InputError: they cannot be read; says which.
+    """
+    if not paths:
+        return ()
+    table = read_name_table(config.class_names) if config.class_names else None
+    with stage("read samples") as outcome:
+        samples = tuple(
+            load_samples(path, spec, num_images=config.num_images, table=table) for path in paths
+        )
+        num_images = sum(len(each.pixels_NSSC) for each in samples)
+        num_texts = sum(len(each.token_ids) for each in samples)
+        outcome.append(f"{num_images} images, {num_texts} texts")
+    return samples
+
+
+def choose_islands(
+    clip: CLIP, config: ExportConfig, samples: Sequence[Samples] = ()
+) -> tuple[str, ...]:
     """Return the layers that stay FP32: those named, and those found where that is asked for.
 
     Raises:
@@ -80,7 +112,9 @@ def choose_islands(clip: CLIP, config: ExportConfig) -> tuple[str, ...]:
     islands = match_islands(names, config.fp32_island)
     if config.find_islands:
         limit = parity.TOLERANCES["fp16"].min_cosine
-        pixels = torch.from_numpy(probes.images(clip.spec.side_px))
+        images = [probes.images(clip.spec.side_px)]
+        images += [each.pixels_NSSC[:ISLAND_IMAGES] for each in samples]
+        pixels = torch.from_numpy(np.concatenate(images))
         tokens = torch.from_numpy(probes.tokens(clip.spec.text.context_length))
         with stage("find FP32 islands", spinner=False) as outcome:
             found: list[Proposal] = [
@@ -125,10 +159,11 @@ def make_onnx(
             "weights": weights_fingerprint,
             "spec": repr(clip.spec),
             "precision": precision,
-            "islands": sorted(islands),
+            "islands": sorted(set(islands) & set(make(clip).layers())),
             "code": source_hash(*_WRITERS),
             "torch": torch.__version__,
             "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
         }
         with stage(f"export the {tower} tower") as outcome:
             artefact = store.make("model.onnx", key, write)
@@ -137,6 +172,53 @@ def make_onnx(
             if artefact.reused:
                 outcome.append("unchanged, reused")
     return Towers(made[0].path, made[1].path)
+
+
+def make_int8(
+    towers: Towers, calibration: Sequence[Samples], spec: ModelSpec, store: Store
+) -> Towers:
+    """Quantise both FP32 towers, or find them as they were quantised before.
+
+    Args:
+        towers: FP32.
+        calibration: Images and texts like those to come; without any, the gate's own probes, which
+            will do for weights that know nothing.
+        spec: Of the model.
+        store: Where they are kept.
+
+    Raises:
+        InputError: there are no texts to calibrate on.
+        ExportError: see `int8.write_int8`.
+    """
+    images: list[NDArray[Any]]
+    texts: list[NDArray[Any]]
+    if calibration:
+        images, texts = calibration_batches(calibration)
+    else:
+        images = [row[None] for row in probes.images(spec.side_px)]
+        texts = [row[None] for row in probes.tokens(spec.text.context_length)]
+    made = []
+    for tower, file, batches in (("image", towers.image, images), ("text", towers.text, texts)):
+        key = {
+            "tower": tower,
+            "onnx": sha256_of(file),
+            "calibration": [sample.fingerprint() for sample in calibration],
+            "probes": "" if calibration else source_hash(probes),
+            "code": source_hash(int8),
+            **int8.library_versions(),
+        }
+
+        def write(path: Path, file: Path = file, batches: list[Any] = batches) -> None:
+            int8.write_int8(file, batches, path)
+
+        with stage(f"quantise the {tower} tower") as outcome:
+            artefact = store.make("model.xml", key, write)
+            made.append(artefact.path)
+            outcome.append(f"OpenVINO, INT8, {mib(artefact.path.with_suffix('.bin'))}")
+            outcome.append(f"calibrated on {min(len(batches), int8.MAX_ROWS)} {tower}s")
+            if artefact.reused:
+                outcome.append("unchanged, reused")
+    return Towers(*made)
 
 
 def make_manifest(

@@ -5,6 +5,7 @@ Never changes what is computed beyond rounding the stored weights: arithmetic st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -69,7 +70,9 @@ def external_files(path: Path) -> list[Path]:
         raise
     except Exception as error:  # Of protobuf's own kinds.
         raise InputError(f"{path} is no ONNX file: {error}.") from error
-    size_bytes = 0
+    if any(graph.sparse_initializer for graph in _graphs(model.graph)):
+        raise InputError(f"{path} has sparse weights, which no exporter of CLIP writes.")
+    size_bytes, is_external = 0, False
     expected = f"{path.name}.data"
     for tensor in onnx.external_data_helper._get_all_tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -80,17 +83,30 @@ def external_files(path: Path) -> list[Path]:
                 f"{path} keeps the weight {tensor.name[:80]!r} in {facts.get('location')!r:.200}; "
                 f"only {expected!r} beside it is read."
             )
+        is_external = True
         try:
-            end = int(facts.get("offset", "0")) + int(facts.get("length", "0"))
+            offset, length = int(facts.get("offset", "0")), int(facts.get("length", "0"))
         except ValueError as error:
             raise InputError(f"{path} says nonsense of {tensor.name[:80]!r}: {error}.") from error
-        size_bytes = max(size_bytes, end)
-    if not size_bytes:
+        if offset < 0 or length < 0:
+            raise InputError(f"{path} keeps {tensor.name[:80]!r} at {offset}, {length} bytes.")
+        size_bytes = max(size_bytes, offset + length)
+    if not is_external:
         return []
     data = path.with_name(expected)
     if data.is_symlink() or not data.is_file() or data.stat().st_size < size_bytes:
         raise InputError(f"{data} must be a file of at least {size_bytes} bytes, and is not.")
     return [data]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and those within its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for each in (attribute.g, *attribute.graphs):
+                if each.ByteSize():
+                    yield from _graphs(each)
 
 
 def _round(tensor: onnx.TensorProto) -> onnx.NodeProto:

@@ -32,6 +32,7 @@ from export.engine import (
     Profile,
     Runtime,
     build_engine,
+    check_targets,
     engine_key,
     image_profiles,
     load_runtime,
@@ -47,7 +48,9 @@ from export.road import (
     load_weights,
     make_manifest,
     make_onnx,
+    read_samples,
 )
+from export.samples import Samples
 from export.storage import external_files
 from export.store import Store, sha256_of
 from export.triton_config import Serving
@@ -96,30 +99,37 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
         ParityError: engines or graphs drift from the weights; what was served stays.
     """
     spec, options = find_spec(config.model), config.options
-    check_name(config.served_name, config.repository)
+    # What can be missing or in the way is looked for before minutes of work.
+    folder = config.engines / slug(config.served_name)
+    serving = Serving(backend="tensorrt", device="gpu", max_batch_size=config.max_batch_size)
+    if config.runtime == "tensorrt":
+        check_name(config.served_name, config.repository)
+    else:
+        _check_free(folder)
     if config.dry_run:
         _print_plan(config, spec.name)
         return None
-    # What can be missing or in the way is looked for before minutes of work.
-    folder = config.engines / slug(config.served_name)
-    _check_free(folder)
     trt = load_runtime(config.runtime)
+    check_targets(trt, options)
     clip = load_weights(config)
-    islands = choose_islands(clip, config)
+    samples = read_samples(config.samples, config, clip.spec)
+    islands = choose_islands(clip, config, samples)
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
     onnx = make_onnx(
         clip, store, precision="fp16", weights_fingerprint=fingerprint, islands=islands
     )
     # Before the engines are built from them: a graph that drifts is not worth the minutes.
-    report = _gate_onnx(clip, onnx)
+    report = _gate_onnx(clip, onnx, samples)
     engines = Towers(
         image=_build("image", onnx.image, image_profiles(spec, options), config, store, trt),
         text=_build("text", onnx.text, text_profiles(spec, options), config, store, trt),
     )
     facts: dict[str, object] = {"fp32_islands": islands, "runtime": config.runtime}
     if config.runtime == "tensorrt":
-        report, facts["fused_attentions"] = _gate_engines(clip, engines, trt)
+        report, facts["fused_attentions"] = _gate_engines(
+            clip, engines, trt, max_batch_size=config.max_batch_size, samples=samples
+        )
     else:
         facts["engine"] = "built, not run: the figures are those of its ONNX files"
     manifest = make_manifest(
@@ -133,9 +143,6 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
     with stage("publish") as outcome:
         document = report.to_json() | facts
         if config.runtime == "tensorrt":
-            serving = Serving(
-                backend="tensorrt", device="gpu", max_batch_size=config.max_batch_size
-            )
             folders = publish(
                 config.repository,
                 manifest,
@@ -204,21 +211,33 @@ def _build(
     return artefact.path
 
 
-def _gate_onnx(clip: CLIP, onnx: Towers) -> parity.ParityReport:
+def _gate_onnx(clip: CLIP, onnx: Towers, samples: Sequence[Samples]) -> parity.ParityReport:
     with stage("compare ONNX with torch") as outcome:
-        report = parity.check_onnx(clip, image=onnx.image, text=onnx.text, precision="fp16")
+        report = parity.check_files(
+            clip, image=onnx.image, text=onnx.text, precision="fp16", samples=samples
+        )
         outcome.append(f"{len(report.cases)} cases pass")
     return report
 
 
 def _gate_engines(
-    clip: CLIP, engines: Towers, trt: ModuleType
+    clip: CLIP,
+    engines: Towers,
+    trt: ModuleType,
+    *,
+    max_batch_size: int,
+    samples: Sequence[Samples],
 ) -> tuple[parity.ParityReport, dict[str, int]]:
     """Run the engines on the GPU against torch, and look for their attentions."""
     runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
     with stage("compare engines with torch") as outcome:
         report = parity.check(
-            clip, encode_images=runners[0], encode_texts=runners[1], precision="fp16"
+            clip,
+            encode_images=runners[0],
+            encode_texts=runners[1],
+            precision="fp16",
+            max_batch_size=max_batch_size,
+            samples=samples,
         )
         outcome.append(f"{len(report.cases)} cases pass")
     spec = clip.spec

@@ -20,7 +20,7 @@ from clip_rt.manifest import Manifest
 
 SIDE_PX = 64
 EMBEDDING_DIM = 8
-MODEL_FILE = Path(__file__).parents[2] / "export" / "onnxruntime_model.py"
+MODEL_FILE = Path(__file__).parents[2] / "export" / "python_model.py"
 WORDS = {"red</w>": 736, "green</w>": 1901, "blue</w>": 1746}
 """Token ids of the words the text tower understands, in the order of the channels."""
 

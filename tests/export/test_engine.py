@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_clip as tiny
+import torch
 from onnx import numpy_helper
 
 from clip_rt.errors import ExportError, InputError, ParityError
@@ -23,8 +26,8 @@ from export.engine import (
     BuildOptions,
     Profile,
     build_engine,
-    compute_capabilities,
     engine_key,
+    gpu_names,
     image_profiles,
     load_runtime,
     text_profiles,
@@ -134,6 +137,15 @@ def test_what_an_engine_depends_on_is_in_its_key(trt, files):
     assert all(key != other for other in others)
 
 
+def test_an_engine_is_of_one_kind_of_gpu(monkeypatch, files):
+    options, trt = BuildOptions(), SimpleNamespace(__version__="11.3.0")
+    keys = []
+    for name in ("NVIDIA L4, 8.9", "NVIDIA L40S, 8.9"):
+        monkeypatch.setattr(engine, "gpu_names", lambda name=name: [name])
+        keys.append(engine_key(["a"], image_profiles(files.spec, options), options, trt))
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -151,20 +163,31 @@ def test_options_out_of_range_are_refused(options, message):
 class TestWhatIsMissing:
     def test_without_tensorrt_the_container_command_is_told(self, monkeypatch):
         monkeypatch.setitem(engine.MODULES, "tensorrt", ("no_such_tensorrt",))
-        monkeypatch.setattr(sys, "argv", ["trt.py", "--model", "ViT-L/14", "--name", "it's mine"])
+        arguments = ["--model", "ViT-L/14", "--name", "it's $HOME", "`x`"]
+        monkeypatch.setattr(sys, "argv", ["trt.py", *arguments])
         with pytest.raises(ExportError) as caught:
             load_runtime("tensorrt")
         command = next(line for line in str(caught.value).splitlines() if "docker run" in line)
         assert "--gpus all" in command
         assert engine.CONTAINER in command
-        assert r"python -m export.trt --model ViT-L/14 --name 'it'\''s mine'" in command
+        # As the shell reads it, and then the shell within the container.
+        inside = shlex.split(shlex.split(command)[-1])
+        assert inside[-6:] == ["export.trt", *arguments]
         assert "--runtime rtx" in str(caught.value)
 
     def test_without_a_gpu_it_is_told_too(self, monkeypatch):
         present = SimpleNamespace(__version__="11.3.0", __name__="tensorrt")
         monkeypatch.setitem(sys.modules, "tensorrt", present)
-        monkeypatch.setattr(engine, "compute_capabilities", list)
+        monkeypatch.setattr(engine, "gpu_names", list)
         with pytest.raises(ExportError, match=r"none is visible here(.|\n)*docker run"):
+            load_runtime("tensorrt")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+    def test_with_a_torch_that_sees_no_gpu_it_is_told_before_any_work(self, monkeypatch):
+        present = SimpleNamespace(__version__="11.3.0", __name__="tensorrt")
+        monkeypatch.setitem(sys.modules, "tensorrt", present)
+        monkeypatch.setattr(engine, "gpu_names", lambda: ["NVIDIA L4, 8.9"])
+        with pytest.raises(ExportError, match=r"torch .* sees no GPU"):
             load_runtime("tensorrt")
 
     def test_an_old_one_is_refused(self, monkeypatch):
@@ -179,7 +202,7 @@ class TestWhatIsMissing:
             load_runtime("rtx")
 
     def test_gpus_are_listed_or_none(self):
-        assert all(float(each) >= 5 for each in compute_capabilities())
+        assert all(re.fullmatch(r".+, \d+\.\d", each) for each in gpu_names())
 
 
 def test_fused_attentions_are_counted_in_what_the_inspector_says():

@@ -66,7 +66,7 @@ def test_inputs_and_outputs_obey_the_contract(clip, files):
 
 
 def test_both_towers_pass_the_gate(clip, files):
-    report = parity.check_onnx(clip, image=files[0], text=files[1], precision="fp32")
+    report = parity.check_files(clip, image=files[0], text=files[1], precision="fp32")
     assert report.passed
 
 
@@ -100,7 +100,7 @@ def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, 
     write_onnx(TextGraph(clip), clip.spec, path)
     assert storage.external_files(path) == [tmp_path / "model.onnx.data"]
     assert path.stat().st_size < 10**6
-    report = parity.check_onnx(clip, image=exported_vit.image, text=path, precision="fp32")
+    report = parity.check_files(clip, image=exported_vit.image, text=path, precision="fp32")
     assert report.passed
     folders = publish(
         tmp_path / "models",

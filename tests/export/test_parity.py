@@ -46,7 +46,7 @@ def corrupt(source, target, *, scale=1.0, value=None):
 
 
 def test_an_honest_export_passes_every_case(clip, files):
-    report = parity.check_onnx(clip, image=files[0], text=files[1], precision="fp32")
+    report = parity.check_files(clip, image=files[0], text=files[1], precision="fp32")
     assert report.passed
     assert report.top1_agreement == 1.0
     assert {case.tower for case in report.cases} == {"image", "text"}
@@ -60,7 +60,7 @@ def test_an_honest_export_passes_every_case(clip, files):
 def test_a_corrupted_tower_fails_and_the_message_says_where(clip, files, tmp_path):
     broken = corrupt(files[0], tmp_path / "image.onnx", scale=1.01)
     with pytest.raises(ParityError, match=r"worst is the image tower") as caught:
-        parity.check_onnx(clip, image=broken, text=files[1], precision="fp32")
+        parity.check_files(clip, image=broken, text=files[1], precision="fp32")
     drifting = [case for case in caught.value.report["cases"] if not case["passed"]]
     assert {case["tower"] for case in drifting} == {"image"}
 
@@ -69,7 +69,7 @@ def test_a_corrupted_tower_fails_and_the_message_says_where(clip, files, tmp_pat
 def test_values_that_are_not_finite_fail(clip, files, tmp_path, value):
     broken = corrupt(files[0], tmp_path / "image.onnx", value=value)
     with pytest.raises(ParityError, match=r"[1-9][0-9]* not finite"):
-        parity.check_onnx(clip, image=broken, text=files[1], precision="fp32")
+        parity.check_files(clip, image=broken, text=files[1], precision="fp32")
 
 
 def test_what_depends_on_the_batch_fails(clip, encoders, monkeypatch):
@@ -83,6 +83,48 @@ def test_what_depends_on_the_batch_fails(clip, encoders, monkeypatch):
     monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
     with pytest.raises(ParityError, match=r"3 images.*with the batch 3\.\d\de-05"):
         parity.check(clip, encode_images=encode, encode_texts=encode_texts, precision="fp32")
+
+
+def test_a_length_that_is_not_one_fails_in_every_precision(clip, encoders):
+    encode_images, encode_texts = encoders
+    for precision in ("fp16", "int8"):
+        with pytest.raises(ParityError, match=r"of the length from 1 2\.0e-02"):
+            parity.check(
+                clip,
+                encode_images=lambda pixels: encode_images(pixels) * np.float32(1.02),
+                encode_texts=encode_texts,
+                precision=precision,
+            )
+
+
+def test_the_largest_batch_is_tried_where_there_is_one(clip, encoders):
+    sizes = []
+
+    def encode(pixels):
+        sizes.append(len(pixels))
+        found = encoders[0](pixels)
+        return np.zeros_like(found) if len(pixels) == 64 else found
+
+    with pytest.raises(ParityError, match="64 images"):
+        parity.check(
+            clip,
+            encode_images=encode,
+            encode_texts=encoders[1],
+            precision="fp16",
+            max_batch_size=64,
+        )
+    assert set(sizes) == {1, 2, 3, 13, 64}
+
+
+def test_fewer_lengths_than_the_whole_context_are_compared_rightly(clip, encoders):
+    report = parity.check(
+        clip,
+        encode_images=encoders[0],
+        encode_texts=encoders[1],
+        precision="fp32",
+        text_lengths=(16,),
+    )
+    assert report.top1_agreement == 1.0
 
 
 @pytest.mark.parametrize("change", ["mean", "order", "length", "dtype"])

@@ -41,7 +41,7 @@ def plant(scale):
 def test_both_towers_in_fp16_pass_the_gate_and_halve(kind, tmp_path, request):
     clip = tiny.make(kind)
     paths = write_fp16(clip, tmp_path)
-    report = parity.check_onnx(clip, **paths, precision="fp16")
+    report = parity.check_files(clip, **paths, precision="fp16")
     # Rounding must be visible, or nothing was rounded.
     assert max(case.max_difference for case in report.cases) > 2e-5
     exported = request.getfixturevalue("exported_vit" if kind is tiny.VIT else "exported_resnet")
@@ -87,7 +87,7 @@ def test_emulated_fp16_arithmetic_is_that_of_onnx_runtime(make, tmp_path):
 def test_an_overflow_is_caught_by_the_gate_and_mended_by_the_islands_found(tmp_path):
     clip = plant(OVERFLOW)
     with pytest.raises(ParityError, match=r"worst is the image tower.*[1-9][0-9]* not finite"):
-        parity.check_onnx(clip, **write_fp16(clip, tmp_path), precision="fp16")
+        parity.check_files(clip, **write_fp16(clip, tmp_path), precision="fp16")
     pixels = torch.from_numpy(probes.images(clip.spec.side_px))
     proposal = propose_islands(ImageGraph(clip), pixels, min_cosine=0.9995, progress=False)
     assert proposal.islands == (MLP,)
@@ -95,12 +95,12 @@ def test_an_overflow_is_caught_by_the_gate_and_mended_by_the_islands_found(tmp_p
     assert proposal.min_cosine >= 0.9995
     assert next(iter(proposal.drift_by_layer)) == MLP
     islands = proposal.islands
-    assert parity.check_onnx(clip, **write_fp16(clip, tmp_path, islands), precision="fp16").passed
+    assert parity.check_files(clip, **write_fp16(clip, tmp_path, islands), precision="fp16").passed
 
 
 def test_large_residual_streams_that_fit_pass_without_islands(tmp_path):
     clip = plant(1e4)
-    assert parity.check_onnx(clip, **write_fp16(clip, tmp_path), precision="fp16").passed
+    assert parity.check_files(clip, **write_fp16(clip, tmp_path), precision="fp16").passed
 
 
 def test_a_weight_beyond_the_range_needs_its_layer_to_be_an_island():
@@ -135,3 +135,10 @@ def test_baking_leaves_the_model_as_it_was():
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     bake_fp16(ImageGraph(clip))
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
+
+
+def test_the_final_projection_of_a_resnet_keeps_every_bit(exported_resnet):
+    clip = exported_resnet.clip
+    baked = bake_fp16(ImageGraph(clip))
+    assert torch.equal(baked.visual.attnpool.c_proj.weight, clip.visual.attnpool.c_proj.weight)
+    assert baked.visual.attnpool.q_proj.weight.dtype == torch.float16

@@ -27,7 +27,7 @@ def test_the_file_halves_and_only_casts_read_fp16(exported, tmp_path):
         onnx.save(model, paths[tower])
         assert paths[tower].stat().st_size < 0.7 * source.stat().st_size
     assert paths["text"].stat().st_size < 0.52 * exported.text.stat().st_size
-    report = parity.check_onnx(exported.clip, **paths, precision="fp16_weights")
+    report = parity.check_files(exported.clip, **paths, precision="fp16_weights")
     # Rounding must be visible: a report of zeros would mean that nothing was compared.
     assert max(case.max_difference for case in report.cases) > 2e-5
 
@@ -76,6 +76,37 @@ def test_weights_anywhere_else_are_refused(external, location):
     external.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=r"only 'model\.onnx\.data' beside it is read"):
         storage.external_files(external)
+
+
+def test_weights_of_no_stated_length_are_not_forgotten(external):
+    model = onnx.load_model(external, load_external_data=False)
+    for tensor in model.graph.initializer:
+        kept = [entry for entry in tensor.external_data if entry.key == "location"]
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+    external.write_bytes(model.SerializeToString())
+    assert storage.external_files(external) == [external.with_name("model.onnx.data")]
+
+
+def test_weights_at_a_negative_place_are_refused(external):
+    model = onnx.load_model(external, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                entry.value = "-8"
+    external.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="at -8"):
+        storage.external_files(external)
+
+
+def test_sparse_weights_are_refused(exported_vit, tmp_path):
+    model = onnx.load(exported_vit.image)
+    sparse = model.graph.sparse_initializer.add()
+    sparse.values.data_location = onnx.TensorProto.EXTERNAL
+    sparse.values.external_data.add(key="location", value="/etc/passwd")
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="sparse weights"):
+        storage.external_files(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("change", ["missing", "short", "link"])

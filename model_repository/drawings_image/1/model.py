@@ -1,12 +1,13 @@
-"""Serve `model.onnx`, the file beside this one, with ONNX Runtime in Triton's python backend.
+"""Serve the model file beside this one in Triton's python backend.
+
+`model.onnx` is run by ONNX Runtime, `model.xml` (INT8) by OpenVINO.
 
 In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
 `embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
 Export copies this file verbatim to `<model>/1/model.py`; it imports nothing of this project.
 
-Read from config.pbtxt: the first input and output, `max_batch_size`, the kind of the instance, and
-the parameters `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of
-them optional.
+Read from config.pbtxt: the input and the output, the kind of the instance, and the parameters
+`intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them optional.
 """
 
 import ctypes
@@ -14,7 +15,6 @@ import json
 import os
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 PROVIDERS_BY_KIND = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
@@ -41,7 +41,9 @@ class TritonPythonModel:
         self._dims = [int(side) for side in self._input["dims"]]
         self._vocab_size = int(parameters.get("vocab_size", 49408))
         self._context_length = int(parameters.get("context_length", 77))
-        self._session = self._load(args, parameters)
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        is_onnx = os.path.exists(os.path.join(folder, "model.onnx"))
+        self._encode = (_load_onnx if is_onnx else _load_openvino)(folder, args, parameters)
 
     def execute(self, requests):
         """Answer every request of a batch, in order, with one run per shape."""
@@ -58,32 +60,6 @@ class TritonPythonModel:
             for index, response in self._run(members):
                 responses[index] = response
         return responses
-
-    def _load(self, args, parameters):
-        kind = args["model_instance_kind"]
-        wanted = PROVIDERS_BY_KIND[kind]
-        if "execution_providers" in parameters:
-            wanted = [name.strip() for name in parameters["execution_providers"].split(",")]
-        device = {"device_id": int(args["model_instance_device_id"])} if kind == "GPU" else {}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(parameters.get("intra_op_threads", 0)) or _num_cores()
-        options.inter_op_num_threads = 1
-        # A thread that spins while it waits takes the core from the client beside it.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(
-            os.path.join(args["model_repository"], args["model_version"], "model.onnx"),
-            options,
-            providers=[(name, device) for name in wanted if name in _available()],
-        )
-        # ONNX Runtime goes on with the processor when a GPU provider cannot start. We do not.
-        if not set(wanted) & set(session.get_providers()):
-            raise pb_utils.TritonModelException(
-                f"{args['model_name']} is configured for {kind} and wants {' or '.join(wanted)}; "
-                f"ONNX Runtime {onnxruntime.__version__} can use {', '.join(_available())} here. "
-                "Install onnxruntime-gpu with its CUDA libraries, or export for CPU."
-            )
-        return session
 
     def _read(self, request):
         tensor = pb_utils.get_input_tensor_by_name(request, self._input["name"])
@@ -122,9 +98,7 @@ class TritonPythonModel:
         """Run arrays of one shape together; when that fails, each alone, to spare the innocent."""
         arrays = [array for _, array in members]
         try:
-            (embeddings,) = self._session.run(
-                [self._output["name"]], {self._input["name"]: np.concatenate(arrays)}
-            )
+            embeddings = self._encode(np.concatenate(arrays))
         except Exception as error:  # Whatever went wrong is the answer; the server must live.
             if len(members) == 1:
                 return [(members[0][0], _failure(str(error), pb_utils.TritonError.INTERNAL))]
@@ -136,6 +110,63 @@ class TritonPythonModel:
     def _answer(self, embeddings):
         tensor = pb_utils.Tensor.from_dlpack(self._output["name"], _Loan(embeddings))
         return pb_utils.InferenceResponse(output_tensors=[tensor])
+
+
+def _load_onnx(folder, args, parameters):
+    import onnxruntime
+
+    kind, available = args["model_instance_kind"], onnxruntime.get_available_providers()
+    wanted = PROVIDERS_BY_KIND[kind]
+    if "execution_providers" in parameters:
+        wanted = [name.strip() for name in parameters["execution_providers"].split(",")]
+    device = {"device_id": int(args["model_instance_device_id"])} if kind == "GPU" else {}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _num_threads(parameters)
+    options.inter_op_num_threads = 1
+    # A thread that spins while it waits takes the core from the client beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        os.path.join(folder, "model.onnx"),
+        options,
+        providers=[(name, device) for name in wanted if name in available],
+    )
+    # ONNX Runtime goes on with the processor when a GPU provider cannot start. We do not.
+    if not set(wanted) & set(session.get_providers()):
+        raise pb_utils.TritonModelException(
+            f"{args['model_name']} is configured for {kind} and wants {' or '.join(wanted)}; "
+            f"ONNX Runtime {onnxruntime.__version__} can use {', '.join(available)} here. "
+            "Install onnxruntime-gpu with its CUDA libraries, or export for CPU."
+        )
+    name = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {name: batch})[0]
+
+
+def _load_openvino(folder, args, parameters):
+    if args["model_instance_kind"] != "CPU":
+        raise pb_utils.TritonModelException(
+            f"{args['model_name']} is configured for {args['model_instance_kind']}; its INT8 model "
+            "runs on CPU only. Export it in FP16 for a GPU."
+        )
+    try:
+        import openvino
+    except ImportError as error:
+        raise pb_utils.TritonModelException(
+            f"{args['model_name']} is an INT8 model, which OpenVINO runs, and {error}. "
+            "Install it beside the server: pip install openvino"
+        ) from error
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # What is not INT8: OpenVINO prefers BF16, which is slower than FP32 without AMX.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": _num_threads(parameters),
+        # Threads bound to a core wait for whoever else has it.
+        "ENABLE_CPU_PINNING": False,
+    }
+    model = openvino.Core().compile_model(os.path.join(folder, "model.xml"), "CPU", settings)
+    request = model.create_infer_request()
+    # Shared: the answer is copied into the responses before the next batch is run.
+    return lambda batch: request.infer({0: batch}, share_inputs=True, share_outputs=True)[0]
 
 
 class _Loan:
@@ -206,9 +237,5 @@ def _failure(message, code):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
-def _available():
-    return onnxruntime.get_available_providers()
-
-
-def _num_cores():
-    return len(os.sched_getaffinity(0))
+def _num_threads(parameters):
+    return int(parameters.get("intra_op_threads", 0)) or len(os.sched_getaffinity(0))

@@ -1,0 +1,93 @@
+"""A FP32 ONNX file and calibration data in, an OpenVINO model with INT8 matrix products out.
+
+Weights become INT8 per output channel, activations INT8 by ranges seen in the calibration data;
+what attention and normalisations compute stays FP32, and so do the final projection and the L2
+normalisation. The ranges are fixed, so an embedding does not depend on the batch it is computed in,
+as it does where a runtime finds the ranges anew in each batch.
+
+Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 3; Xiao et al.
+2023, "SmoothQuant", for the transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_rt.errors import ExportError, InputError
+
+MAX_ROWS = 300
+"""More change the ranges no further; as many as NNCF itself looks at."""
+
+
+def write_int8(onnx_file: Path, batches: list[NDArray[np.generic]], path: Path) -> None:
+    """Quantise a tower.
+
+    Args:
+        onnx_file: FP32.
+        batches: Pixels or tokens like those it will serve, of which the first
+            `MAX_ROWS` are looked at, one row each.
+        path: Where to write; ends in .xml. The weights go beside it, in .bin.
+
+    Raises:
+        InputError: there is no calibration data.
+        ExportError: OpenVINO or NNCF is not installed.
+    """
+    if not batches:
+        raise InputError("there is nothing to calibrate INT8 on; pass --calibration.")
+    nncf, openvino = _import_libraries()
+    model = openvino.Core().read_model(onnx_file)
+    with contextlib.redirect_stdout(io.StringIO()):  # Bars of its own within our stages.
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset(batches[:MAX_ROWS], lambda batch: {0: batch}),
+            subset_size=min(len(batches), MAX_ROWS),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=_tail(model)),
+        )
+    openvino.save_model(quantised, path, compress_to_fp16=False)
+
+
+def library_versions() -> dict[str, str]:
+    """Return what decides the bytes of an INT8 model beside its input.
+
+    Raises:
+        ExportError: OpenVINO or NNCF is not installed.
+    """
+    nncf, openvino = _import_libraries()
+    return {"nncf": nncf.__version__, "openvino": openvino.__version__.split("-")[0]}
+
+
+def _import_libraries() -> tuple[Any, Any]:
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise ExportError(
+            f"INT8 needs OpenVINO and NNCF, and {error}. Install them: pip install 'clip-rt[int8]'"
+        ) from error
+    nncf.set_log_level(logging.ERROR)
+    return nncf, openvino
+
+
+def _tail(model: Any) -> list[str]:
+    """Name the operators from the final projection on to the embedding.
+
+    They are few and decide the embedding's direction and length, so they are not quantised.
+    """
+    names = []
+    waiting = [model.outputs[0].get_node()]
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() in ("Parameter", "Constant") or node.get_friendly_name() in names:
+            continue
+        names.append(node.get_friendly_name())
+        if node.get_type_name() != "MatMul":
+            waiting += [each.get_source_output().get_node() for each in node.inputs()]
+    return names
