@@ -6,17 +6,23 @@
 
 A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
 config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
-Nothing is written in place: a server that starts meanwhile sees the old model or the new one.
+Nothing is written in place. A version's folder is complete when it gets its name, and it is served
+from the moment its config.pbtxt replaces the one before. Whatever ends an export half-way, Ctrl-C
+included, what was served stays; only a kill between the two towers leaves one of each version,
+which a client refuses (`clip_rt.connection`) and the next export puts right.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +95,6 @@ def publish(
 ) -> tuple[Path, Path]:
     """Put both towers into a repository as the next version of their model, and serve that one.
 
-    Both folders are complete before either is moved into place, and when the second move fails the
-    first is undone.
-
     Args:
         repository: Made when it does not exist.
         manifest: Its `model` names the two folders.
@@ -113,18 +116,30 @@ def publish(
         raise InputError(f"keep_versions is {keep_versions}; it must be at least 1.")
     repository.mkdir(parents=True, exist_ok=True)
     targets = _folders(repository, manifest.model)
-    version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
     towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
-    with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=_staging(repository)) as staging:
-        moves = []
+    with _alone(repository), _staging(repository) as staging:
+        served = [served_version(target) for target in targets if target.exists()]
+        version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
         for (tower, file), target in zip(towers, targets, strict=True):
-            staged = Path(staging) / target.name
             config = render_config(manifest, tower, serving, version=version)
-            _stage(staged, version, config, file, report)
-            for earlier in list_versions(target)[: keep_versions - 1]:
-                shutil.copytree(target / str(earlier), staged / str(earlier), copy_function=_link)
-            moves.append((staged, target))
-        _move(moves, aside=Path(staging) / "replaced")
+            _stage(staging / target.name, version, config, file, report)
+        with ExitStack() as undo:
+            for target in targets:
+                staged = staging / target.name
+                if not target.exists():
+                    undo.callback(shutil.rmtree, target, ignore_errors=True)
+                    os.rename(staged, target)
+                    continue
+                undo.callback(shutil.rmtree, target / str(version), ignore_errors=True)
+                os.rename(staged / str(version), target / str(version))
+            _serve(targets, version, staging, undo)
+            undo.pop_all()
+        for target in targets:
+            # The one before goes back to what was served, which need not be the newest.
+            earlier = [each for each in list_versions(target) if each != version]
+            earlier.sort(key=lambda each: (each in served, each), reverse=True)
+            for each in earlier[keep_versions - 1 :]:
+                shutil.rmtree(target / str(each), ignore_errors=True)
     return targets
 
 
@@ -147,24 +162,21 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     for target in targets:
         if _owner(target) != name:
             raise InputError(f"{repository} holds no model {name[:80]!r} in {target.name}.")
-    kept = set.intersection(*(set(list_versions(target)) for target in targets))
-    now = served_version(targets[0])
-    choice = version or max((each for each in kept if each < now), default=0)
-    configs = [target / str(choice) / CONFIG for target in targets]
-    if choice not in kept or not all(config.is_file() for config in configs):
-        raise InputError(
-            f"{name!r} has no version {version or f'before {now}'} to go back to in {repository}; "
-            f"it has {', '.join(map(str, sorted(kept)))}, and serves {now}."
-        )
-    with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=_staging(repository)) as staging:
-        moves = []
-        for target, config in zip(targets, configs, strict=True):
-            staged = Path(staging) / target.name
-            shutil.copytree(target, staged, copy_function=_link)
-            (staged / CONFIG).unlink()
-            shutil.copyfile(config, staged / CONFIG)
-            moves.append((staged, target))
-        _move(moves, aside=Path(staging) / "replaced")
+    with _alone(repository), _staging(repository) as staging:
+        kept = set.intersection(*(_switchable(target) for target in targets))
+        now = served_version(targets[0])
+        choice = version
+        if choice is None:
+            choice = max((each for each in kept if each < now), default=0)
+        if choice not in kept:
+            raise InputError(
+                f"{name!r} has no version {f'before {now}' if version is None else version} to go "
+                f"to in {repository}; it has {', '.join(map(str, sorted(kept))) or 'none'}, and "
+                f"serves {now}."
+            )
+        with ExitStack() as undo:
+            _serve(targets, choice, staging, undo)
+            undo.pop_all()
     return choice
 
 
@@ -186,12 +198,9 @@ def _folders(repository: Path, name: str) -> tuple[Path, Path]:
     return repository / image_model(name), repository / text_model(name)
 
 
-def _link(source: str, target: str) -> None:
-    """Let a file be in two folders at once where the file system can; copy it elsewhere."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _switchable(folder: Path) -> set[int]:
+    """Return the versions of a folder that know how they are served."""
+    return {each for each in list_versions(folder) if (folder / str(each) / CONFIG).is_file()}
 
 
 def _owner(folder: Path) -> str | None:
@@ -201,14 +210,41 @@ def _owner(folder: Path) -> str | None:
         return None
 
 
-def _staging(repository: Path) -> Path:
-    """Choose a folder on the file system of the repository, and outside it where possible.
+@contextmanager
+def _alone(repository: Path) -> Iterator[None]:
+    """Wait until no other export changes the repository, and keep others out."""
+    descriptor = os.open(repository, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _staging(repository: Path) -> Iterator[Path]:
+    """Make a folder on the file system of the repository, and outside it where possible.
 
     A server that starts while a staging folder is in its repository fails to load it as a model.
+    What an export that was killed has left is removed; the caller is alone with the repository.
     """
     parent = repository.resolve().parent
     same = parent.stat().st_dev == repository.stat().st_dev and os.access(parent, os.W_OK)
-    return parent if same else repository
+    folder, prefix = parent if same else repository, f".clip_rt-{repository.resolve().name}-"
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as staging:
+        yield Path(staging)
+
+
+def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitStack) -> None:
+    """Let both towers serve a version they have, by replacing their config.pbtxt."""
+    for target in targets:
+        before, after = staging / f"{target.name}-before", staging / f"{target.name}-after"
+        shutil.copyfile(target / CONFIG, before)
+        shutil.copyfile(target / str(version) / CONFIG, after)
+        undo.callback(os.replace, before, target / CONFIG)
+        os.replace(after, target / CONFIG)
 
 
 def _stage(
@@ -242,27 +278,6 @@ def _stage(
         shutil.copyfile(each, inside / each.name)
     if config.backend == "python":
         shutil.copyfile(PYTHON_MODEL, inside / "model.py")
-
-
-def _move(moves: list[tuple[Path, Path]], *, aside: Path) -> None:
-    """Move staged folders into place, all or none; what they replace goes to `aside`."""
-    aside.mkdir()
-    done: list[tuple[Path, Path | None]] = []
-    try:
-        for staged, target in moves:
-            replaced = None
-            if target.exists():
-                replaced = aside / target.name
-                os.rename(target, replaced)
-            done.append((target, replaced))
-            os.rename(staged, target)
-    except OSError:
-        for target, replaced in reversed(done):
-            if target.exists():
-                os.rename(target, aside / f"{target.name}-undone")
-            if replaced is not None:
-                os.rename(replaced, target)
-        raise
 
 
 @dataclass(frozen=True, kw_only=True)

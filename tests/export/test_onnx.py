@@ -192,7 +192,11 @@ def test_below_the_gate_nothing_is_published_and_what_was_served_stays(
     export(config(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     tolerance = parity.Tolerance(
-        min_cosine=1.1, max_difference=0, top1_agreement=1, max_batch_difference=0
+        min_cosine=1.1,
+        max_difference=0,
+        top1_agreement=1,
+        max_batch_difference=0,
+        max_top1_lost=0,
     )
     monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
     for name in ("shop", "new"):
@@ -249,7 +253,11 @@ def test_failed_parity_ends_with_status_1_and_shows_the_table(
     tiny_spec, tmp_path, monkeypatch, capsys
 ):
     tolerance = parity.Tolerance(
-        min_cosine=1.1, max_difference=0, top1_agreement=1, max_batch_difference=0
+        min_cosine=1.1,
+        max_difference=0,
+        top1_agreement=1,
+        max_batch_difference=0,
+        max_top1_lost=0,
     )
     monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
     with pytest.raises(SystemExit) as ended, console.command():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -23,7 +28,7 @@ from export.repository import (
     served_version,
     switch_version,
 )
-from export.triton_config import Serving, read_manifest, render_config
+from export.triton_config import Serving, read_config, read_manifest, render_config
 
 MANIFEST = Manifest(
     model="shop-v3",
@@ -50,6 +55,61 @@ def towers(tmp_path):
     for tower, path in files.items():
         path.write_bytes(onnx.ModelProto(doc_string=f"{tower} tower").SerializeToString())
     return files
+
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+sys.path.insert(0, sys.argv[4])
+from test_repository import MANIFEST
+from export.repository import publish
+fingerprint, models, image = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+manifest = replace(MANIFEST, fingerprint=fingerprint * 64)
+publish(models, manifest, image=image, text=image.with_name("b.onnx"))
+"""
+
+
+@contextmanager
+def publishing(code, models, towers, fingerprint):
+    """Publish from another process."""
+    arguments = [fingerprint, str(models), str(towers["image"]), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def failing(monkeypatch, number, how=KeyboardInterrupt, happened=True):
+    """Let the n-th rename or replacement raise, after or before it has happened."""
+    calls = []
+
+    def wrap(move):
+        def moves(source, target):
+            calls.append(source)
+            if len(calls) == number and not happened:
+                raise how
+            move(source, target)
+            if len(calls) == number:
+                raise how
+
+        return moves
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(repository.os, name, wrap(getattr(os, name)))
+        yield
+
+
+def read_manifest_of(version_folder):
+    config = text_format.Parse(
+        (version_folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    return Manifest.from_parameters(parameters, served="x")
 
 
 def snapshot(folder):
@@ -147,31 +207,114 @@ class TestPublish:
         publish(models, replace(MANIFEST, model="other"), **towers)
         other = snapshot(models)
         publish(models, MANIFEST, **towers)
-        (models / "shop_v3_image" / "leftover").touch()
         publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
         assert read_manifest(models / "shop_v3_text").fingerprint == "1" * 64
-        assert not list(models.rglob("leftover"))
         assert {
             path: content for path, content in snapshot(models).items() if path in other
         } == other
 
+    @pytest.mark.parametrize("how", [OSError, KeyboardInterrupt])
+    @pytest.mark.parametrize("happened", [False, True])
     @pytest.mark.parametrize("failing_move", range(1, 5))
-    def test_a_failure_leaves_the_earlier_model(self, tmp_path, towers, monkeypatch, failing_move):
+    def test_a_failure_leaves_the_earlier_model(
+        self, tmp_path, towers, monkeypatch, failing_move, happened, how
+    ):
         models = tmp_path / "models"
         publish(models, MANIFEST, **towers)
         before = snapshot(tmp_path)
-        rename, calls = os.rename, []
-
-        def rename_until(source, target):
-            calls.append(source)
-            if len(calls) == failing_move:
-                raise OSError("disk is gone")
-            rename(source, target)
-
-        monkeypatch.setattr(repository.os, "rename", rename_until)
-        with pytest.raises(OSError, match="disk is gone"):
+        with failing(monkeypatch, failing_move, how, happened), pytest.raises(how):
             publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
         assert snapshot(tmp_path) == before
+        publish(models, replace(MANIFEST, fingerprint="1" * 64), **towers)
+        assert {served_version(folder) for folder in models.iterdir()} == {2}
+
+    @pytest.mark.parametrize("failing_move", range(1, 5))
+    def test_a_first_export_that_fails_leaves_nothing(
+        self, tmp_path, towers, monkeypatch, failing_move
+    ):
+        with failing(monkeypatch, failing_move), pytest.raises(KeyboardInterrupt):
+            publish(tmp_path / "models", MANIFEST, **towers)
+        assert not list((tmp_path / "models").iterdir())
+
+    def test_a_full_disk_leaves_the_earlier_model(self, tmp_path, towers, monkeypatch):
+        models = tmp_path / "models"
+        publish(models, MANIFEST, **towers)
+        before = snapshot(tmp_path)
+
+        def full(source, target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+        monkeypatch.setattr(repository.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            publish(models, MANIFEST, **towers)
+        assert snapshot(tmp_path) == before
+
+    def test_what_a_killed_export_leaves_is_put_right_by_the_next(self, tmp_path, towers):
+        """Killed at the worst moment: one tower is of the new version, the other of the old."""
+        models = tmp_path / "models"
+        publish(models, MANIFEST, **towers)
+        stop = """
+import os, time
+replace_file, calls = os.replace, []
+def stop(*paths):
+    calls.append(paths)
+    if len(calls) == 2:
+        print("now", flush=True)
+        time.sleep(60)
+    replace_file(*paths)
+os.replace = stop
+manifest ="""
+        code = PUBLISH.replace("\nmanifest =", stop)
+        with publishing(code, models, towers, "1") as process:
+            assert process.stdout.readline() == "now\n"
+            process.kill()
+        served = {served_version(folder) for folder in models.iterdir()}
+        assert served == {1, 2}
+        assert len(list(tmp_path.glob(".clip_rt-*"))) == 1
+        publish(models, replace(MANIFEST, fingerprint="2" * 64), **towers)
+        assert {served_version(folder) for folder in models.iterdir()} == {3}
+        assert {read_manifest(folder).fingerprint[0] for folder in models.iterdir()} == {"2"}
+        assert not list(tmp_path.glob(".clip_rt-*"))
+
+    def test_two_exports_at_once_become_two_versions(self, tmp_path, towers):
+        models = tmp_path / "models"
+        publish(models, MANIFEST, **towers)
+        with (
+            publishing(PUBLISH, models, towers, "1") as first,
+            publishing(PUBLISH, models, towers, "2") as second,
+        ):
+            assert (first.wait(60), second.wait(60)) == (0, 0)
+        for folder in models.iterdir():
+            assert (list_versions(folder), served_version(folder)) == ([3, 2], 3)
+        fingerprints = [
+            {read_manifest_of(folder / str(version)).fingerprint[0] for folder in models.iterdir()}
+            for version in (2, 3)
+        ]
+        assert sorted(fingerprints, key=min) == [{"1"}, {"2"}]
+
+    def test_an_int8_model_comes_with_its_weights(self, tmp_path, towers):
+        for tower in towers:
+            folder = tmp_path / tower
+            folder.mkdir()
+            (folder / "model.xml").write_text("<net/>")
+            (folder / "model.bin").write_bytes(b"weights")
+            towers[tower] = folder / "model.xml"
+        folder, _ = publish(tmp_path / "models", MANIFEST, **towers)
+        names = sorted(path.name for path in (folder / "1").iterdir())
+        assert names == ["config.pbtxt", "model.bin", "model.py", "model.xml"]
+
+    def test_the_tensorrt_backend_gets_engines_and_a_profile_for_each_length(
+        self, tmp_path, towers
+    ):
+        manifest = replace(MANIFEST, text_buckets=(16, 32, 77))
+        serving = Serving(backend="tensorrt", device="gpu")
+        folders = publish(tmp_path / "models", manifest, **towers, serving=serving)
+        for folder, profiles in zip(folders, ([], ["0", "1", "2"]), strict=True):
+            names = sorted(path.name for path in (folder / "1").iterdir())
+            assert names == ["config.pbtxt", "model.plan"]
+            config = read_config(folder)
+            assert config.platform == "tensorrt_plan"
+            assert list(config.instance_group[0].profile) == profiles
 
     def test_a_missing_tower_publishes_nothing(self, tmp_path, towers):
         towers["text"].unlink()
@@ -251,7 +394,7 @@ class TestVersions:
 
     def test_what_is_not_there_is_refused_with_what_is(self, models):
         before = snapshot(models)
-        with pytest.raises(InputError, match=r"no version 1 to go back to .* has 2, 3, and serves"):
+        with pytest.raises(InputError, match=r"no version 1 to go to .* has 2, 3, and serves"):
             switch_version(models, "shop-v3", 1)
         switch_version(models, "shop-v3", 2)
         with pytest.raises(InputError, match=r"no version before 2"):
@@ -261,34 +404,34 @@ class TestVersions:
             switch_version(models, "other")
         assert snapshot(models) == before
 
-    def test_a_failed_roll_back_changes_nothing(self, models, monkeypatch):
-        before, rename, calls = snapshot(models), os.rename, []
-
-        def rename_until(source, target):
-            calls.append(source)
-            if len(calls) == 4:
-                raise OSError("disk is gone")
-            rename(source, target)
-
-        monkeypatch.setattr(repository.os, "rename", rename_until)
-        with pytest.raises(OSError, match="disk is gone"):
+    @pytest.mark.parametrize("failing_move", [1, 2])
+    def test_a_failed_roll_back_changes_nothing(self, models, monkeypatch, failing_move):
+        before = snapshot(models)
+        with failing(monkeypatch, failing_move), pytest.raises(KeyboardInterrupt):
             switch_version(models, "shop-v3")
         assert snapshot(models) == before
+
+    def test_version_0_is_no_roll_back(self, models):
+        with pytest.raises(InputError, match=r"no version 0 to go to .* has 2, 3, and serves 3"):
+            switch_version(models, "shop-v3", 0)
+
+    def test_what_was_served_before_is_kept_though_it_is_not_the_newest(self, models, towers):
+        switch_version(models, "shop-v3")
+        publish(models, MANIFEST, **towers)
+        for folder in models.iterdir():
+            assert list_versions(folder) == [4, 2]
+
+    def test_a_version_without_a_config_of_its_own_is_not_gone_back_to(self, models):
+        for folder in models.iterdir():
+            (folder / "2/config.pbtxt").unlink()
+        with pytest.raises(InputError, match=r"no version before 3 to go to .* has 3, and serves"):
+            switch_version(models, "shop-v3")
 
     def test_a_version_after_a_roll_back_has_a_new_number(self, models, towers):
         switch_version(models, "shop-v3")
         publish(models, MANIFEST, **towers, keep_versions=3)
         for folder in models.iterdir():
             assert (list_versions(folder), served_version(folder)) == ([4, 3, 2], 4)
-
-    def test_without_links_versions_are_copied(self, models, towers, monkeypatch):
-        def refuse(*_):
-            raise OSError("no links here")
-
-        monkeypatch.setattr(repository.os, "link", refuse)
-        publish(models, MANIFEST, **towers)
-        assert switch_version(models, "shop-v3") == 3
-        assert self.fingerprints(models) == {"3"}
 
     def test_the_command_lists_and_rolls_back(self, models, capsys):
         main(RepositoryConfig(repository=models, name="shop-v3", rollback=True))
