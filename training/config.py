@@ -165,6 +165,12 @@ class TrainConfig:
             for name in sorted(now.keys() & earlier.keys() - FREE_FIELDS)
             if earlier[name] != now[name]
         ]
+        # A file may have moved; whether there is one decides what the weights become.
+        differing += [
+            f"{name} was {earlier[name]!r} and is {now[name]!r}"
+            for name in ("init_from", "teacher")
+            if name in earlier and (earlier[name] is None) != (now[name] is None)
+        ]
         if differing:
             raise InputError(
                 f"the run in {self.out_dir} was begun with another configuration: "

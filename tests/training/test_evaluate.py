@@ -343,6 +343,9 @@ def test_a_table_gives_each_image_once_with_its_label_and_captions(tmp_path: Pat
     assert (first.label, first.captions) == ("cat", ("one", "two"))
     assert first.image == tmp_path / "images/a.png"
     assert (second.label, second.captions) == (None, ())
+    path.write_text("image,label,caption\na.png,,one\na.png,cat,two\na.png,,three\n")
+    (only,) = read_samples([path])
+    assert (only.label, only.captions) == ("cat", ("one", "two", "three"))
     path.write_text("image,label\na.png,cat\na.png,dog\n")
     with pytest.raises(InputError, match=r"line 3: the label is 'dog', and was 'cat' before"):
         list(read_samples([path]))

@@ -166,6 +166,31 @@ class TestOffline:
         assert "is damaged and was removed" in damaged["message"]
         assert not blob.exists()
 
+    def test_weights_whose_config_is_missing_are_not_taken_for_whole(self, repository, tmp_path):
+        """As another program leaves them: nothing would say which activation they have."""
+        online = fetch(tmp_path, IDENTIFIER, endpoint=repository.url)
+        (Path(online["folder"]) / CONFIG).unlink()
+        offline = fetch(tmp_path, f"{IDENTIFIER}@{COMMIT}", offline=True)
+        assert offline["error"] == "CheckpointError"
+        again = fetch(tmp_path, f"{IDENTIFIER}@{COMMIT}", endpoint=repository.url)
+        assert (Path(again["folder"]) / CONFIG).is_file()
+        assert repository.downloads(MODEL) == [None]
+
+    def test_a_missing_shard_is_fetched(self, repository, tmp_path):
+        tensors = tiny.make(tiny.VIT).state_dict()
+        index = {"weight_map": dict.fromkeys(tensors, "one.safetensors")}
+        repository.files = {
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            "one.safetensors": save(tensors),
+            CONFIG: b"{}",
+        }
+        repository.large = frozenset({"one.safetensors"})
+        online = fetch(tmp_path, IDENTIFIER, endpoint=repository.url)
+        (Path(online["folder"]) / "one.safetensors").unlink()
+        again = fetch(tmp_path, f"{IDENTIFIER}@{COMMIT}", endpoint=repository.url)
+        assert again["files"] == ["one.safetensors"]
+        assert (Path(again["folder"]) / "one.safetensors").is_file()
+
 
 class TestFolders:
     def test_a_repository_of_the_cache_is_read_by_its_main(self, tmp_path, weights):

@@ -350,6 +350,17 @@ def test_a_run_is_not_resumed_under_another_configuration(tmp_path: Path, data: 
         main(tiny_run.config(data, tmp_path / "out", total_steps=3, peak_lr=0.5, resume=True))
 
 
+@pytest.mark.parametrize("name", ["init_from", "teacher"])
+def test_a_fine_tune_is_not_resumed_as_a_run_from_nothing(name: str) -> None:
+    """A file may have moved, but without it the weights would become others."""
+    earlier = TrainConfig(**{name: "a.safetensors"}).as_json()
+    TrainConfig(**{name: "moved/a.safetensors"}).check_resumes(earlier)
+    with pytest.raises(InputError, match=rf"{name} was 'a\.safetensors' and is None"):
+        TrainConfig().check_resumes(earlier)
+    with pytest.raises(InputError, match=rf"{name} was None and is 'b'"):
+        TrainConfig(**{name: "b"}).check_resumes(TrainConfig().as_json())
+
+
 def test_missing_data_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training\.drawings"):
         main(TrainConfig(data_dir=tmp_path, out_dir=tmp_path / "out"))

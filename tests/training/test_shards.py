@@ -137,7 +137,7 @@ def test_samples_known_to_be_bad_are_left_out_of_the_index(
         ({"a.txt": b"a\0b"}, "caption holds NUL"),
         ({"a.txt": b"\xff\xfe"}, "caption is not UTF-8"),
         ({"a.txt": b"y" * 10_001}, "caption too long"),
-        ({"a.json": b'{"caption": "\\ud800"}'}, "caption holds half a character"),
+        ({"a.json": b'{"caption": "\\ud800"}'}, "caption is no valid Unicode"),
         ({"a.json": b'{"text": "elsewhere"}'}, "no caption"),
         ({"a.json": b'{"caption": 7}'}, "no caption"),
         ({"a.json": b'{"caption": []}'}, "no caption"),

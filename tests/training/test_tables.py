@@ -56,6 +56,15 @@ def test_labels_are_captioned_by_templates_where_no_caption_is_given(tmp_path: P
     ]  # fmt: skip
 
 
+def test_rows_of_another_encoding_are_counted_and_not_guessed(tmp_path: Path) -> None:
+    path = fill(tmp_path) / "t.csv"
+    rows = "image,label,caption\nimages/a.jpg,café,x\nimages/a.jpg,,naïve\nimages/a.jpg,cat,a cat\n"
+    path.write_bytes(rows.encode("latin-1"))
+    table = Table(path)
+    assert len(table) == 1
+    assert dict(table.skips.counts) == {"caption is no valid Unicode": 2}
+
+
 def test_jsonl_rows_become_pairs_and_damaged_ones_are_counted(tmp_path: Path) -> None:
     path = fill(tmp_path) / "table.jsonl"
     good = b'{"image": "images/a.jpg", "caption": "fine"}'

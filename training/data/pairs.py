@@ -102,7 +102,7 @@ def check_caption(caption: object, name: str) -> str:
     """Return `caption` if it is text that a tokenizer takes.
 
     Raises:
-        BadSampleError: it is missing, blank, too long, or holds a NUL or half a character.
+        BadSampleError: it is missing, blank, too long, holds a NUL, or is no valid Unicode.
     """
     if isinstance(caption, bytes):
         try:
@@ -116,7 +116,7 @@ def check_caption(caption: object, name: str) -> str:
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadSampleError("caption holds half a character", name) from error
+        raise BadSampleError("caption is no valid Unicode", name) from error
     if "\0" in caption:
         raise BadSampleError("caption holds NUL", name)
     return caption.strip()

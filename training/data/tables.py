@@ -134,7 +134,7 @@ def _read_jsonl(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str
 
 
 def _read_csv(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
-    text = (line.decode("utf-8", "replace") for _, line in _lines(file, path, skips))
+    text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file, path, skips))
     rows = csv.DictReader(text, delimiter=DELIMITER_BY_SUFFIX[path.suffix])
     while True:
         try:

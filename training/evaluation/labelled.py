@@ -108,9 +108,10 @@ def read_table(path: Path) -> Iterator[Sample]:
         label = read_label(row.get("label"), place)
         captions = _read_captions(row, place)
         known = samples.setdefault(image, Sample(image, file, label))
-        if known.label != label:
+        label = label or known.label
+        if known.label not in (None, label):
             raise InputError(f"{place}: the label is {label!r}, and was {known.label!r} before.")
-        samples[image] = replace(known, captions=known.captions + captions)
+        samples[image] = replace(known, label=label, captions=known.captions + captions)
     yield from samples.values()
 
 

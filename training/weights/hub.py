@@ -130,10 +130,11 @@ def fetch(identifier: str) -> HubFolder:
     def get(name: str) -> Path:
         return _download(repository, commit, entries[name])
 
-    files = _collect(_choose(entries, identifier), entries, get)
+    # Before the weights: one that breaks off must not leave weights whose activation nobody knows.
     for name in CONFIGS:
         if name in entries:
             get(name)
+    files = _collect(_choose(entries, identifier), entries, get)
     if revision != commit:
         # Without a network, the cache must know what this name stood for.
         reference = files[0].parents[2] / "refs" / revision
@@ -227,7 +228,14 @@ def _find_cached(repository: str, revision: str) -> HubFolder | None:
     for name in WEIGHTS:
         path = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(path, str):
-            found = open_folder(Path(path).parent)
+            folder = Path(path).parent
+            configs = (folder / OPEN_CLIP_CONFIG, folder / HUGGING_FACE_CONFIG)
+            if not any(config.is_file() for config in configs):
+                return None  # Another program's, and it says nothing of the activation.
+            try:
+                found = open_folder(folder)
+            except CheckpointError:
+                return None  # Shards are missing: a download that broke off.
             for file in found.files:
                 # The cache names a blob by its checksum.
                 _verify(file, file.resolve().name)
