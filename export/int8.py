@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +27,28 @@ from clip_rt.errors import ExportError, InputError
 
 MAX_ROWS = 300
 """More change the ranges no further; as many as NNCF itself looks at."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
+def _in_own_thread(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Run a function that loads OpenVINO's CPU plugin in a thread that ends with it.
+
+    Each plugin gives the thread that loads it another stack for signal handlers, and puts back the
+    one before when it is freed. Of two whose lives overlap the second puts back the first's, which
+    is gone: the next signal ends the process, SIGCHLD from a data loader's worker for example
+    (OpenVINO 2026.4, src/plugins/intel_cpu/src/plugin.cpp).
+    """
+
+    @wraps(function)
+    def call(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(function, *arguments, **named).result()
+
+    return call
+
+
+@_in_own_thread
 def write_int8(onnx_file: Path, batches: list[NDArray[np.generic]], path: Path) -> None:
     """Quantise a tower.
 
@@ -52,6 +75,30 @@ def write_int8(onnx_file: Path, batches: list[NDArray[np.generic]], path: Path) 
             ignored_scope=nncf.IgnoredScope(names=_tail(model)),
         )
     openvino.save_model(quantised, path, compress_to_fp16=False)
+
+
+@_in_own_thread
+def load_int8(path: Path, num_threads: int) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
+    """Load a tower from its .xml file, with the settings it is served with.
+
+    Returns:
+        Pixels or tokens in, embeddings (rows, embed_dim) out.
+
+    Raises:
+        ExportError: OpenVINO or NNCF is not installed.
+    """
+    _, openvino = _import_libraries()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": num_threads,
+    }
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+    def encode(batch: NDArray[np.generic]) -> NDArray[np.float32]:
+        return request.infer({0: batch})[0]
+
+    return encode
 
 
 def library_versions() -> dict[str, str]:

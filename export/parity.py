@@ -21,6 +21,7 @@ from clip_rt.batching import MAX_ROWS, plan_texts
 from clip_rt.errors import ParityError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS
 from export import probes
+from export.int8 import load_int8
 from export.samples import NO_TEXT, Samples
 from training.model import CLIP
 
@@ -251,7 +252,9 @@ def check_files(
 
 
 def _open(path: Path) -> Encoder:
-    return openvino_encoder(path) if path.suffix == ".xml" else onnx_encoder(path)
+    if path.suffix == ".xml":
+        return load_int8(path, torch.get_num_threads())
+    return onnx_encoder(path)
 
 
 def onnx_encoder(path: Path) -> Encoder:
@@ -265,23 +268,6 @@ def onnx_encoder(path: Path) -> Encoder:
 
     def encode(batch: NDArray[np.generic]) -> FloatArray:
         return session.run([EMBEDDINGS], {input_name: batch})[0]
-
-    return encode
-
-
-def openvino_encoder(path: Path) -> Encoder:
-    """Load an exported OpenVINO model, on the CPU, with the settings it is served with."""
-    import openvino
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-
-    def encode(batch: NDArray[np.generic]) -> FloatArray:
-        return request.infer({0: batch})[0]
 
     return encode
 
