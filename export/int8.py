@@ -78,8 +78,10 @@ def write_int8(onnx_file: Path, batches: list[NDArray[np.generic]], path: Path) 
 
 
 @_in_own_thread
-def load_int8(path: Path, num_threads: int) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
-    """Load a tower from its .xml file, with the settings it is served with.
+def load_openvino(
+    path: Path, num_threads: int
+) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
+    """Load a tower from its .xml or .onnx file, with the settings it is served with.
 
     Returns:
         Pixels or tokens in, embeddings (rows, embed_dim) out.

@@ -21,7 +21,7 @@ from clip_rt.batching import MAX_ROWS, plan_texts
 from clip_rt.errors import ParityError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS
 from export import probes
-from export.int8 import load_int8
+from export.int8 import load_openvino
 from export.samples import NO_TEXT, Samples
 from training.model import CLIP
 
@@ -253,7 +253,7 @@ def check_files(
 
 def _open(path: Path) -> Encoder:
     if path.suffix == ".xml":
-        return load_int8(path, torch.get_num_threads())
+        return load_openvino(path, torch.get_num_threads())
     return onnx_encoder(path)
 
 

@@ -41,9 +41,9 @@ def test_a_process_survives_its_childrens_end_after_int8(quantised):
     script = (
         "import signal, subprocess, sys\n"
         "from pathlib import Path\n"
-        "from export.int8 import load_int8\n"
+        "from export.int8 import load_openvino\n"
         "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
-        "one, two = [load_int8(Path(file), 1) for file in sys.argv[1:]]\n"
+        "one, two = [load_openvino(Path(file), 1) for file in sys.argv[1:]]\n"
         "del one\n"
         "del two\n"
         "subprocess.run(['true'])\n"
@@ -167,7 +167,7 @@ def test_it_is_served_by_the_real_triton(tmp_path, exported_vit):
         *("config.pbtxt", "model.bin", "model.py", "model.xml", "parity.json"),
     ]
     pixels = probes.images(64)
-    direct = int8.load_int8(repository / "small_image/1/model.xml", 1)
+    direct = int8.load_openvino(repository / "small_image/1/model.xml", 1)
     with clip_rt.Client(repository=repository) as client:
         served = client.encode_images(list(pixels))
     np.testing.assert_allclose(served, direct(pixels), atol=1e-5)
