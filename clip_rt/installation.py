@@ -82,7 +82,7 @@ def find_home() -> Home:
         libraries=package.parent / "nvidia_pytriton.libs",
         libpython=_find_libpython(version, package.parent / "nvidia_pytriton.libs"),
         python=_find_python(),
-        packages=tuple(dict.fromkeys(map(_find_packages, ("numpy", "onnxruntime")))),
+        packages=tuple(dict.fromkeys(map(_find_packages, ("numpy", "onnxruntime", "clip_rt")))),
     )
     if home.binary.exists() and not home.stub.exists():
         served = ", ".join(sorted(path.name for path in stubs.iterdir()))
@@ -148,14 +148,20 @@ def find_models(repository: Path) -> dict[str, Path]:
             f"python -m export.onnx, or name another folder with repository=. {OTHER_WAY}"
         )
     models, others = {}, []
+    steps: dict[str, list[str]] = {}
     for config in sorted(repository.resolve().glob("*/config.pbtxt")):
-        backend = re.search(
-            r'^\s*backend\s*:\s*"([^"]*)"', config.read_text("utf-8", "replace"), re.MULTILINE
-        )
-        if backend is not None and backend[1] == "python":
-            models[config.parent.name] = config.parent
+        text, folder = config.read_text("utf-8", "replace"), config.parent
+        if _find_strings("backend", text) == ["python"]:
+            models[folder.name] = folder
+        elif _find_strings("platform", text) == ["ensemble"]:
+            steps[folder.name] = _find_strings("model_name", text)
         else:
-            others.append(config.parent.name)
+            others.append(folder.name)
+    for name, needed in steps.items():
+        if models.keys() >= set(needed):
+            models[name] = repository.resolve() / name
+        else:
+            others.append(name)
     if others:
         _log.info("the embedded server leaves out %s: not for its backend", ", ".join(others))
     if not models:
@@ -165,3 +171,7 @@ def find_models(repository: Path) -> dict[str, Path]:
             f"run.{found} Export one with python -m export.onnx. {OTHER_WAY}"
         )
     return models
+
+
+def _find_strings(field: str, config: str) -> list[str]:
+    return re.findall(rf'^\s*{field}\s*:\s*"([^"]*)"', config, re.MULTILINE)

@@ -3,6 +3,7 @@
     python -m export.repository                                  # what is there
     python -m export.repository --name shop-v3 --rollback        # serve the version before
     python -m export.repository --name shop-v3 --version 4
+    python -m export.repository --name shop-v3 --ensembles       # take JPEGs and strings too
 
 A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
 config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
@@ -34,6 +35,7 @@ from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import image_model, text_model
 from export.console import command, console
+from export.ensembles import PYTHON_DLPACK, folder_names, render_ensembles, stage_ensembles
 from export.storage import external_files
 from export.triton_config import (
     Backend,
@@ -70,7 +72,7 @@ def check_name(name: str, repository: Path) -> None:
             f"model name {name[:80]!r} is not usable: 1 to 64 letters, digits, spaces or _ . @ / - "
             "are, beginning with a letter or digit and without '..'."
         )
-    for served in (image_model(name), text_model(name)):
+    for served in (image_model(name), text_model(name), *folder_names(name)):
         folder = repository / served
         if not os.path.lexists(folder):
             continue
@@ -180,6 +182,40 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     return choice
 
 
+def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
+    """Put the ensembles of a model beside it, or renew them; see `export.ensembles`.
+
+    They follow the model to other versions until their folders are removed.
+
+    Returns:
+        Their folders and those of their fronts.
+
+    Raises:
+        InputError: there is no such model, or something else has one of their names.
+    """
+    repository = Path(repository)
+    targets = _folders(repository, name)
+    check_name(name, repository)
+    if _owner(targets[0]) != name:
+        raise InputError(f"{repository} holds no model {name[:80]!r} in {targets[0].name}.")
+    folders = tuple(repository / each for each in folder_names(name))
+    with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
+        config = read_config(targets[0])
+        stage_ensembles(
+            staging,
+            render_ensembles(read_manifest(targets[0]), max_batch_size=config.max_batch_size),
+        )
+        for folder in folders:
+            if folder.exists():
+                before = staging / f"{folder.name}-before"
+                os.rename(folder, before)
+                undo.callback(os.rename, before, folder)
+            os.rename(staging / folder.name, folder)
+            undo.callback(os.rename, folder, staging / f"{folder.name}-undone")
+        undo.pop_all()
+    return folders
+
+
 def list_versions(folder: Path) -> list[int]:
     """Return the versions in a model's folder, the newest first; none where there is no folder."""
     if not folder.is_dir():
@@ -238,13 +274,26 @@ def _staging(repository: Path) -> Iterator[Path]:
 
 
 def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitStack) -> None:
-    """Let both towers serve a version they have, by replacing their config.pbtxt."""
+    """Let both towers serve a version they have, by replacing their config.pbtxt.
+
+    Their ensembles, where there are any, get theirs rendered anew.
+    """
     for target in targets:
         before, after = staging / f"{target.name}-before", staging / f"{target.name}-after"
         shutil.copyfile(target / CONFIG, before)
         shutil.copyfile(target / str(version) / CONFIG, after)
         undo.callback(os.replace, before, target / CONFIG)
         os.replace(after, target / CONFIG)
+    config = read_config(targets[0])
+    rendered = render_ensembles(read_manifest(targets[0]), max_batch_size=config.max_batch_size)
+    for name, config in rendered.items():
+        path = targets[0].with_name(name) / CONFIG
+        if path.exists():
+            before, after = staging / f"{name}-before", staging / f"{name}-after"
+            shutil.copyfile(path, before)
+            after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
+            undo.callback(os.replace, before, path)
+            os.replace(after, path)
 
 
 def _stage(
@@ -278,6 +327,7 @@ def _stage(
         shutil.copyfile(each, inside / each.name)
     if config.backend == "python":
         shutil.copyfile(PYTHON_MODEL, inside / "model.py")
+        shutil.copyfile(PYTHON_DLPACK, inside / "dlpack.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +342,17 @@ class RepositoryConfig:
     """Serve the version before the one that is served now."""
     version: int | None = None
     """Serve this version."""
+    ensembles: bool = False
+    """Add ensembles that take encoded images and strings: <slug>_jpeg and <slug>_prompt."""
 
 
 def main(config: RepositoryConfig) -> None:
     """Do what `config` says, and show what is there."""
+    if config.ensembles:
+        if config.name is None:
+            raise InputError("pass --name with --ensembles.")
+        added = add_ensembles(config.repository, config.name)
+        console.print(f"added {', '.join(each.name for each in added)}", markup=False)
     if config.rollback or config.version is not None:
         if config.name is None or (config.rollback and config.version is not None):
             raise InputError("pass --name with one of --rollback and --version.")

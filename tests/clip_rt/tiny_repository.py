@@ -20,7 +20,7 @@ from clip_rt.manifest import Manifest
 
 SIDE_PX = 64
 EMBEDDING_DIM = 8
-MODEL_FILE = Path(__file__).parents[2] / "export" / "python_model.py"
+EXPORT_DIR = Path(__file__).parents[2] / "export"
 WORDS = {"red</w>": 736, "green</w>": 1901, "blue</w>": 1746}
 """Token ids of the words the text tower understands, in the order of the channels."""
 
@@ -63,7 +63,11 @@ def write(
         manifest = replace(MANIFEST, model=name, **(changes or {}))  # type: ignore[arg-type]
         folder = repository / f"{slug}_{tower}"
         (folder / "1").mkdir(parents=True)
-        shutil.copyfile(MODEL_FILE, folder / "1" / "model.py")
+        for name_there, source in (
+            ("model.py", "python_model.py"),
+            ("dlpack.py", "python_dlpack.py"),
+        ):
+            shutil.copyfile(EXPORT_DIR / source, folder / "1" / name_there)
         onnx.save(graph, folder / "1" / "model.onnx")
         parameters = manifest.to_parameters() | {"intra_op_threads": "1"}
         (folder / "config.pbtxt").write_text(

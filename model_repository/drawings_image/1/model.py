@@ -4,18 +4,19 @@
 
 In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
 `embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
-Export copies this file verbatim to `<model>/1/model.py`; it imports nothing of this project.
+Export copies this file verbatim to `<model>/1/model.py`, and `python_dlpack.py` beside it as
+`dlpack.py`; they import nothing else of this project.
 
 Read from config.pbtxt: the input and the output, the kind of the instance, and the parameters
 `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them optional.
 """
 
-import ctypes
 import json
 import os
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from dlpack import Loan
 
 PROVIDERS_BY_KIND = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProvider"]}
 """What an instance runs on unless `execution_providers` says otherwise.
@@ -108,7 +109,7 @@ class TritonPythonModel:
         return [(index, self._answer(part)) for (index, _), part in zip(members, rows, strict=True)]
 
     def _answer(self, embeddings):
-        tensor = pb_utils.Tensor.from_dlpack(self._output["name"], _Loan(embeddings))
+        tensor = pb_utils.Tensor.from_dlpack(self._output["name"], Loan(np.asarray(embeddings, np.float32)))
         return pb_utils.InferenceResponse(output_tensors=[tensor])
 
 
@@ -167,70 +168,6 @@ def _load_openvino(folder, args, parameters):
     request = model.create_infer_request()
     # Shared: the answer is copied into the responses before the next batch is run.
     return lambda batch: request.infer({0: batch}, share_inputs=True, share_outputs=True)[0]
-
-
-class _Loan:
-    """A copy of a float32 array for one DLPack consumer, who frees it.
-
-    Triton's own ways to and from NumPy were built for NumPy 1. With NumPy 2 and Triton 2.51,
-    `Tensor(name, array)` holds no bytes, `Tensor.as_numpy` repeats the first element, and
-    `Tensor.from_dlpack(name, array)` leaves NumPy a capsule that it cannot free. So the capsule
-    is made here: one block of the C heap, header, shape and data, whose deleter is C's `free`.
-
-    Source: dmlc/dlpack `include/dlpack/dlpack.h` version 0.8, DLManagedTensor.
-    """
-
-    def __init__(self, array):
-        self._array = np.ascontiguousarray(array, np.float32)
-
-    def __dlpack_device__(self):
-        return _ON_CPU
-
-    def __dlpack__(self, stream=None):
-        shape = self._array.shape
-        head_bytes = ctypes.sizeof(_ManagedTensor) + 8 * len(shape)
-        block = _libc.malloc(head_bytes + self._array.nbytes)
-        if not block:
-            raise MemoryError(f"no {self._array.nbytes} bytes for the answer")
-        managed = _ManagedTensor.from_address(block)
-        managed.data = block + head_bytes
-        managed.device_type, managed.device_id = _ON_CPU
-        managed.ndim = len(shape)
-        managed.code, managed.bits, managed.lanes = _FLOAT32
-        managed.shape = block + ctypes.sizeof(_ManagedTensor)
-        managed.strides = None
-        managed.byte_offset = 0
-        managed.manager_ctx = None
-        managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
-        (ctypes.c_int64 * len(shape)).from_address(managed.shape)[:] = shape
-        ctypes.memmove(managed.data, self._array.ctypes.data, self._array.nbytes)
-        return _new_capsule(block, b"dltensor", None)
-
-
-class _ManagedTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-
-
-_ON_CPU = (1, 0)
-_FLOAT32 = (2, 32, 1)
-_libc = ctypes.CDLL(None)
-_libc.malloc.restype, _libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def _failure(message, code):

@@ -1,0 +1,95 @@
+"""Make what a tower reads of what people have: encoded images, or texts. For Triton ensembles.
+
+In: BYTES `image` (N, 1), a JPEG, PNG, GIF, BMP or WebP file each, or BYTES `text` (N, 1), UTF-8.
+Out: uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L). The work is done by `clip_rt`, which must
+be installed in the server's Python, so that embeddings are those of `clip_rt.Client`. A request
+with an unusable item gets an error that names the item, and harms no other.
+
+Export copies this file verbatim to `<model>/1/model.py`. Read from config.pbtxt: the input and the
+output, and the parameters `side_px`, `context_length` and `text_buckets`.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from dlpack import Loan
+
+
+class TritonPythonModel:
+    """Images or texts to the input of a tower."""
+
+    def initialize(self, args):
+        """Import clip_rt; raise, and so fail the load, when it is not there."""
+        config = json.loads(args["model_config"])
+        self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
+        facts = {k: json.loads(v["string_value"]) for k, v in config["parameters"].items()}
+        _check_strings()
+        try:
+            from clip_rt import errors, images, tokenizer
+        except ImportError as error:
+            raise pb_utils.TritonModelException(
+                f"{args['model_name']} prepares its input with clip_rt, and {error}. Install it in "
+                "the server's Python: pip install clip-rt"
+            ) from error
+        self._refusal = errors.ClipRTError
+        # Pillow lets go of the interpreter while it decodes and resizes.
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+        def to_pixels(item, index):
+            return images.prepare(item, side_px=facts["side_px"], index=index)
+
+        def to_ids(item, index):
+            try:
+                text = item.decode()
+            except UnicodeDecodeError as error:
+                raise errors.TextError(
+                    f"text {index} is not UTF-8: {error}.", index=index
+                ) from error
+            return tokenizer.encode_text(text, index=index, context_length=facts["context_length"])
+
+        def to_tokens(ids):
+            longest = max(map(len, ids))
+            length = min((n for n in facts["text_buckets"] if n >= longest), default=longest)
+            return tokenizer.pad(ids, length_tokens=length)
+
+        is_image = self._output == "pixels"
+        self._prepare, self._join = (to_pixels, np.stack) if is_image else (to_ids, to_tokens)
+
+    def execute(self, requests):
+        """Prepare the items of all requests side by side; answer each request, in order."""
+        waiting = [self._submit(request) for request in requests]
+        return [self._answer(futures) for futures in waiting]
+
+    def finalize(self):
+        """Let the threads end."""
+        self._pool.shutdown()
+
+    def _submit(self, request):
+        items = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy().reshape(-1)
+        return [
+            self._pool.submit(self._prepare, bytes(item), index) for index, item in enumerate(items)
+        ]
+
+    def _answer(self, futures):
+        try:
+            prepared = self._join([future.result() for future in futures])
+        except self._refusal as error:
+            for future in futures:
+                future.cancel()
+            refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refused)
+        tensor = pb_utils.Tensor.from_dlpack(self._output, Loan(prepared))
+        return pb_utils.InferenceResponse(output_tensors=[tensor])
+
+
+def _check_strings():
+    """Refuse a NumPy that would end the server at its first string (see `python_dlpack.py`)."""
+    probe = pb_utils.Tensor.from_dlpack("probe", Loan(np.array([1, 2], np.int32)))
+    if probe.as_numpy().tolist() != [1, 2]:
+        raise pb_utils.TritonModelException(
+            f"this Triton cannot read strings with NumPy {np.__version__}. Install 'numpy<2' in "
+            "the server's Python, run a newer Triton, or remove the folders of the ensembles"
+        )
