@@ -16,7 +16,7 @@ which a client refuses (`clip_rt.connection`) and the next export puts right.
 from __future__ import annotations
 
 import fcntl
-import glob
+import hashlib
 import json
 import os
 import re
@@ -120,6 +120,8 @@ def publish(
     targets = _folders(repository, manifest.model)
     towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
     with _alone(repository), _staging(repository) as staging:
+        # Again, now that nobody else can take the folders.
+        check_name(manifest.model, repository)
         served = [served_version(target) for target in targets if target.exists()]
         version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
         for (tower, file), target in zip(towers, targets, strict=True):
@@ -132,7 +134,7 @@ def publish(
                     undo.callback(shutil.rmtree, target, ignore_errors=True)
                     os.rename(staged, target)
                     continue
-                undo.callback(shutil.rmtree, target / str(version), ignore_errors=True)
+                undo.callback(_remove_version, target, version, staging)
                 os.rename(staged / str(version), target / str(version))
             _serve(targets, version, staging, undo)
             undo.pop_all()
@@ -141,7 +143,7 @@ def publish(
             earlier = [each for each in list_versions(target) if each != version]
             earlier.sort(key=lambda each: (each in served, each), reverse=True)
             for each in earlier[keep_versions - 1 :]:
-                shutil.rmtree(target / str(each), ignore_errors=True)
+                _remove_version(target, each, staging)
     return targets
 
 
@@ -266,8 +268,10 @@ def _staging(repository: Path) -> Iterator[Path]:
     """
     parent = repository.resolve().parent
     same = parent.stat().st_dev == repository.stat().st_dev and os.access(parent, os.W_OK)
-    folder, prefix = parent if same else repository, f".clip_rt-{repository.resolve().name}-"
-    for left in folder.glob(f"{glob.escape(prefix)}*"):
+    # Its own, whatever repositories lie beside it.
+    prefix = f".clip_rt-{hashlib.sha256(os.fsencode(repository.resolve())).hexdigest()[:16]}-"
+    folder = parent if same else repository
+    for left in folder.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as staging:
         yield Path(staging)
@@ -294,6 +298,13 @@ def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitSt
             after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
             undo.callback(os.replace, before, path)
             os.replace(after, path)
+
+
+def _remove_version(target: Path, version: int, staging: Path) -> None:
+    """Move a version that is not served out of the repository, as a whole; it ends with staging."""
+    folder = target / str(version)
+    if folder.exists() and served_version(target) != version:
+        os.rename(folder, staging / f"{target.name}-{version}-removed")
 
 
 def _stage(

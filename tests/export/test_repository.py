@@ -293,6 +293,50 @@ manifest ="""
         ]
         assert sorted(fingerprints, key=min) == [{"1"}, {"2"}]
 
+    def test_a_version_that_config_names_outlives_an_undo_that_fails(
+        self, tmp_path, towers, monkeypatch
+    ):
+        models = tmp_path / "models"
+        publish(models, MANIFEST, **towers)
+        calls, replace_file = [], repository.os.replace
+
+        def fail_from_the_second_on(source, target):
+            calls.append(source)
+            if len(calls) > 1:
+                raise OSError("the disk is gone")
+            replace_file(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(repository.os, "replace", fail_from_the_second_on)
+            with pytest.raises(OSError, match="the disk is gone"):
+                publish(models, MANIFEST, **towers)
+        versions = {folder.name: served_version(folder) for folder in models.iterdir()}
+        assert versions == {"shop_v3_image": 2, "shop_v3_text": 1}
+        for folder in models.iterdir():
+            assert (folder / str(versions[folder.name]) / "model.onnx").is_file()
+
+    def test_an_export_spares_what_one_into_a_neighbour_is_making(self, tmp_path, towers):
+        (tmp_path / "models-v2").mkdir()
+        with repository._staging(tmp_path / "models-v2") as staging:
+            publish(tmp_path / "models", MANIFEST, **towers)
+            assert staging.is_dir()
+
+    def test_a_name_taken_while_it_waits_is_refused(self, tmp_path, towers, monkeypatch):
+        models, alone = tmp_path / "models", repository._alone
+
+        @contextmanager
+        def wait_for_another(folder):
+            with monkeypatch.context() as patch:
+                patch.setattr(repository, "_alone", alone)
+                publish(models, replace(MANIFEST, model="Shop v3"), **towers)
+            with alone(folder):
+                yield
+
+        monkeypatch.setattr(repository, "_alone", wait_for_another)
+        with pytest.raises(InputError, match="holds the model 'Shop v3'"):
+            publish(models, MANIFEST, **towers)
+        assert {served_version(folder) for folder in models.iterdir()} == {1}
+
     def test_an_int8_model_comes_with_its_weights(self, tmp_path, towers):
         for tower in towers:
             folder = tmp_path / tower
@@ -411,6 +455,21 @@ class TestVersions:
         with failing(monkeypatch, failing_move), pytest.raises(KeyboardInterrupt):
             switch_version(models, "shop-v3")
         assert snapshot(models) == before
+
+    def test_a_version_is_removed_as_a_whole_or_not_at_all(self, models, towers, monkeypatch):
+        def interrupted(folder, *_, **__):
+            """Remove a file, and be killed."""
+            next(path for path in sorted(Path(folder).rglob("model.onnx"))).unlink()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", interrupted)
+            patch.setattr("tempfile._shutil.rmtree", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                publish(models, replace(MANIFEST, fingerprint="4" * 64), **towers)
+        for folder in models.iterdir():
+            for version in list_versions(folder):
+                assert (folder / str(version) / "model.onnx").is_file()
 
     def test_version_0_is_no_roll_back(self, models):
         with pytest.raises(InputError, match=r"no version 0 to go to .* has 2, 3, and serves 3"):
