@@ -4,6 +4,7 @@
     python -m export.repository --name shop-v3 --rollback        # serve the version before
     python -m export.repository --name shop-v3 --version 4
     python -m export.repository --name shop-v3 --ensembles       # take JPEGs and strings too
+    python -m export.repository --name shop-v3 --backend onnxruntime --device gpu --num-instances 2
 
 A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
 config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
@@ -24,7 +25,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import tyro
@@ -39,11 +40,13 @@ from export.ensembles import PYTHON_DLPACK, folder_names, render_ensembles, stag
 from export.storage import external_files
 from export.triton_config import (
     Backend,
+    Device,
     ModelConfig,
     Serving,
     Tower,
     read_config,
     read_manifest,
+    read_serving,
     render_config,
 )
 
@@ -163,9 +166,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     """
     repository = Path(repository)
     targets = _folders(repository, name)
-    for target in targets:
-        if _owner(target) != name:
-            raise InputError(f"{repository} holds no model {name[:80]!r} in {target.name}.")
+    _check_owner(repository, targets, name)
     with _alone(repository), _staging(repository) as staging:
         kept = set.intersection(*(_switchable(target) for target in targets))
         now = served_version(targets[0])
@@ -184,6 +185,47 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     return choice
 
 
+def configure(repository: str | Path, name: str, **settings: object) -> Serving:
+    """Change how the version that is served of a model is served; nothing is exported anew.
+
+    Args:
+        repository: The model repository.
+        name: Served name.
+        settings: Fields of `Serving`; the others stay as they are.
+
+    Returns:
+        How it is served now; a running server notices when it reloads the model.
+
+    Raises:
+        InputError: there is no such model, or the backend cannot run its file.
+    """
+    repository = Path(repository)
+    targets = _folders(repository, name)
+    _check_owner(repository, targets, name)
+    with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
+        serving = replace(read_serving(read_config(targets[0])), **settings)  # type: ignore[arg-type]
+        version = served_version(targets[0])
+        towers: tuple[Tower, Tower] = ("image", "text")
+        for tower, target in zip(towers, targets, strict=True):
+            inside = target / str(version)
+            if not any((inside / each).is_file() for each in MODEL_FILE[serving.backend]):
+                raise InputError(
+                    f"the {serving.backend} backend runs {' or '.join(MODEL_FILE[serving.backend])}"
+                    f", and {inside} holds none. Export the model for that backend."
+                )
+            if serving.backend == "python":
+                _copy_python_model(inside)
+            config = render_config(read_manifest(target), tower, serving, version=version)
+            before, after = staging / f"{target.name}-old", staging / f"{target.name}-new"
+            shutil.copyfile(inside / CONFIG, before)
+            after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
+            undo.callback(os.replace, before, inside / CONFIG)
+            os.replace(after, inside / CONFIG)
+        _serve(targets, version, staging, undo)
+        undo.pop_all()
+    return serving
+
+
 def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
     """Put the ensembles of a model beside it, or renew them; see `export.ensembles`.
 
@@ -198,8 +240,7 @@ def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
     repository = Path(repository)
     targets = _folders(repository, name)
     check_name(name, repository)
-    if _owner(targets[0]) != name:
-        raise InputError(f"{repository} holds no model {name[:80]!r} in {targets[0].name}.")
+    _check_owner(repository, targets, name)
     folders = tuple(repository / each for each in folder_names(name))
     with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
         config = read_config(targets[0])
@@ -239,6 +280,12 @@ def _folders(repository: Path, name: str) -> tuple[Path, Path]:
 def _switchable(folder: Path) -> set[int]:
     """Return the versions of a folder that know how they are served."""
     return {each for each in list_versions(folder) if (folder / str(each) / CONFIG).is_file()}
+
+
+def _check_owner(repository: Path, targets: tuple[Path, Path], name: str) -> None:
+    for target in targets:
+        if _owner(target) != name:
+            raise InputError(f"{repository} holds no model {name[:80]!r} in {target.name}.")
 
 
 def _owner(folder: Path) -> str | None:
@@ -337,8 +384,12 @@ def _stage(
     for each in weights:
         shutil.copyfile(each, inside / each.name)
     if config.backend == "python":
-        shutil.copyfile(PYTHON_MODEL, inside / "model.py")
-        shutil.copyfile(PYTHON_DLPACK, inside / "dlpack.py")
+        _copy_python_model(inside)
+
+
+def _copy_python_model(folder: Path) -> None:
+    shutil.copyfile(PYTHON_MODEL, folder / "model.py")
+    shutil.copyfile(PYTHON_DLPACK, folder / "dlpack.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,13 +406,38 @@ class RepositoryConfig:
     """Serve this version."""
     ensembles: bool = False
     """Add ensembles that take encoded images and strings: <slug>_jpeg and <slug>_prompt."""
+    backend: Backend | None = None
+    """Run it in another of Triton's backends; this and the following need no new export."""
+    device: Device | None = None
+    """Run it there."""
+    num_instances: int | None = None
+    """Copies of the model, per device."""
+    max_batch_size: int | None = None
+    """Largest request, and largest batch requests are joined into."""
+    max_queue_delay_us: int | None = None
+    """How long a request may wait for company when the model is idle."""
+    max_queue_size: int | None = None
+    """Waiting requests; the next one is refused at once. 0 is no bound."""
+    queue_timeout_us: int | None = None
+    """How long a request may wait before it is refused. 0 is for ever."""
+    cuda_graph_batch_sizes: tuple[int, ...] | None = None
+    """For tensorrt: batches that are launched as one CUDA graph."""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields of `Serving` to change."""
+        given = {field.name: getattr(self, field.name, None) for field in fields(Serving)}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def main(config: RepositoryConfig) -> None:
     """Do what `config` says, and show what is there."""
+    if (config.ensembles or config.settings) and config.name is None:
+        raise InputError("pass --name too: which model is to change?")
+    if config.settings:
+        console.print(configure(config.repository, str(config.name), **config.settings))
     if config.ensembles:
-        if config.name is None:
-            raise InputError("pass --name with --ensembles.")
+        assert config.name is not None
         added = add_ensembles(config.repository, config.name)
         console.print(f"added {', '.join(each.name for each in added)}", markup=False)
     if config.rollback or config.version is not None:

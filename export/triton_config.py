@@ -5,6 +5,7 @@ Source: triton-inference-server/common `protobuf/model_config.proto`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -23,7 +24,7 @@ Device = Literal["cpu", "gpu", "auto"]
 
 WARMUP_LENGTH_TOKENS = 16
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-_KINDS = {
+_KINDS: dict[Device, int] = {
     "cpu": model_config_pb2.ModelInstanceGroup.KIND_CPU,
     "gpu": model_config_pb2.ModelInstanceGroup.KIND_GPU,
     "auto": model_config_pb2.ModelInstanceGroup.KIND_AUTO,
@@ -48,6 +49,12 @@ class Serving:
     the batcher's prefetching, and then about one request in a hundred waits 500 ms (seen with 2.51;
     triton-inference-server/core `src/dynamic_batch_scheduler.cc`): bound it where overload is the
     greater danger."""
+    queue_timeout_us: int = 0
+    """How long a request may wait before it is refused; 0 is for ever. A client may ask for less.
+    It is a queue policy too."""
+    cuda_graph_batch_sizes: tuple[int, ...] = ()
+    """For tensorrt: batches whose kernels are captured once and launched as one. Others run as
+    they would without."""
 
     def __post_init__(self) -> None:
         """Refuse numbers Triton would read as something else.
@@ -60,10 +67,20 @@ class Serving:
             ("max_batch_size", 1, 4096),
             ("max_queue_delay_us", 0, 1_000_000),
             ("max_queue_size", 0, 1_000_000),
+            ("queue_timeout_us", 0, 3_600_000_000),
         ):
             value = getattr(self, field)
             if not low <= value <= high:
                 raise InputError(f"{field} is {value}; it must be {low} to {high}.")
+        if self.cuda_graph_batch_sizes:
+            if self.backend != "tensorrt":
+                raise InputError("cuda_graph_batch_sizes are of the tensorrt backend only.")
+            low, high = min(self.cuda_graph_batch_sizes), max(self.cuda_graph_batch_sizes)
+            if low < 1 or high > self.max_batch_size:
+                raise InputError(
+                    f"cuda_graph_batch_sizes are {low} to {high}; they must be 1 to "
+                    f"max_batch_size, {self.max_batch_size}."
+                )
 
 
 def render_config(
@@ -101,23 +118,36 @@ def render_config(
         group.profile.extend(map(str, range(len(manifest.text_buckets))))
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = serving.max_queue_delay_us
-    if serving.max_queue_size:
-        batching.default_queue_policy.max_queue_size = serving.max_queue_size
+    if serving.max_queue_size or serving.queue_timeout_us:
+        policy = batching.default_queue_policy
+        policy.max_queue_size = serving.max_queue_size
+        policy.default_timeout_microseconds = serving.queue_timeout_us
+        policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
+        policy.allow_timeout_override = True
     parameters = manifest.to_parameters()
     if not image:
         parameters["vocab_size"] = str(VOCAB_SIZE)
     for key, value in parameters.items():
         config.parameters[key].string_value = value
-    # A model that cannot run fails when it is loaded, not at its first request. Zeros: random
-    # token ids would lie outside the vocabulary.
-    warmup = config.model_warmup.add(name="one", batch_size=1)
-    warmup.inputs[config.input[0].name].CopyFrom(
-        model_config_pb2.ModelWarmup.Input(
-            data_type=input_type,
-            dims=[side, side, 3] if image else [WARMUP_LENGTH_TOKENS],
-            zero_data=True,
+    # One for each text length an engine knows, or whatever any length will do.
+    lengths = manifest.text_buckets or (WARMUP_LENGTH_TOKENS,)
+    shapes = [[side, side, 3]] if image else [[length] for length in lengths]
+    if serving.cuda_graph_batch_sizes:
+        config.optimization.cuda.graphs = True
+        for batch_size, shape in itertools.product(serving.cuda_graph_batch_sizes, shapes):
+            graph = config.optimization.cuda.graph_spec.add(batch_size=batch_size)
+            graph.input[config.input[0].name].dim.extend(shape)
+    # A model that cannot run fails when it is loaded, not at its first request. A processor takes
+    # too long over the largest batch to wait for it. Zeros: random token ids would lie outside the
+    # vocabulary.
+    batch_sizes = [1] if serving.device == "cpu" else sorted({1, serving.max_batch_size})
+    for batch_size, shape in itertools.product(batch_sizes, shapes):
+        name = "x".join(map(str, [batch_size, *shape]))
+        config.model_warmup.add(name=name, batch_size=batch_size).inputs[
+            config.input[0].name
+        ].CopyFrom(
+            model_config_pb2.ModelWarmup.Input(data_type=input_type, dims=shape, zero_data=True)
         )
-    )
     return config
 
 
@@ -139,3 +169,23 @@ def read_manifest(folder: Path) -> Manifest:
     """
     parameters = {key: value.string_value for key, value in read_config(folder).parameters.items()}
     return Manifest.from_parameters(parameters, served=folder.name)
+
+
+def read_serving(config: ModelConfig) -> Serving:
+    """Read back from a config of `render_config` how a model is served.
+
+    Raises:
+        InputError: it is served in a way that `Serving` cannot say.
+    """
+    batching, (group,) = config.dynamic_batching, config.instance_group
+    graphs = config.optimization.cuda.graph_spec
+    return Serving(
+        backend=config.backend,
+        device=next(device for device, kind in _KINDS.items() if kind == group.kind),
+        num_instances=group.count,
+        max_batch_size=config.max_batch_size,
+        max_queue_delay_us=batching.max_queue_delay_microseconds,
+        max_queue_size=batching.default_queue_policy.max_queue_size,
+        queue_timeout_us=batching.default_queue_policy.default_timeout_microseconds,
+        cuda_graph_batch_sizes=tuple(sorted({graph.batch_size for graph in graphs})),
+    )

@@ -67,6 +67,8 @@ class TrtConfig(ExportConfig):
     """Batch the kernels are tuned for: what you expect to be asked."""
     optimization_level: int = 3
     """0 to 5: how long TensorRT looks for fast kernels."""
+    cuda_graph_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    """Batches whose kernels Triton captures once and launches as one."""
     workspace_gib: float = 4.0
     """Most scratch memory a kernel may take."""
     compute_capabilities: tuple[str, ...] = ()
@@ -101,7 +103,14 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
     spec, options = find_spec(config.model), config.options
     # What can be missing or in the way is looked for before minutes of work.
     folder = config.engines / slug(config.served_name)
-    serving = Serving(backend="tensorrt", device="gpu", max_batch_size=config.max_batch_size)
+    serving = Serving(
+        backend="tensorrt",
+        device="gpu",
+        max_batch_size=config.max_batch_size,
+        cuda_graph_batch_sizes=tuple(
+            size for size in config.cuda_graph_batch_sizes if size <= config.max_batch_size
+        ),
+    )
     if config.runtime == "tensorrt":
         check_name(config.served_name, config.repository)
     else:

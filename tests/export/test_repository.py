@@ -22,13 +22,20 @@ from export import repository
 from export.repository import (
     PYTHON_MODEL,
     RepositoryConfig,
+    configure,
     list_versions,
     main,
     publish,
     served_version,
     switch_version,
 )
-from export.triton_config import Serving, read_config, read_manifest, render_config
+from export.triton_config import (
+    Serving,
+    read_config,
+    read_manifest,
+    read_serving,
+    render_config,
+)
 
 MANIFEST = Manifest(
     model="shop-v3",
@@ -154,6 +161,55 @@ class TestConfig:
         assert batching.max_queue_delay_microseconds <= 2000
         bounded = render_config(MANIFEST, "image", Serving(max_queue_size=8)).dynamic_batching
         assert bounded.default_queue_policy.max_queue_size == 8
+
+    def test_how_long_a_request_waits_can_be_bounded(self):
+        config = render_config(MANIFEST, "image", Serving(queue_timeout_us=5000))
+        policy = config.dynamic_batching.default_queue_policy
+        assert (policy.default_timeout_microseconds, policy.max_queue_size) == (5000, 0)
+        assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+
+    def test_cuda_graphs_have_explicit_sizes_for_every_length(self):
+        manifest = replace(MANIFEST, text_buckets=(16, 32, 77))
+        serving = Serving(backend="tensorrt", device="gpu", cuda_graph_batch_sizes=(1, 4))
+        image, text = (
+            [
+                (spec.batch_size, list(spec.input[name].dim))
+                for spec in render_config(manifest, tower, serving).optimization.cuda.graph_spec
+            ]
+            for tower, name in (("image", "pixels"), ("text", "tokens"))
+        )
+        assert image == [(1, [224, 224, 3]), (4, [224, 224, 3])]
+        assert text == [(size, [length]) for size in (1, 4) for length in (16, 32, 77)]
+
+    @pytest.mark.parametrize("sizes", [(0,), (65,)])
+    def test_cuda_graphs_of_no_batch_are_refused(self, sizes):
+        with pytest.raises(InputError, match="1 to max_batch_size, 64"):
+            Serving(backend="tensorrt", device="gpu", cuda_graph_batch_sizes=sizes)
+        with pytest.raises(InputError, match="tensorrt backend only"):
+            Serving(cuda_graph_batch_sizes=(1,))
+
+    def test_a_gpu_is_warmed_up_for_one_and_for_the_largest_batch_of_every_length(self):
+        manifest = replace(MANIFEST, text_buckets=(16, 32, 77))
+        config = render_config(manifest, "text", Serving(backend="tensorrt", device="gpu"))
+        found = [
+            (each.batch_size, list(each.inputs["tokens"].dims)) for each in config.model_warmup
+        ]
+        assert found == [(size, [length]) for size in (1, 64) for length in (16, 32, 77)]
+        assert len({each.name for each in config.model_warmup}) == 6
+
+    @pytest.mark.parametrize(
+        "serving",
+        [
+            Serving(),
+            Serving(backend="onnxruntime", device="gpu", num_instances=2, max_queue_delay_us=0),
+            Serving(max_queue_size=9, queue_timeout_us=7, max_batch_size=3, device="auto"),
+            Serving(backend="tensorrt", device="gpu", cuda_graph_batch_sizes=(1, 8)),
+        ],
+    )
+    @pytest.mark.parametrize("tower", ["image", "text"])
+    def test_how_it_is_served_can_be_read_back(self, serving, tower):
+        config = render_config(replace(MANIFEST, text_buckets=(16, 77)), tower, serving)
+        assert read_serving(config) == serving
 
     def test_onnxruntime_backend(self):
         config = render_config(MANIFEST, "image", Serving(backend="onnxruntime", device="gpu"))
@@ -492,6 +548,44 @@ class TestVersions:
         publish(models, MANIFEST, **towers, keep_versions=3)
         for folder in models.iterdir():
             assert (list_versions(folder), served_version(folder)) == ([4, 3, 2], 4)
+
+    def test_serving_changes_without_an_export_and_stays_with_its_version(self, models):
+        before = snapshot(models)
+        serving = configure(models, "shop-v3", max_queue_size=5, num_instances=3)
+        assert serving == Serving(max_queue_size=5, num_instances=3)
+        after = snapshot(models)
+        changed = {path.relative_to(models) for path in after if after[path] != before.get(path)}
+        assert changed == {
+            Path(f"shop_v3_{tower}/{where}config.pbtxt")
+            for tower in ("image", "text")
+            for where in ("", "3/")
+        }
+        switch_version(models, "shop-v3", 2)
+        assert read_serving(read_config(models / "shop_v3_text")) == Serving()
+        switch_version(models, "shop-v3", 3)
+        assert read_serving(read_config(models / "shop_v3_text")) == serving
+
+    def test_another_backend_gets_what_it_needs_or_is_refused(self, models):
+        configure(models, "shop-v3", backend="onnxruntime", device="gpu")
+        config = read_config(models / "shop_v3_image")
+        assert (config.platform, config.version_policy.specific.versions[0]) == (
+            "onnxruntime_onnx",
+            3,
+        )
+        (models / "shop_v3_image/3/model.py").unlink()
+        configure(models, "shop-v3", backend="python", device="cpu")
+        assert (models / "shop_v3_image/3/model.py").is_file()
+        before = snapshot(models)
+        with pytest.raises(InputError, match=r"tensorrt backend runs model\.plan.*holds none"):
+            configure(models, "shop-v3", backend="tensorrt", device="gpu")
+        assert snapshot(models) == before
+
+    @pytest.mark.parametrize("failing_move", range(1, 5))
+    def test_a_failed_change_of_serving_changes_nothing(self, models, monkeypatch, failing_move):
+        before = snapshot(models)
+        with failing(monkeypatch, failing_move), pytest.raises(KeyboardInterrupt):
+            configure(models, "shop-v3", num_instances=2)
+        assert snapshot(models) == before
 
     def test_the_command_lists_and_rolls_back(self, models, capsys):
         main(RepositoryConfig(repository=models, name="shop-v3", rollback=True))
