@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -97,6 +97,8 @@ def publish(
     serving: Serving | None = None,
     report: Mapping[str, object] | None = None,
     keep_versions: int = KEEP_VERSIONS,
+    compute_capability: str | None = None,
+    join: bool = False,
 ) -> tuple[Path, Path]:
     """Put both towers into a repository as the next version of their model, and serve that one.
 
@@ -108,12 +110,16 @@ def publish(
         serving: Defaults to `Serving()`.
         report: The parity report, kept in the version's folder as parity.json.
         keep_versions: How many to keep, this one included.
+        compute_capability: Of the GPUs that the engines are for, such as 8.9. Triton gives each GPU
+            its own of a version's engines.
+        join: Take the served version's engines for other GPUs along.
 
     Returns:
         The folders of the image and the text model.
 
     Raises:
-        InputError: see `check_name` and `storage.external_files`.
+        InputError: see `check_name` and `storage.external_files`; or the engines to join are of
+            other weights or another TensorRT.
     """
     repository, serving = Path(repository), serving or Serving()
     check_name(manifest.model, repository)
@@ -128,8 +134,13 @@ def publish(
         served = [served_version(target) for target in targets if target.exists()]
         version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
         for (tower, file), target in zip(towers, targets, strict=True):
-            config = render_config(manifest, tower, serving, version=version)
-            _stage(staging / target.name, version, config, file, report)
+            files = _name_files(file, serving.backend, compute_capability)
+            if join and target.exists():
+                files = _engines_to_join(target, manifest) | files
+            config = render_config(
+                manifest, tower, serving, version=version, engines=_engines(files)
+            )
+            _stage(staging / target.name, version, config, files, report)
         with ExitStack() as undo:
             for target in targets:
                 staged = staging / target.name
@@ -208,14 +219,20 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
         towers: tuple[Tower, Tower] = ("image", "text")
         for tower, target in zip(towers, targets, strict=True):
             inside = target / str(version)
-            if not any((inside / each).is_file() for each in MODEL_FILE[serving.backend]):
+            engines = _engines(path.name for path in inside.iterdir())
+            runnable = [*MODEL_FILE[serving.backend]]
+            if serving.backend == "tensorrt":
+                runnable += engines.values()
+            if not any((inside / each).is_file() for each in runnable):
                 raise InputError(
                     f"the {serving.backend} backend runs {' or '.join(MODEL_FILE[serving.backend])}"
                     f", and {inside} holds none. Export the model for that backend."
                 )
             if serving.backend == "python":
                 _copy_python_model(inside)
-            config = render_config(read_manifest(target), tower, serving, version=version)
+            config = render_config(
+                read_manifest(target), tower, serving, version=version, engines=engines
+            )
             before, after = staging / f"{target.name}-old", staging / f"{target.name}-new"
             shutil.copyfile(inside / CONFIG, before)
             after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
@@ -358,7 +375,7 @@ def _stage(
     folder: Path,
     version: int,
     config: ModelConfig,
-    file: Path,
+    files: Mapping[str, Path],
     report: Mapping[str, object] | None,
 ) -> None:
     """Write a model's folder with one version in it."""
@@ -370,21 +387,57 @@ def _stage(
         path.write_text(text, "utf-8")
     if report is not None:
         (inside / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    backend: Backend = config.backend
-    first, *others = MODEL_FILE[backend]
-    target = inside / next((name for name in others if Path(name).suffix == file.suffix), first)
-    weights: list[Path] = []
-    if target.suffix == ".onnx":
-        weights = external_files(file)
-    elif target.suffix == ".xml":
-        weights = [file.with_suffix(".bin")]
-    if weights and file.name != target.name:
-        raise InputError(f"{file} keeps its weights beside it, so it must be called {target.name}.")
-    shutil.copyfile(file, target)
-    for each in weights:
-        shutil.copyfile(each, inside / each.name)
+    for name, source in files.items():
+        shutil.copyfile(source, inside / name)
     if config.backend == "python":
         _copy_python_model(inside)
+
+
+def _name_files(file: Path, backend: Backend, compute_capability: str | None) -> dict[str, Path]:
+    """Return what belongs into a version's folder, by its name there.
+
+    Raises:
+        InputError: the weights lie beside `file`, which is not called what it would be there.
+    """
+    first, *others = MODEL_FILE[backend]
+    name = next((each for each in others if Path(each).suffix == file.suffix), first)
+    if compute_capability is not None:
+        name = f"model-{compute_capability}.plan"
+    weights: list[Path] = []
+    if file.suffix == ".xml":
+        weights = [file.with_suffix(".bin")]
+    elif name.endswith(".onnx"):
+        weights = external_files(file)
+    if weights and file.name != name:
+        raise InputError(f"{file} keeps its weights beside it, so it must be called {name}.")
+    return {name: file} | {each.name: each for each in weights}
+
+
+def _engines(names: Iterable[str]) -> dict[str, str]:
+    """Find the engines of single kinds of GPU among files; their names by compute capability."""
+    found = {name: re.fullmatch(r"model-(\d+\.\d+)\.plan", name) for name in names}
+    return {match[1]: name for name, match in found.items() if match}
+
+
+def _engines_to_join(target: Path, manifest: Manifest) -> dict[str, Path]:
+    """Return the served version's engines by name.
+
+    Raises:
+        InputError: they are not of the same model.
+    """
+    version, served = target / str(served_version(target)), read_manifest(target)
+    if served != manifest:
+        differing = [
+            field.name
+            for field in fields(Manifest)
+            if getattr(served, field.name) != getattr(manifest, field.name)
+        ]
+        raise InputError(
+            f"the engines in {version} are of another model: {', '.join(differing)} differ. Export "
+            "with the same weights, options and library versions, or without --join."
+        )
+    names = _engines(path.name for path in version.iterdir())
+    return {name: version / name for name in names.values()}
 
 
 def _copy_python_model(folder: Path) -> None:

@@ -6,6 +6,7 @@ Source: triton-inference-server/common `protobuf/model_config.proto`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -84,7 +85,12 @@ class Serving:
 
 
 def render_config(
-    manifest: Manifest, tower: Tower, serving: Serving, *, version: int = 1
+    manifest: Manifest,
+    tower: Tower,
+    serving: Serving,
+    *,
+    version: int = 1,
+    engines: Mapping[str, str] | None = None,
 ) -> ModelConfig:
     """Describe one tower to Triton; the manifest becomes its parameters, one each.
 
@@ -93,6 +99,7 @@ def render_config(
         tower: Which half of it.
         serving: How.
         version: The one numbered folder that is loaded, whatever others there are.
+        engines: For tensorrt in a fleet of mixed GPUs: file names by compute capability.
     """
     image = tower == "image"
     config = ModelConfig(
@@ -102,6 +109,8 @@ def render_config(
     )
     config.version_policy.specific.versions.append(version)
     config.platform = _PLATFORMS.get(serving.backend, "")
+    if serving.backend == "tensorrt":
+        config.cc_model_filenames.update(engines or {})
     input_type = model_config_pb2.TYPE_UINT8 if image else model_config_pb2.TYPE_INT32
     side = manifest.side_px
     config.input.add(

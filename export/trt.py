@@ -2,6 +2,7 @@
 
     python -m export.trt --model ViT-L/14
     python -m export.trt --model ViT-L/14 --weights clip.safetensors --name shop-v3 --find-islands
+    python -m export.trt --model ViT-L/14 --join     # on a second kind of GPU, for a mixed fleet
     python -m export.trt --model ViT-L/14 --weights random --runtime rtx     # no GPU needed
     python -m export.trt --help
 
@@ -34,6 +35,7 @@ from export.engine import (
     build_engine,
     check_targets,
     engine_key,
+    gpu_names,
     image_profiles,
     load_runtime,
     text_lengths,
@@ -73,6 +75,9 @@ class TrtConfig(ExportConfig):
     """Most scratch memory a kernel may take."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to compile for, such as 8.9, with rtx; empty is the runtime's default."""
+    join: bool = False
+    """Take the served version's engines for other GPUs along: for a fleet of mixed GPUs, export on
+    one of each kind into the same repository."""
     engines: Path = Path("engines")
     """Where engines of rtx go."""
 
@@ -160,6 +165,8 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
                 serving=serving,
                 report=document,
                 keep_versions=config.keep_versions,
+                compute_capability=gpu_names()[0].rpartition(", ")[2],
+                join=config.join,
             )
             outcome.extend(map(str, folders))
         else:

@@ -417,6 +417,40 @@ manifest ="""
             assert config.platform == "tensorrt_plan"
             assert list(config.instance_group[0].profile) == profiles
 
+    def test_a_fleet_of_mixed_gpus_has_an_engine_for_each(self, tmp_path, towers):
+        models, serving = tmp_path / "models", Serving(backend="tensorrt", device="gpu")
+        manifest = replace(MANIFEST, text_buckets=(16, 77))
+
+        def export(capability, **changes):
+            for path in towers.values():
+                path.write_bytes(f"{path.name} for {capability}".encode())
+            return publish(
+                models,
+                replace(manifest, **changes),
+                **towers,
+                serving=serving,
+                compute_capability=capability,
+                join=True,
+            )
+
+        export("8.9")
+        for folder in export("9.0"):
+            names = {"8.9": "model-8.9.plan", "9.0": "model-9.0.plan"}
+            assert dict(read_config(folder).cc_model_filenames) == names
+            for capability, name in names.items():
+                tower = towers[folder.name.removeprefix("shop_v3_")].name
+                assert (folder / "2" / name).read_text() == f"{tower} for {capability}"
+        configure(models, "shop-v3", num_instances=2)
+        assert dict(read_config(models / "shop_v3_text").cc_model_filenames) == names
+        before = snapshot(models)
+        for changes in ({"fingerprint": "1" * 64}, {"libraries": {"tensorrt": "11.0"}}):
+            with pytest.raises(InputError, match=f"{next(iter(changes))} differ"):
+                export("7.5", **changes)
+        assert snapshot(models) == before
+        # The same kind of GPU again replaces its own.
+        folder, _ = export("9.0")
+        assert dict(read_config(folder).cc_model_filenames) == names
+
     def test_a_missing_tower_publishes_nothing(self, tmp_path, towers):
         towers["text"].unlink()
         with pytest.raises(FileNotFoundError):
