@@ -13,13 +13,18 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 RECORD = "made.json"
 """Key and checksums; written last."""
+MAKING = ".making-"
+MAX_MAKING_S = 24 * 3600.0
+"""Nothing takes longer to make; what is older was left by an export that was killed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Store:
         if _is_whole(folder):
             return Artefact(folder / name, reused=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=self.folder) as staging:
+        _remove_leftovers(self.folder)
+        with tempfile.TemporaryDirectory(prefix=MAKING, dir=self.folder) as staging:
             made = Path(staging) / "made"
             made.mkdir()
             write(made / name)
@@ -96,6 +102,13 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for left in folder.glob(f"{MAKING}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > MAX_MAKING_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(made: Path, folder: Path, *, aside: Path) -> None:

@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -287,9 +288,12 @@ def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
         shutil.copyfile(engines.image, made / "image.engine")
         shutil.copyfile(engines.text, made / "text.engine")
         (made / "export.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-        if folder.exists():
-            folder.rename(Path(staging) / "replaced")
-        made.rename(folder)
+        with ExitStack() as undo:
+            if folder.exists():
+                replaced = folder.rename(Path(staging) / "replaced")
+                undo.callback(replaced.rename, folder)
+            made.rename(folder)
+            undo.pop_all()
 
 
 if __name__ == "__main__":

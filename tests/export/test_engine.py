@@ -36,7 +36,8 @@ from export.engine_runner import count_fused
 from export.graphs import ImageGraph, TextGraph
 from export.onnx_writer import write_onnx
 from export.precision import bake_fp16
-from export.trt import TrtConfig
+from export.road import Towers
+from export.trt import TrtConfig, _place
 
 RTX = BuildOptions(runtime="rtx", max_batch_size=16)
 
@@ -274,6 +275,30 @@ class TestCommand:
         with pytest.raises(InputError, match="holds no engines of this command"):
             trt_command.export(self.config(tmp_path, monkeypatch))
         assert (tmp_path / "e/shop/thesis.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("failing_move", [1, 2])
+    def test_a_failure_leaves_the_engines_there_were(self, tmp_path, monkeypatch, failing_move):
+        folder, calls, rename = tmp_path / "engines/shop", [], Path.rename
+        engines = {tower: tmp_path / tower for tower in ("image", "text")}
+        for path in engines.values():
+            path.write_bytes(b"first")
+        _place(folder, Towers(**engines), {"run": 1})
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+        def fail(path, target):
+            calls.append(path)
+            if len(calls) == failing_move:
+                raise OSError("the disk is gone")
+            return rename(path, target)
+
+        for path in engines.values():
+            path.write_bytes(b"second")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises(OSError, match="the disk is gone"):
+                _place(folder, Towers(**engines), {"run": 2})
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert [path.name for path in folder.parent.iterdir()] == ["shop"]
 
     def test_a_dry_run_needs_no_tensorrt(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(trt_command, "load_runtime", lambda _: pytest.fail("looked"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -62,6 +63,16 @@ def test_what_fails_leaves_nothing(store):
     with pytest.raises(OSError, match="no space"):
         store.make("m.onnx", {}, fail)
     assert not list(store.folder.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_after_a_day(store):
+    for name, age_s in (("old", 90_000), ("running", 60)):
+        left = store.folder / f".making-{name}"
+        (left / "made").mkdir(parents=True)
+        then = time.time() - age_s
+        os.utime(left, (then, then))
+    store.make("m.onnx", {}, writer(b"x", []))
+    assert [path.name for path in store.folder.glob(".making-*")] == [".making-running"]
 
 
 def test_two_at_once_agree_on_one(store):
