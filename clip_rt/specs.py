@@ -39,6 +39,7 @@ MAX_LOGIT_SCALE = 100.0
 """The learned temperature is clamped so that logits are scaled by at most this (section 2.5)."""
 
 Activation = Literal["quick_gelu", "gelu"]
+Tower = Literal["image", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)

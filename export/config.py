@@ -7,7 +7,9 @@ from pathlib import Path
 
 from clip_rt.specs import Activation
 from export.parity import Precision
+from export.repository import KEEP_VERSIONS
 from export.store import default_folder
+from export.triton_config import MAX_BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,9 @@ class ExportConfig:
     """What the classes of the samples are called, where wnids or numbers say nothing."""
     num_images: int = 256
     """How many images of each of the samples to measure on."""
-    max_batch_size: int = 64
+    max_batch_size: int = MAX_BATCH_SIZE
     """Largest batch the server accepts."""
-    keep_versions: int = 2
+    keep_versions: int = KEEP_VERSIONS
     """Versions of the model to keep in the repository, the new one included."""
     cache: Path = field(default_factory=default_folder)
     """Where files are kept for the next export."""

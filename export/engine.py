@@ -29,6 +29,7 @@ from rich.progress import Progress, TaskID
 from clip_rt.errors import ExportError, InputError
 from clip_rt.specs import EMBEDDINGS, PIXELS, TEXT_BUCKETS, TOKENS, ModelSpec
 from export.store import source_hash
+from export.triton_config import MAX_BATCH_SIZE
 
 Runtime = Literal["tensorrt", "rtx"]
 MODULES: dict[Runtime, tuple[str, ...]] = {
@@ -59,7 +60,7 @@ class BuildOptions:
     runtime: Runtime = "tensorrt"
     opt_batch_size: int = 8
     """Batch the kernels are tuned for: what you expect to be asked."""
-    max_batch_size: int = 64
+    max_batch_size: int = MAX_BATCH_SIZE
     optimization_level: int = 3
     """0 to 5: how long TensorRT looks for fast kernels; 5 is for releases."""
     workspace_gib: float = 4.0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from clip_rt.batching import MAX_ROWS, plan_texts
 from clip_rt.errors import ParityError
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS, Tower
 from export import probes
 from export.int8 import load_openvino
 from export.samples import NO_TEXT, Samples
@@ -30,7 +30,6 @@ Encoder = Callable[[NDArray[np.generic]], FloatArray]
 """Pixels or tokens of a batch to embeddings; may raise whatever its runtime raises."""
 Precision = Literal["fp32", "fp16_weights", "fp16", "int8"]
 """Of the exported model: FP32; FP32 on weights rounded to FP16; FP16 layers; INT8 products."""
-Tower = Literal["image", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
-from clip_rt.specs import image_model, text_model
+from clip_rt.specs import Tower, image_model, text_model
 from export.console import command, console
 from export.ensembles import PYTHON_DLPACK, folder_names, render_ensembles, stage_ensembles
 from export.storage import external_files
@@ -43,7 +43,6 @@ from export.triton_config import (
     Device,
     ModelConfig,
     Serving,
-    Tower,
     read_config,
     read_manifest,
     read_serving,

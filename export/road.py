@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import onnxscript
 import torch
@@ -163,6 +164,7 @@ def make_onnx(
             "code": source_hash(*_WRITERS),
             "torch": torch.__version__,
             "onnx": onnx.__version__,
+            "onnx_ir": onnx_ir.__version__,
             "onnxscript": onnxscript.__version__,
         }
         with stage(f"export the {tower} tower") as outcome:

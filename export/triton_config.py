@@ -16,13 +16,21 @@ from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
 from clip_rt.manifest import Manifest
-from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, VOCAB_SIZE, image_model, text_model
+from clip_rt.specs import (
+    EMBEDDINGS,
+    PIXELS,
+    TOKENS,
+    VOCAB_SIZE,
+    Tower,
+    image_model,
+    text_model,
+)
 
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
-Tower = Literal["image", "text"]
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu", "auto"]
 
+MAX_BATCH_SIZE = 64
 WARMUP_LENGTH_TOKENS = 16
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 _KINDS: dict[Device, int] = {
@@ -41,7 +49,7 @@ class Serving:
     device: Device = "cpu"
     num_instances: int = 1
     """One per device: each instance of ONNX Runtime already uses every core."""
-    max_batch_size: int = 64
+    max_batch_size: int = MAX_BATCH_SIZE
     """Largest request, and largest batch the server joins requests into."""
     max_queue_delay_us: int = 500
     """How long a request may wait for company when the model is idle."""

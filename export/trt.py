@@ -25,7 +25,7 @@ from types import ModuleType
 import tyro
 
 from clip_rt.errors import InputError
-from clip_rt.specs import ViTSpec, find_spec, slug
+from clip_rt.specs import Tower, ViTSpec, find_spec, slug
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, console, mib, print_parity, print_plan, stage
@@ -199,7 +199,7 @@ def _print_plan(config: TrtConfig, architecture: str) -> None:
 
 
 def _build(
-    tower: parity.Tower,
+    tower: Tower,
     onnx: Path,
     profiles: Sequence[Profile],
     config: TrtConfig,
