@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from clip_rt.errors import ClipRTError, ParityError
 
@@ -66,13 +66,16 @@ def print_parity(report: Mapping[str, Any]) -> None:
     if not report:
         return
     limit = report["tolerance"]
+    numbers = ("min cosine", "p1 cosine", "difference", "by batch", "broken")
     table = Table(
-        *("tower", "case", "min cosine", "p1 cosine", "difference", "by batch", "broken", "")
+        Column("case", overflow="fold"),
+        # Where it is narrow, names are folded and not numbers.
+        *(Column(title, justify="right", no_wrap=True) for title in numbers),
+        "",
     )
     for case in report["cases"]:
         table.add_row(
-            case["tower"],
-            case["name"],
+            escape(case["name"]),
             f"{case['min_cosine']:.7f}",
             f"{case['p01_cosine']:.7f}",
             f"{case['max_difference']:.1e}",
