@@ -59,3 +59,10 @@ def test_architecture_knows_every_module_of_the_client() -> None:
     for path in modules("clip_rt"):
         if path.name != "__init__.py":
             assert f"clip_rt/{path.name}" in text, path
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_the_bundled_model_runs_what_an_export_would_write(tower: str) -> None:
+    folder = ROOT / f"model_repository/drawings_{tower}/1"
+    for name, source in (("model.py", "python_model.py"), ("dlpack.py", "python_dlpack.py")):
+        assert (folder / name).read_bytes() == (ROOT / "export" / source).read_bytes()

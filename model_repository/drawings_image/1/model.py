@@ -109,7 +109,9 @@ class TritonPythonModel:
         return [(index, self._answer(part)) for (index, _), part in zip(members, rows, strict=True)]
 
     def _answer(self, embeddings):
-        tensor = pb_utils.Tensor.from_dlpack(self._output["name"], Loan(np.asarray(embeddings, np.float32)))
+        tensor = pb_utils.Tensor.from_dlpack(
+            self._output["name"], Loan(np.asarray(embeddings, np.float32))
+        )
         return pb_utils.InferenceResponse(output_tensors=[tensor])
 
 
