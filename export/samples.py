@@ -64,23 +64,34 @@ def load_samples(
         InputError: the data cannot be read, or a class has no name.
         ImageError: an image cannot be used; says which.
     """
-    kept, ids = _choose(read_samples([path]), num_images)
-    if ids:
-        ids = sort_ids(ids)
-        index_by_id = {each: index for index, each in enumerate(ids)}
-        texts = [fill(DEFAULT_TEMPLATE, name) for name in name_classes(ids, table)]
-        right = [NO_TEXT if each.label is None else index_by_id[each.label] for each in kept]
-    else:
-        said = [sample.captions[0] if sample.captions else None for sample in kept]
-        texts = list(dict.fromkeys(text for text in said if text is not None))
-        right = [NO_TEXT if text is None else texts.index(text) for text in said]
+    kept, texts, right_N = read_choices(path, num_images=num_images, table=table)
     token_ids = encode(texts, context_length=spec.text.context_length, truncate=True)
     return Samples(
         name=path.name,
         pixels_NSSC=np.stack([_prepare(sample, spec.side_px) for sample in kept]),
         token_ids=tuple(map(tuple, token_ids)),
-        right_N=np.array(right, np.int64),
+        right_N=right_N,
     )
+
+
+def read_choices(
+    path: Path, *, num_images: int, table: NameTable | None = None
+) -> tuple[list[Sample], list[str], NDArray[np.int64]]:
+    """Read images as they are, the M texts they are told apart by, and which text is right, (N,).
+
+    The arguments and errors are those of `load_samples`; `NO_TEXT` stands where none is right.
+    """
+    kept, ids = _choose(read_samples([path]), num_images)
+    if ids:
+        ids = sort_ids(ids)
+        own = [each.label for each in kept]
+        texts = [fill(DEFAULT_TEMPLATE, name) for name in name_classes(ids, table)]
+    else:
+        own = [each.captions[0] if each.captions else None for each in kept]
+        texts = ids = list(dict.fromkeys(text for text in own if text is not None))
+    row = {each: index for index, each in enumerate(ids)}
+    right = [NO_TEXT if each is None else row[each] for each in own]
+    return kept, texts, np.array(right, np.int64)
 
 
 def calibration_batches(
