@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_rt.errors import InputError
 from clip_rt.server import borrow, give_back
-from export import compare
+from export import compare, drift
 from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure
 from export.graphs import ImageGraph, TextGraph
@@ -57,7 +57,7 @@ def nearest(query, index, own: int) -> set[int]:
 
 def test_overlaps_are_those_of_a_brute_force_search(monkeypatch):
     # More than one block, the last of them short.
-    monkeypatch.setattr(compare, "_ROWS", 7)
+    monkeypatch.setattr(drift, "_ROWS", 7)
     a = random_space(40)
     b = unit(a + 0.15 * random_space(40, seed=1))
     both = np.stack([(b if row % 2 else a)[row] for row in range(40)])

@@ -164,7 +164,7 @@ def test_it_is_served_by_the_real_triton(tmp_path, exported_vit):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in (repository / "small_image/1").iterdir()) == [
-        *("config.pbtxt", "model.bin", "model.py", "model.xml", "parity.json"),
+        *("config.pbtxt", "dlpack.py", "model.bin", "model.py", "model.xml", "parity.json"),
     ]
     pixels = probes.images(64)
     direct = int8.load_openvino(repository / "small_image/1/model.xml", 1)
