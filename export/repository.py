@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,28 +35,27 @@ from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
 from export.console import command, console
-from export.ensembles import PYTHON_DLPACK, folder_names, render_ensembles, stage_ensembles
-from export.storage import external_files
+from export.ensembles import folder_names, render_ensembles, stage_ensembles
 from export.triton_config import (
     Backend,
     Device,
-    ModelConfig,
     Serving,
     read_config,
     read_manifest,
     read_serving,
     render_config,
 )
+from export.version_folder import (
+    CONFIG,
+    MODEL_FILE,
+    copy_python_model,
+    find_engines,
+    list_versions,
+    name_files,
+    served_version,
+    write_version,
+)
 
-CONFIG, REPORT = "config.pbtxt", "parity.json"
-MODEL_FILE: dict[Backend, tuple[str, ...]] = {
-    "python": ("model.onnx", "model.xml"),
-    "onnxruntime": ("model.onnx",),
-    "tensorrt": ("model.plan",),
-}
-"""What each backend can run, by its file's name."""
-PYTHON_MODEL = Path(__file__).with_name("python_model.py")
-"""What the python backend runs; copied verbatim into the version folder."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
 KEEP_VERSIONS = 2
 """Versions that stay in a repository: the one that is served and the one to go back to."""
@@ -91,8 +89,8 @@ def publish(
     repository: str | Path,
     manifest: Manifest,
     *,
-    image: Path,
-    text: Path,
+    image: Path | Mapping[str, Path],
+    text: Path | Mapping[str, Path],
     serving: Serving | None = None,
     report: Mapping[str, object] | None = None,
     keep_versions: int = KEEP_VERSIONS,
@@ -104,7 +102,8 @@ def publish(
     Args:
         repository: Made when it does not exist.
         manifest: Its `model` names the two folders.
-        image: ONNX file, with its weights where they lie beside it, or engine of the image tower.
+        image: ONNX file, with its weights where they lie beside it, or engine of the image tower;
+            or all its files, by their names in a version's folder.
         text: The same of the text tower; both are copied.
         serving: Defaults to `Serving()`.
         report: The parity report, kept in the version's folder as parity.json.
@@ -126,20 +125,22 @@ def publish(
         raise InputError(f"keep_versions is {keep_versions}; it must be at least 1.")
     repository.mkdir(parents=True, exist_ok=True)
     targets = _folders(repository, manifest.model)
-    towers: tuple[tuple[Tower, Path], ...] = (("image", image), ("text", text))
+    towers: tuple[tuple[Tower, Path | Mapping[str, Path]], ...] = (("image", image), ("text", text))
     with _alone(repository), _staging(repository) as staging:
         # Again, now that nobody else can take the folders.
         check_name(manifest.model, repository)
         served = [served_version(target) for target in targets if target.exists()]
         version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
-        for (tower, file), target in zip(towers, targets, strict=True):
-            files = _name_files(file, serving.backend, compute_capability)
+        for (tower, given), target in zip(towers, targets, strict=True):
+            files = dict(given) if isinstance(given, Mapping) else {}
+            if isinstance(given, Path):
+                files = name_files(given, serving.backend, compute_capability)
             if join and target.exists():
                 files = _engines_to_join(target, manifest) | files
             config = render_config(
-                manifest, tower, serving, version=version, engines=_engines(files)
+                manifest, tower, serving, version=version, engines=find_engines(files)
             )
-            _stage(staging / target.name, version, config, files, report)
+            write_version(staging / target.name, version, config, files, report)
         with ExitStack() as undo:
             for target in targets:
                 staged = staging / target.name
@@ -218,7 +219,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
         towers: tuple[Tower, Tower] = ("image", "text")
         for tower, target in zip(towers, targets, strict=True):
             inside = target / str(version)
-            engines = _engines(path.name for path in inside.iterdir())
+            engines = find_engines(path.name for path in inside.iterdir())
             runnable = [*MODEL_FILE[serving.backend]]
             if serving.backend == "tensorrt":
                 runnable += engines.values()
@@ -228,7 +229,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
                     f", and {inside} holds none. Export the model for that backend."
                 )
             if serving.backend == "python":
-                _copy_python_model(inside)
+                copy_python_model(inside)
             config = render_config(
                 read_manifest(target), tower, serving, version=version, engines=engines
             )
@@ -273,20 +274,6 @@ def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
             undo.callback(os.rename, folder, staging / f"{folder.name}-undone")
         undo.pop_all()
     return folders
-
-
-def list_versions(folder: Path) -> list[int]:
-    """Return the versions in a model's folder, the newest first; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def served_version(folder: Path) -> int:
-    """Return the version that Triton loads of a model's folder."""
-    versions = read_config(folder).version_policy.specific.versions
-    return int(versions[0]) if versions else max(list_versions(folder), default=0)
 
 
 def _folders(repository: Path, name: str) -> tuple[Path, Path]:
@@ -370,54 +357,6 @@ def _remove_version(target: Path, version: int, staging: Path) -> None:
         os.rename(folder, staging / f"{target.name}-{version}-removed")
 
 
-def _stage(
-    folder: Path,
-    version: int,
-    config: ModelConfig,
-    files: Mapping[str, Path],
-    report: Mapping[str, object] | None,
-) -> None:
-    """Write a model's folder with one version in it."""
-    inside = folder / str(version)
-    inside.mkdir(parents=True)
-    text = text_format.MessageToString(config, as_utf8=True)
-    # The version has one of its own, to go back to.
-    for path in (folder / CONFIG, inside / CONFIG):
-        path.write_text(text, "utf-8")
-    if report is not None:
-        (inside / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    for name, source in files.items():
-        shutil.copyfile(source, inside / name)
-    if config.backend == "python":
-        _copy_python_model(inside)
-
-
-def _name_files(file: Path, backend: Backend, compute_capability: str | None) -> dict[str, Path]:
-    """Return what belongs into a version's folder, by its name there.
-
-    Raises:
-        InputError: the weights lie beside `file`, which is not called what it would be there.
-    """
-    first, *others = MODEL_FILE[backend]
-    name = next((each for each in others if Path(each).suffix == file.suffix), first)
-    if compute_capability is not None:
-        name = f"model-{compute_capability}.plan"
-    weights: list[Path] = []
-    if file.suffix == ".xml":
-        weights = [file.with_suffix(".bin")]
-    elif name.endswith(".onnx"):
-        weights = external_files(file)
-    if weights and file.name != name:
-        raise InputError(f"{file} keeps its weights beside it, so it must be called {name}.")
-    return {name: file} | {each.name: each for each in weights}
-
-
-def _engines(names: Iterable[str]) -> dict[str, str]:
-    """Find the engines of single kinds of GPU among files; their names by compute capability."""
-    found = {name: re.fullmatch(r"model-(\d+\.\d+)\.plan", name) for name in names}
-    return {match[1]: name for name, match in found.items() if match}
-
-
 def _engines_to_join(target: Path, manifest: Manifest) -> dict[str, Path]:
     """Return the served version's engines by name.
 
@@ -435,13 +374,8 @@ def _engines_to_join(target: Path, manifest: Manifest) -> dict[str, Path]:
             f"the engines in {version} are of another model: {', '.join(differing)} differ. Export "
             "with the same weights, options and library versions, or without --join."
         )
-    names = _engines(path.name for path in version.iterdir())
+    names = find_engines(path.name for path in version.iterdir())
     return {name: version / name for name in names.values()}
-
-
-def _copy_python_model(folder: Path) -> None:
-    shutil.copyfile(PYTHON_MODEL, folder / "model.py")
-    shutil.copyfile(PYTHON_DLPACK, folder / "dlpack.py")
 
 
 @dataclass(frozen=True, kw_only=True)

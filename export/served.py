@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from clip_rt.client import Client
 from clip_rt.errors import InputError
 from clip_rt.specs import image_model, slug, text_model
-from export.repository import CONFIG, list_versions, served_version
+from export.version_folder import CONFIG, list_versions, served_version
 
 _TIMEOUT_S = 300.0
 """For a chunk, and for a server to start: large models on few cores."""

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -194,11 +194,19 @@ def read_serving(config: ModelConfig) -> Serving:
     Raises:
         InputError: it is served in a way that `Serving` cannot say.
     """
-    batching, (group,) = config.dynamic_batching, config.instance_group
+    kinds = {kind: device for device, kind in _KINDS.items()}
+    group = config.instance_group[0] if len(config.instance_group) == 1 else None
+    if config.backend not in get_args(Backend) or group is None or group.kind not in kinds:
+        raise InputError(
+            f"{config.name[:80]!r} has backend {config.backend[:40]!r} and "
+            f"{len(config.instance_group)} instance groups; clip_rt writes one group, for "
+            f"{', '.join(get_args(Backend))}. Export the model again."
+        )
+    batching = config.dynamic_batching
     graphs = config.optimization.cuda.graph_spec
     return Serving(
         backend=config.backend,
-        device=next(device for device, kind in _KINDS.items() if kind == group.kind),
+        device=kinds[group.kind],
         num_instances=group.count,
         max_batch_size=config.max_batch_size,
         max_queue_delay_us=batching.max_queue_delay_microseconds,

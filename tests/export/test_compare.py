@@ -18,10 +18,11 @@ from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure
 from export.graphs import ImageGraph, TextGraph
 from export.onnx_writer import write_onnx
-from export.repository import CONFIG, publish, switch_version
+from export.repository import publish, switch_version
 from export.road import fingerprint_of, make_manifest
 from export.samples import NO_TEXT
 from export.served import find_reference
+from export.version_folder import CONFIG
 
 served = pytest.mark.skipif(
     importlib.util.find_spec("pytriton") is None, reason="the embedded server is not installed"

@@ -18,15 +18,12 @@ from tritonclient.grpc import model_config_pb2
 from clip_rt.errors import InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
-from export import repository
+from export import repository, version_folder
 from export.repository import (
-    PYTHON_MODEL,
     RepositoryConfig,
     configure,
-    list_versions,
     main,
     publish,
-    served_version,
     switch_version,
 )
 from export.triton_config import (
@@ -36,6 +33,7 @@ from export.triton_config import (
     read_serving,
     render_config,
 )
+from export.version_folder import PYTHON_MODEL, list_versions, served_version
 
 MANIFEST = Manifest(
     model="shop-v3",
@@ -301,7 +299,7 @@ class TestPublish:
         def full(source, target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
-        monkeypatch.setattr(repository.shutil, "copyfile", full)
+        monkeypatch.setattr(version_folder.shutil, "copyfile", full)
         with pytest.raises(OSError, match="No space left"):
             publish(models, MANIFEST, **towers)
         assert snapshot(tmp_path) == before
