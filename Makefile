@@ -25,7 +25,7 @@ check: .venv/all
 
 # What also makes one: training, export, and all that the tests hold them against.
 .venv/all: .venv/client
-	$(PIP) install --quiet -c constraints.txt -e '.[server,quickstart,export,train,test]'
+	$(PIP) install --quiet -c constraints.txt -e '.[server,quickstart,export,train,bench,test]'
 	touch $@
 
 .venv/bin/python:

@@ -6,12 +6,19 @@ Names are imported when they are first used, so that `import clip_rt` costs next
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# A library does not print: the application says who listens.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 if TYPE_CHECKING:
+    from clip_rt import telemetry, testing
+    from clip_rt.async_client import AsyncClient
     from clip_rt.client import Client
+    from clip_rt.encoded import Encoded
     from clip_rt.errors import (
         CheckpointError,
         ClientClosedError,
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
         ImageError,
         InferenceError,
         InputError,
+        MessageTooLongError,
         NonFiniteEmbeddingError,
         ParityError,
         ProtocolError,
@@ -35,27 +43,34 @@ if TYPE_CHECKING:
         TrainingError,
         UnknownModelError,
     )
+    from clip_rt.foreground import serve
     from clip_rt.images import preprocess
     from clip_rt.manifest import Manifest
     from clip_rt.probe import Probe
     from clip_rt.server import EmbeddedServer
     from clip_rt.specs import MODELS, ModelSpec
+    from clip_rt.telemetry import Timings, measure
     from clip_rt.tokenizer import tokenize
+    from clip_rt.transport import TLS
     from clip_rt.zero_shot import Scores
 
 __all__ = [
     "MODELS",
+    "TLS",
+    "AsyncClient",
     "CheckpointError",
     "Client",
     "ClientClosedError",
     "ClipRTError",
     "ContractError",
     "EmbeddedServer",
+    "Encoded",
     "ExportError",
     "ImageError",
     "InferenceError",
     "InputError",
     "Manifest",
+    "MessageTooLongError",
     "ModelSpec",
     "NonFiniteEmbeddingError",
     "ParityError",
@@ -70,30 +85,46 @@ __all__ = [
     "TemplateError",
     "TextError",
     "TextTooLongError",
+    "Timings",
     "TrainingError",
     "UnknownModelError",
     "__version__",
+    "measure",
     "preprocess",
+    "serve",
+    "telemetry",
+    "testing",
     "tokenize",
 ]
 
 _MODULE_BY_NAME = {
+    "AsyncClient": "async_client",
     "Client": "client",
     "EmbeddedServer": "server",
+    "Encoded": "encoded",
     "MODELS": "specs",
     "Manifest": "manifest",
     "ModelSpec": "specs",
     "Probe": "probe",
     "Scores": "zero_shot",
+    "TLS": "transport",
+    "Timings": "telemetry",
+    "measure": "telemetry",
     "preprocess": "images",
+    "serve": "foreground",
     "tokenize": "tokenizer",
 }
 """Where a name comes from; those that are not listed are errors."""
 
 
+_MODULES = ("telemetry", "testing")
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     module = importlib.import_module(f"{__name__}.{_MODULE_BY_NAME.get(name, 'errors')}")
     value = getattr(module, name)
     globals()[name] = value

@@ -6,7 +6,7 @@ Plans only: nothing here sends anything.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,13 +26,6 @@ class TextPlan:
     """int32 (n, L) each, of distinct texts, the short ones first."""
     row_by_text: NDArray[np.intp]
     """For each text of the caller, its row in the answers stacked in the order of `batches`."""
-
-
-def stack(squares: Iterable[NDArray[np.uint8]], *, max_rows: int) -> Iterator[NDArray[np.uint8]]:
-    """Gather images into batches of `max_rows`, the last one of the rest, holding one at a time."""
-    source = iter(squares)
-    while rows := list(itertools.islice(source, max_rows)):
-        yield np.stack(rows)
 
 
 def plan_texts(

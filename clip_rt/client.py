@@ -6,40 +6,48 @@ Puts the other modules together and does no work of its own.
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
+import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import NoneType, TracebackType
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt import batching, prompts, tokenizer, zero_shot
-from clip_rt.cache import EmbeddingCache, Key
-from clip_rt.connection import START_TIMEOUT_S, Connection, Model
-from clip_rt.deadline import Deadline
+from clip_rt import batching, dispatch, prompts, telemetry, tokenizer, zero_shot
+from clip_rt.cache import Key, PromptCache
+from clip_rt.connection import Connection, Model
+from clip_rt.deadline import START_TIMEOUT_S, Deadline
+from clip_rt.decoding import Decode, check_decode
+from clip_rt.encoded import Encoded, Gathering, OnError, check_on_error, number_parts
 from clip_rt.errors import (
     ClientClosedError,
     ContractError,
+    ImageError,
     InputError,
-    ServerError,
     ServerTimeoutError,
     TextError,
     TextTooLongError,
 )
-from clip_rt.images import Images, prepare_each
+from clip_rt.images import Images, count_threads, prepare_each
+from clip_rt.lane import Lane
 from clip_rt.manifest import Manifest
 from clip_rt.probe import Probe
 from clip_rt.specs import slug
-from clip_rt.transport import ServedModel, parse_url
+from clip_rt.transport import TLS, parse_url
 from clip_rt.zero_shot import Scores
 
 URL_VARIABLE = "CLIP_RT_URL"
 REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"
+CACHE_VARIABLE = "CLIP_RT_CACHE_DIR"
 CHECKOUT_REPOSITORY = Path(__file__).parents[1] / "model_repository"
+
+Item = TypeVar("Item")
 
 TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
@@ -56,9 +64,10 @@ class Client:
     `with` statement.
 
     Args:
-        url: host:port of Triton's gRPC endpoint, or grpcs://host:port for TLS. Without it: the
-            embedded server over `repository` if that is given, else the address in $CLIP_RT_URL,
-            else the embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
+        url: host:port of Triton's gRPC endpoint, or grpcs://host:port for TLS; or several, of
+            replicas that serve the same model. Without it: the embedded server over `repository`
+            if that is given, else the addresses in $CLIP_RT_URL, separated by commas, else the
+            embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
         model: Name the model was exported under. Without it: the only one there is.
         repository: Folder of models for the embedded server.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.
@@ -66,7 +75,13 @@ class Client:
         start_timeout_s: Longest wait for the embedded server to load its models.
         fingerprint: Insist on these weights, as `manifest.fingerprint` names them.
         exif: Turn photographs upright as their EXIF orientation says.
-        cache_bytes: Memory for class embeddings; 0 turns the cache off.
+        decode: "exact", or "fast" for large JPEGs decoded at a smaller scale, nearly the same; see
+            `images.prepare`.
+        headers: Sent with every request, to say who asks; never logged or shown.
+        tls: How to trust a grpcs:// server, and a certificate of one's own.
+        cache_bytes: Memory for class embeddings; 0 turns it off.
+        cache_dir: Folder where class embeddings outlive this process, shared by any number of
+            them. Without it: $CLIP_RT_CACHE_DIR, else none.
 
     Raises:
         InputError: an argument cannot be used.
@@ -76,7 +91,7 @@ class Client:
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | Sequence[str] | None = None,
         *,
         model: str | None = None,
         repository: str | os.PathLike[str] | None = None,
@@ -84,24 +99,46 @@ class Client:
         start_timeout_s: float = START_TIMEOUT_S,
         fingerprint: str | None = None,
         exif: bool = True,
+        decode: Decode = "exact",
+        headers: Mapping[str, str] | None = None,
+        tls: TLS | None = None,
         cache_bytes: int = CACHE_BYTES,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if url is not None and repository is not None:
             raise InputError("url and repository exclude each other; name a server or a folder.")
-        if url is not None:
-            parse_url(url)
+        urls = None if url is None else _split_urls(url)
+        check_decode(decode)
+        _check_headers(headers)
         if model is not None:
             slug(model)
+        if repository is not None and not isinstance(repository, (str, os.PathLike)):
+            raise InputError(f"repository is a {type(repository).__name__}; name a folder.")
+        if not (fingerprint is None or isinstance(fingerprint, str)):
+            raise InputError(f"fingerprint is a {type(fingerprint).__name__}; pass hex digits.")
+        if not isinstance(tls, TLS | None):
+            raise InputError(f"tls is a {type(tls).__name__}; pass a clip_rt.TLS.")
+        if not isinstance(cache_dir, (str, os.PathLike, NoneType)):
+            raise InputError(f"cache_dir is a {type(cache_dir).__name__}; name a folder.")
+        if not isinstance(exif, bool):
+            raise InputError(f"exif is {exif!r:.40}; it must be True or False.")
+        if type(cache_bytes) is not int or cache_bytes < 0:
+            raise InputError(f"cache_bytes is {cache_bytes!r:.80}; it must be 0 or more.")
         _check_timeout(timeout_s)
         _check_timeout(start_timeout_s, "start_timeout_s")
-        self._url = url
+        self._urls = urls
         self._model = model
         self._repository = None if repository is None else Path(repository)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._fingerprint = fingerprint
         self._exif = exif
+        self._decode: Decode = decode
+        self._headers = dict(headers or {})
+        self._tls = tls
         self._cache_bytes = cache_bytes
+        folder = cache_dir or os.environ.get(CACHE_VARIABLE) or None
+        self._cache_dir = None if folder is None else Path(folder)
         self._open_up()
 
     def __enter__(self) -> Client:
@@ -116,7 +153,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        place = self._url or self._repository or "default"
+        place = ", ".join(self._urls or ()) or self._repository or "default"
         return f"Client({str(place)!r}, model={self._model!r})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,52 +173,126 @@ class Client:
         model, _ = self._begin(None)
         return model.manifest
 
+    @property
+    def cache(self) -> PromptCache:
+        """Class embeddings that are kept: how many, how often they were of use; `clear()`."""
+        return self._cache
+
+    @overload
     def encode_images(
-        self, images: Images, *, timeout_s: float | None = None
-    ) -> NDArray[np.float32]:
+        self,
+        images: Images,
+        *,
+        on_error: Literal["raise"] = "raise",
+        timeout_s: float | None = None,
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def encode_images(
+        self, images: Images, *, on_error: Literal["skip"], timeout_s: float | None = None
+    ) -> Encoded: ...
+
+    def encode_images(
+        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
+    ) -> NDArray[np.float32] | Encoded:
         """Embed images.
 
-        Any number of them: they are read, prepared and sent a batch at a time, so that a generator
-        of thousands needs the memory of a few.
+        Any number of them: they are read, prepared and sent a batch at a time, on all cores, so
+        that a generator of thousands needs the memory of a few. Equal images are sent once.
 
         Args:
             images: Paths, encoded bytes, Pillow images or uint8 arrays (H, W, 3), in any mixture;
                 one image alone is a batch of one.
+            on_error: "raise" the first error, or "skip" images that cannot be used.
             timeout_s: For this call; the client's own if None.
 
         Returns:
             float32 (N, D), rows of length 1, in the order of the images. N = 0 gives (0, D).
+            With `on_error="skip"` the rows of those that could be used, and the failures.
 
         Raises:
             ImageError: an image cannot be used; carries its index.
+            InferenceError, NonFiniteEmbeddingError: the server cannot embed it; the same.
             ServerError: the server cannot be started, reached or used; see `errors`.
             UnknownModelError: the server does not have the model.
             ContractError: it has another one than was asked for.
             ClientClosedError: the client was closed.
         """
-        model, deadline = self._begin(timeout_s)
-        return self._embed_images(model, images, deadline)
+        check_on_error(on_error)
+        with self._call("encode_images", timeout_s) as (model, deadline):
+            encoded = self._embed_images(model, images, deadline, on_error)
+            return encoded if on_error == "skip" else encoded.embeddings
+
+    def stream_images(
+        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
+    ) -> Generator[Encoded, None, None]:
+        """Embed any number of images, in parts, as they come back; memory stays flat.
+
+        Args:
+            images: As for `encode_images`; a generator is read as parts are asked for.
+            on_error: As for `encode_images`.
+            timeout_s: Longest time for one part, not for all; the client's own if None.
+
+        Yields:
+            The embeddings of the next images, with their positions among all.
+
+        Raises:
+            ImageError, ServerError, UnknownModelError, ContractError, ClientClosedError: see
+                `encode_images`.
+        """
+        check_on_error(on_error)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return telemetry.stream("stream_images", self._stream_images(images, on_error, timeout_s))
+
+    @overload
+    def encode_texts(
+        self,
+        texts: tokenizer.Texts,
+        *,
+        truncate: bool = False,
+        on_error: Literal["raise"] = "raise",
+        timeout_s: float | None = None,
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def encode_texts(
+        self,
+        texts: tokenizer.Texts,
+        *,
+        truncate: bool = False,
+        on_error: Literal["skip"],
+        timeout_s: float | None = None,
+    ) -> Encoded: ...
 
     def encode_texts(
-        self, texts: tokenizer.Texts, *, truncate: bool = False, timeout_s: float | None = None
-    ) -> NDArray[np.float32]:
-        """Embed texts as they are, without a template.
+        self,
+        texts: tokenizer.Texts,
+        *,
+        truncate: bool = False,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> NDArray[np.float32] | Encoded:
+        """Embed texts as they are, without a template. Equal texts are sent once.
 
         Args:
             texts: Strings; one string alone is a batch of one.
             truncate: Cut texts that are too long for the model instead of refusing them.
+            on_error: "raise" the first error, or "skip" texts that cannot be used.
             timeout_s: For this call; the client's own if None.
 
         Returns:
             float32 (N, D), rows of length 1, in the order of the texts. N = 0 gives (0, D).
+            With `on_error="skip"` the rows of those that could be used, and the failures.
 
         Raises:
             TextTooLongError: a text has too many tokens; carries its index.
             TextError: a text cannot be used; carries its index.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
-        model, deadline = self._begin(timeout_s)
-        return self._embed_texts(model, texts, deadline, truncate=truncate)
+        check_on_error(on_error)
+        with self._call("encode_texts", timeout_s) as (model, deadline):
+            encoded = self._embed_texts(model, texts, deadline, on_error, truncate=truncate)
+            return encoded if on_error == "skip" else encoded.embeddings
 
     def class_embeddings(
         self,
@@ -190,7 +301,7 @@ class Client:
         templates: str | Iterable[str] | None = None,
         timeout_s: float | None = None,
     ) -> NDArray[np.float32]:
-        """Embed labels as classes; those seen before come from memory.
+        """Embed labels as classes; those seen before come from memory, or from `cache_dir`.
 
         Args:
             labels: Names of the classes.
@@ -207,8 +318,8 @@ class Client:
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
         checked, found = _check_labels(labels), prompts.find_templates(templates)
-        model, deadline = self._begin(timeout_s)
-        return self._embed_classes(model, checked, found, deadline)
+        with self._call("class_embeddings", timeout_s) as (model, deadline):
+            return self._embed_classes(model, checked, found, deadline)
 
     def zero_shot(
         self,
@@ -216,6 +327,7 @@ class Client:
         labels: Iterable[str],
         *,
         templates: str | Iterable[str] | None = None,
+        on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Scores:
         """Say which label fits each image best.
@@ -224,6 +336,8 @@ class Client:
             images: As for `encode_images`.
             labels: As for `class_embeddings`; at least one.
             templates: As for `class_embeddings`.
+            on_error: "raise" the first error, or "skip" images that cannot be used: the scores are
+                of the others, and name both.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -233,25 +347,37 @@ class Client:
             ImageError, TextError, TemplateError, InputError: an argument cannot be used.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
+        check_on_error(on_error)
         checked, found = _check_labels(labels), prompts.find_templates(templates)
         if not checked:
             raise InputError("labels is empty; name at least one.")
-        model, deadline = self._begin(timeout_s)
-        manifest = model.manifest
-        return zero_shot.classify(
-            class_embeddings=self._embed_classes(model, checked, found, deadline),
-            image_embeddings=self._embed_images(model, images, deadline),
-            labels=checked,
-            logit_scale=manifest.logit_scale,
-            logit_bias=manifest.logit_bias,
-        )
+        with self._call("zero_shot", timeout_s) as (model, deadline):
+            manifest = model.manifest
+            class_embeddings = self._embed_classes(model, checked, found, deadline)
+            encoded = self._embed_images(model, images, deadline, on_error)
+            with telemetry.stage("classify", len(encoded.indices)):
+                return zero_shot.classify(
+                    class_embeddings=class_embeddings,
+                    image_embeddings=encoded.embeddings,
+                    labels=checked,
+                    logit_scale=manifest.logit_scale,
+                    logit_bias=manifest.logit_bias,
+                ).of_items(encoded.indices, encoded.failures)
 
-    def classify(self, images: Images, probe: Probe, *, timeout_s: float | None = None) -> Scores:
+    def classify(
+        self,
+        images: Images,
+        probe: Probe,
+        *,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Scores:
         """Score images with a linear classifier fitted on the embeddings of this model.
 
         Args:
             images: As for `encode_images`.
             probe: What `Probe.load` read, from `training.probe` or `training.few_shot`.
+            on_error: As for `zero_shot`.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -262,17 +388,46 @@ class Client:
             ContractError: the probe was fitted on other weights than the server has.
             ServerError, UnknownModelError, ClientClosedError: see `encode_images`.
         """
-        model, deadline = self._begin(timeout_s)
-        served = model.manifest.fingerprint
-        if probe.fingerprint != served:
-            raise ContractError(
-                f"the probe was fitted on embeddings of the weights {probe.fingerprint[:12]!r}, "
-                f"and {model.manifest.model!r} has {served[:12]!r}. Fit it again on these, or name "
-                "the model it belongs to with model=.",
-                expected=probe.fingerprint,
-                found=served,
-            )
-        return probe.classify(self._embed_images(model, images, deadline))
+        check_on_error(on_error)
+        with self._call("classify", timeout_s) as (model, deadline):
+            served = model.manifest.fingerprint
+            if probe.fingerprint != served:
+                raise ContractError(
+                    f"the probe was fitted on embeddings of the weights "
+                    f"{probe.fingerprint[:12]!r}, and {model.manifest.model!r} has {served[:12]!r}."
+                    " Fit it again on these, or name the model it belongs to with model=.",
+                    expected=probe.fingerprint,
+                    found=served,
+                )
+            encoded = self._embed_images(model, images, deadline, on_error)
+            with telemetry.stage("classify", len(encoded.indices)):
+                return probe.classify(encoded.embeddings).of_items(
+                    encoded.indices, encoded.failures
+                )
+
+    def server_seconds(self) -> dict[str, float]:
+        """Return what the server has spent on all its clients since it started.
+
+        Returns:
+            Seconds by stage, `server_queue` and `server_compute`, both towers and all servers that
+            are there together; see `clip_rt.measure(server=...)`.
+
+        Raises:
+            InferenceError: the server does not tell.
+            ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
+        """
+        model, deadline = self._begin(None)
+        names = [lane.tower.name for lane in (model.image, model.text)]
+        counted = [
+            each
+            for endpoint in model.image.connection.endpoints
+            if endpoint.is_admitted
+            for each in endpoint.transport.read_statistics(names, deadline).values()
+        ]
+        return {
+            "server_queue": sum(each.queue_s for each in counted),
+            "server_compute": sum(each.compute_s for each in counted),
+        }
 
     def close(self) -> None:
         """Close the connection, and end the embedded server when no other client uses it.
@@ -289,8 +444,16 @@ class Client:
         self._lock = threading.Lock()
         self._is_closed = False
         self._connection = None
-        self._cache = EmbeddingCache(self._cache_bytes)
+        self._cache = PromptCache(self._cache_bytes, self._cache_dir)
         _clients.add(self)
+
+    @contextlib.contextmanager
+    def _call(self, name: str, timeout_s: float | None) -> Iterator[tuple[Model, Deadline]]:
+        """Begin a public call, and report how it goes."""
+        with telemetry.call(name) as call:
+            model, deadline = self._begin(timeout_s)
+            call.attributes["model"] = model.manifest.model
+            yield model, deadline
 
     def _begin(self, timeout_s: float | None) -> tuple[Model, Deadline]:
         """Make sure of a connection to the right model, and start the clock."""
@@ -299,13 +462,13 @@ class Client:
         with self._locked(timeout_s):
             if self._is_closed:
                 raise ClientClosedError("the client is closed. Make a new one.")
-            if self._connection is None or self._connection.is_lost():
-                lost, self._connection = self._connection, self._dial()
-                # Only now, or a server that came back would be given back and end.
-                if lost is not None:
-                    lost.close()
-            deadline = Deadline.after(timeout_s)
-            return self._connection.find_model(self._model, self._fingerprint, deadline), deadline
+            if self._connection is None:
+                self._connection = self._dial()
+                # One that is dropped without being closed hangs up.
+                weakref.finalize(self, self._connection.close)
+            connection = self._connection
+        deadline = Deadline.after(timeout_s)
+        return connection.find_model(self._model, self._fingerprint, deadline), deadline
 
     @contextlib.contextmanager
     def _locked(self, timeout_s: float) -> Iterator[None]:
@@ -322,32 +485,108 @@ class Client:
             self._lock.release()
 
     def _dial(self) -> Connection:
-        if self._url is not None:
-            return Connection.to_url(self._url)
-        repository = self._repository
-        if repository is None:
-            if url := os.environ.get(URL_VARIABLE):
-                return Connection.to_url(url)
-            repository = Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+        urls, repository = self._urls, self._repository
+        if urls is None and repository is None:
+            if given := os.environ.get(URL_VARIABLE):
+                urls = _split_urls(given)
+            else:
+                repository = Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+        if urls is not None:
+            return Connection.to_urls(urls, headers=self._headers, tls=self._tls)
+        assert repository is not None
         return Connection.to_repository(repository, start_timeout_s=self._start_timeout_s)
 
+    def _prepare(
+        self, model: Model, images: Images, on_error: OnError
+    ) -> Generator[NDArray[np.uint8] | ImageError, None, None]:
+        return prepare_each(
+            images,
+            side_px=model.manifest.side_px,
+            exif=self._exif,
+            decode=self._decode,
+            num_threads=count_threads(),
+            on_error=on_error,
+        )
+
     def _embed_images(
-        self, model: Model, images: Images, deadline: Deadline
-    ) -> NDArray[np.float32]:
-        squares = prepare_each(images, side_px=model.manifest.side_px, exif=self._exif)
-        batches = batching.stack(squares, max_rows=_count_rows(model.image))
-        return self._embed(model, model.image, batches, deadline)
+        self, model: Model, images: Images, deadline: Deadline, on_error: OnError
+    ) -> Encoded:
+        lane, gathering = model.image, Gathering()
+        with contextlib.closing(self._prepare(model, images, on_error)) as items:
+            batches = gathering.batches(_until(deadline, items), lambda: lane.max_rows)
+            with contextlib.closing(
+                dispatch.stream(model, lane, batches, lambda: deadline)
+            ) as answers:
+                for answer in answers:
+                    gathering.add_answer(answer, on_error)
+        return _finish(gathering, lane, "images")
+
+    def _stream_images(
+        self, images: Images, on_error: OnError, timeout_s: float
+    ) -> Iterator[Encoded]:
+        model, _ = self._begin(timeout_s)
+        lane = model.image
+        parts: list[Gathering] = []
+
+        def batches(
+            items: Iterator[NDArray[np.uint8] | InputError],
+        ) -> Iterator[NDArray[Any] | None]:
+            for part, batch in number_parts(items, lambda: lane.max_rows):
+                parts.append(part)
+                yield batch
+
+        with (
+            contextlib.closing(self._prepare(model, images, on_error)) as items,
+            contextlib.closing(
+                dispatch.stream(model, lane, batches(items), lambda: Deadline.after(timeout_s))
+            ) as answers,
+        ):
+            for answer in answers:
+                part = parts.pop(0)
+                part.add_answer(answer, on_error)
+                yield _finish(part, lane, "images")
 
     def _embed_texts(
-        self, model: Model, texts: tokenizer.Texts, deadline: Deadline, *, truncate: bool = False
-    ) -> NDArray[np.float32]:
-        manifest = model.manifest
-        plan = batching.plan_texts(
-            tokenizer.encode(texts, context_length=manifest.context_length, truncate=truncate),
-            max_rows=_count_rows(model.text),
-            buckets=manifest.text_buckets,
-        )
-        return self._embed(model, model.text, plan.batches, deadline)[plan.row_by_text]
+        self,
+        model: Model,
+        texts: tokenizer.Texts,
+        deadline: Deadline,
+        on_error: OnError = "raise",
+        *,
+        truncate: bool = False,
+    ) -> Encoded:
+        manifest, lane, gathering = model.manifest, model.text, Gathering()
+        token_ids: list[list[int]] = []
+        source = tokenizer.iterate(texts)
+        with telemetry.stage("tokenize", len(source) if isinstance(source, Sized) else 1):
+            for index, text in enumerate(_until(deadline, source)):
+                try:
+                    ids = tokenizer.encode_text(
+                        text,
+                        index=index,
+                        context_length=manifest.context_length,
+                        truncate=truncate,
+                    )
+                except TextError as error:
+                    if on_error == "raise":
+                        raise
+                    gathering.add_failure(error)
+                else:
+                    gathering.row_by_item.append(len(token_ids))
+                    token_ids.append(ids)
+        with telemetry.stage("prepare", len(token_ids)):
+            plan = batching.plan_texts(
+                token_ids, max_rows=lane.max_rows, buckets=manifest.text_buckets
+            )
+            gathering.row_by_item = [
+                int(plan.row_by_text[row]) if row >= 0 else -1 for row in gathering.row_by_item
+            ]
+        with contextlib.closing(
+            dispatch.stream(model, lane, plan.batches, lambda: deadline)
+        ) as answers:
+            for answer in answers:
+                gathering.add_answer(answer, on_error)
+        return _finish(gathering, lane, "texts")
 
     def _embed_classes(
         self,
@@ -357,67 +596,52 @@ class Client:
         deadline: Deadline,
     ) -> NDArray[np.float32]:
         manifest = model.manifest
-        if not labels:
-            return np.empty((0, manifest.embedding_dim), np.float32)
         # Two exports of the same weights need not give the same vectors.
         weights = f"{manifest.fingerprint}/{manifest.precision}/{manifest.activation}"
         words = tokenizer.fingerprint()
-        key_by_label = {
-            label: Key(weights, words, manifest.context_length, templates, label)
-            for label in labels
-        }
-        vector_by_label = {}
-        for label, key in key_by_label.items():
-            if (vector := self._cache.get(key)) is not None:
-                vector_by_label[label] = vector
-        missing = [label for label in key_by_label if label not in vector_by_label]
-        step = max(1, PROMPTS_AT_ONCE // len(templates))
-        for start in range(0, len(missing), step):
-            some = missing[start : start + step]
-            texts = [prompts.fill(template, label) for label in some for template in templates]
-            try:
-                rows = self._embed_texts(model, texts, deadline)
-            except TextError as error:
-                raise _blame_label(error, some, len(templates), labels) from error
-            pooled = zero_shot.pool(rows.reshape(len(some), len(templates), -1))
-            for label, vector in zip(some, pooled, strict=True):
-                vector_by_label[label] = vector
-                self._cache.put(key_by_label[label], vector)
-        return np.stack([vector_by_label[label] for label in labels])
+        keys = [Key(weights, words, manifest.context_length, templates, each) for each in labels]
 
-    def _embed(
-        self,
-        model: Model,
-        tower: ServedModel,
-        batches: Iterable[NDArray[Any]],
-        deadline: Deadline,
-    ) -> NDArray[np.float32]:
-        connection = self._connection
-        stream = model.transport.stream(tower, batches, deadline, recheck=model.recheck)
-        try:
-            with contextlib.closing(stream):
-                embeddings = batching.join(stream, dim=tower.embedding_dim)
-        except (ServerError, ContractError):
-            if connection is not None:
-                connection.distrust()
-            raise
-        if connection is not None:
-            connection.trust()
-        return embeddings
+        def make(positions: Sequence[int]) -> NDArray[np.float32]:
+            step = max(1, PROMPTS_AT_ONCE // len(templates))
+            pooled = []
+            for start in range(0, len(positions), step):
+                some = positions[start : start + step]
+                texts = [
+                    prompts.fill(template, labels[position])
+                    for position in some
+                    for template in templates
+                ]
+                try:
+                    rows = self._embed_texts(model, texts, deadline).embeddings
+                except TextError as error:
+                    raise _blame_label(error, some, len(templates)) from error
+                pooled.append(zero_shot.pool(rows.reshape(len(some), len(templates), -1)))
+            return np.concatenate(pooled)
+
+        return self._cache.get_or_make(keys, make, dim=manifest.embedding_dim, deadline=deadline)
 
 
 _CONFIGURATION = (
-    *("_url", "_model", "_repository", "_timeout_s", "_start_timeout_s", "_fingerprint", "_exif"),
-    "_cache_bytes",
+    *("_urls", "_model", "_repository", "_timeout_s", "_start_timeout_s", "_fingerprint"),
+    *("_exif", "_decode", "_headers", "_tls", "_cache_bytes", "_cache_dir"),
 )
 """What a pickled client carries."""
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
+def _finish(gathering: Gathering, lane: Lane, what: str) -> Encoded:
+    """Return what came of all items, and count them."""
+    encoded = gathering.finish(lane.tower.embedding_dim)
+    telemetry.count(what, len(encoded.indices))
+    telemetry.count("failures", len(encoded.failures))
+    return encoded
+
+
 def _check_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels as a tuple, each a string that says something."""
-    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+    is_list = isinstance(labels, Iterable) and getattr(labels, "ndim", 1) > 0
+    if isinstance(labels, (str, bytes)) or not is_list:
         raise TextError(f"labels is a {type(labels).__name__}; pass a list of strings.")
     checked = tuple(labels)
     for index, label in enumerate(checked):
@@ -425,13 +649,11 @@ def _check_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return checked
 
 
-def _blame_label(
-    error: TextError, some: list[str], num_templates: int, labels: tuple[str, ...]
-) -> TextError:
+def _blame_label(error: TextError, positions: Sequence[int], num_templates: int) -> TextError:
     """Turn the index of a prompt into the index of its label."""
     if error.index is None:
         return error
-    index = labels.index(some[error.index // num_templates])
+    index = positions[error.index // num_templates]
     message = f"label {index} makes a prompt that cannot be used: {error}"
     if isinstance(error, TextTooLongError):
         return TextTooLongError(
@@ -443,13 +665,48 @@ def _blame_label(
     return TextError(message, index=index)
 
 
+def _until(deadline: Deadline, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items until the deadline: reading and preparing them is part of a call, too."""
+    for item in items:
+        if deadline.remaining_s() <= 0:
+            raise ServerTimeoutError(
+                f"the {deadline.timeout_s:g} s of the call were over before all of its items were "
+                "read and prepared. Allow more with timeout_s=, or use stream_images.",
+                timeout_s=deadline.timeout_s,
+            )
+        yield item
+
+
+def _split_urls(url: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one or several addresses, checked."""
+    if not isinstance(url, Iterable) or isinstance(url, bytes):
+        raise InputError(f"url is a {type(url).__name__}; pass host:port, or a list of them.")
+    urls = tuple(part.strip() for part in url.split(",")) if isinstance(url, str) else tuple(url)
+    if not urls:
+        raise InputError("url names no server; name at least one.")
+    for index, each in enumerate(urls):
+        parse_url(each)
+        if each in urls[:index]:
+            raise InputError(f"url names {each!r} twice; name each server once.")
+    return urls
+
+
+def _check_headers(headers: Mapping[str, str] | None) -> None:
+    if not isinstance(headers, Mapping | None):
+        raise InputError(f"headers is a {type(headers).__name__}; pass a dict of strings.")
+    for name, value in (headers or {}).items():
+        is_name = isinstance(name, str) and re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name)
+        is_value = isinstance(value, str) and value.isascii() and value.isprintable()
+        if not is_name or not is_value:
+            raise InputError(
+                f"header {name!r:.40} cannot be sent: names are strings of lower-case letters, "
+                "digits and _ . -, not grpc-... nor ...-bin; values are strings of printable ASCII."
+            )
+
+
 def _check_timeout(timeout_s: float, name: str = "timeout_s") -> None:
-    if not timeout_s > 0:
-        raise InputError(f"{name} is {timeout_s!r}; it must be above 0.")
-
-
-def _count_rows(model: ServedModel) -> int:
-    return min(model.max_batch_size, batching.MAX_ROWS)
+    if not (isinstance(timeout_s, numbers.Real) and timeout_s > 0):
+        raise InputError(f"{name} is {timeout_s!r:.80}; it must be a number above 0.")
 
 
 def _after_fork_in_child() -> None:

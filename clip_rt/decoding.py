@@ -2,8 +2,9 @@
 
 Nothing is fetched, guessed or executed: strings are paths, only regular files are opened, only five
 decoders are offered to the bytes, and sizes are checked from the header before pixels are decoded.
-No setting of Pillow is changed. The errors hold the rest of a sentence that begins with the name of
-the image; `images.prepare` puts it in front.
+No setting of Pillow is changed. A large JPEG can be told to decode to fewer pixels than it has. The
+errors hold the rest of a sentence that begins with the name of the image; `images.prepare` puts it
+in front.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from clip_rt.errors import ImageError
+from clip_rt.errors import ImageError, InputError
 
 MAX_PIXELS = 64_000_000
 """Largest width x height accepted, checked before decoding; about 256 MB once decoded."""
@@ -34,10 +35,26 @@ ImageInput: TypeAlias = (
 )
 """One image: opened with Pillow, a path, an encoded file's bytes, or uint8 (H, W, 3) RGB."""
 
+Decode: TypeAlias = Literal["exact", "fast"]
+"""How JPEGs are decoded: whole, or large ones no larger than the model needs."""
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, in pixels."""
+
 BYTES_LIKE = (bytes, bytearray, memoryview)
 READABLE_FORMATS = "JPEG, PNG, GIF, BMP or WebP"
 # Phone photos: Pillow's JPEG decoder itself turns into this one for a file with several pictures.
 _FORMATS = (*DECODERS, "MPO")
+
+
+def check_decode(decode: str) -> None:
+    """Refuse what is not a `Decode`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if decode not in get_args(Decode):
+        raise InputError(f"decode is {decode!r:.40}; it must be 'exact' or 'fast'.")
 
 
 def open_image(image: ImageInput, *, max_pixels: int, max_bytes: int) -> Image.Image:
@@ -76,6 +93,27 @@ def open_image(image: ImageInput, *, max_pixels: int, max_bytes: int) -> Image.I
         )
     _check_size(*opened.size, max_pixels=max_pixels)
     return opened
+
+
+def shrink(opened: Image.Image, *, short_px: int) -> Box | None:
+    """Have a JPEG decoded at an eighth, a quarter or half its size; any other image is left alone.
+
+    libjpeg leaves out the frequencies that the smaller picture cannot show, before it turns them
+    into pixels. The smallest size is taken whose short side is `short_px` or more.
+
+    Args:
+        opened: What `open_image` opened, not yet loaded. It is changed.
+        short_px: Shortest side that is enough.
+
+    Returns:
+        The part of the decoded image that is the picture; libjpeg fills up the last row and column
+        where its size is not divisible. None: the image is decoded whole.
+    """
+    if not isinstance(opened, JpegImagePlugin.JpegImageFile):
+        return None
+    whole = opened.size
+    drafted = opened.draft(None, (short_px, short_px))
+    return None if drafted is None or opened.size == whole else drafted[1]
 
 
 def _check_size(width: int, height: int, *, max_pixels: int) -> None:

@@ -12,7 +12,8 @@ ClipRTError
 │   ├── ServerUnavailableError          refused, unresolved, reset, shutting down
 │   ├── ServerTimeoutError (TimeoutError)   the deadline passed; carries .timeout_s
 │   ├── ServerOverloadedError           the queue is full; back off
-│   ├── InferenceError                  the server refused or failed the request
+│   ├── InferenceError                  the server refused or failed the request; carries .index
+│   │   └── MessageTooLongError         one item alone is too much for the server's limit
 │   └── ProtocolError                   the answer is malformed
 │       └── NonFiniteEmbeddingError     NaN, infinite or zero vectors; carries .index
 ├── ContractError                       server and client disagree; carries .expected and .found
@@ -96,6 +97,11 @@ class ServerUnavailableError(ServerError):
 
     retryable = True
 
+    def __init__(self, message: str, *, url: str | None = None, was_reached: bool = False) -> None:
+        super().__init__(message, url=url)
+        self.was_reached = was_reached
+        """Whether the server may have seen the request, so that trying again is work for it."""
+
 
 class ServerTimeoutError(ServerError, TimeoutError):
     """The deadline of the call passed before the server answered."""
@@ -112,7 +118,27 @@ class ServerOverloadedError(ServerError):
 
 
 class InferenceError(ServerError):
-    """The server received the request and refused it or failed; the message is the server's."""
+    """The server received the request and refused it or failed; the message is the server's.
+
+    `index` is the item it was about, where that is known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        url: str | None = None,
+        index: int | None = None,
+        may_be_one_item: bool = False,
+    ) -> None:
+        super().__init__(message, url=url)
+        self.index = index
+        self.may_be_one_item = may_be_one_item
+        """Whether the rest of the batch may pass without the item it is about."""
+
+
+class MessageTooLongError(InferenceError):
+    """The server, or a proxy before it, accepts no message as long as this one."""
 
 
 class ProtocolError(ServerError):

@@ -46,7 +46,8 @@ def find_templates(templates: str | Iterable[str] | None = None) -> tuple[str, .
         return (DEFAULT_TEMPLATE,)
     if isinstance(templates, str):
         return _find_set(templates)
-    if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
+    is_list = isinstance(templates, Iterable) and getattr(templates, "ndim", 1) > 0
+    if isinstance(templates, (bytes, Mapping, Set)) or not is_list:
         raise TemplateError(
             f"templates is a {type(templates).__name__}. Pass a list of strings, or one of the "
             f"names {', '.join(template_names())}."

@@ -21,6 +21,8 @@ TOKENS = "tokens"
 """Input of `<slug>_text`: int32 [N, L]."""
 EMBEDDINGS = "embeddings"
 """Output of both: float32 [N, D], L2-normalised."""
+NORM_TOLERANCE = 1e-3
+"""How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
 
 CONTEXT_LENGTH = 77
 """Tokens a text tower reads, start and end of text included."""
@@ -104,6 +106,8 @@ def slug(name: str) -> str:
     Raises:
         InputError: nothing usable is left, or too much.
     """
+    if not isinstance(name, str):
+        raise InputError(f"model name is a {type(name).__name__}; it must be a string.")
     stem = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     if not 0 < len(stem) <= 64:
         raise InputError(

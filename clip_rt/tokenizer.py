@@ -77,7 +77,7 @@ def encode(
     """Return the ids of each text without padding; otherwise as `tokenize`."""
     return [
         encode_text(text, index=index, context_length=context_length, truncate=truncate)
-        for index, text in enumerate(_iterate(texts))
+        for index, text in enumerate(iterate(texts))
     ]
 
 
@@ -144,10 +144,17 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def _iterate(texts: Texts) -> Iterable[str]:
+def iterate(texts: Texts) -> Iterable[str]:
+    """Return a batch to loop over without looking at its items; one string becomes a batch of one.
+
+    Raises:
+        TextError: it is no ordered collection.
+    """
     if isinstance(texts, str):
         return (texts,)
-    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
+    # An array without axes says it can be iterated, and cannot.
+    is_list = isinstance(texts, Iterable) and getattr(texts, "ndim", 1) > 0
+    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not is_list:
         raise TextError(
             f"texts is a {type(texts).__name__}, which is no ordered collection of strings. "
             "Pass a list or a generator of str."

@@ -1,7 +1,6 @@
-"""Arrays in, checked embeddings out, over gRPC; the only file that speaks Triton's protocol.
+"""One server: arrays in, checked embeddings out, over gRPC; what speaks Triton's protocol.
 
-Every call ends by its deadline with an answer or one of our errors. Faults that pass by themselves
-are retried until then, within a small budget; what the caller got wrong never is.
+Every request ends by its deadline with an answer or one of our errors. Nothing is tried twice here.
 
 Source: kserve/open-inference-protocol `specification/protocol/inference_grpc.md`; Triton's
 additions in triton-inference-server/common `protobuf/grpc_service.proto`.
@@ -9,27 +8,28 @@ additions in triton-inference-server/common `protobuf/grpc_service.proto`.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from clip_rt.deadline import Answer, Deadline, RetryPolicy
+from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
+    ClipRTError,
     ContractError,
     InferenceError,
     InputError,
+    MessageTooLongError,
     NonFiniteEmbeddingError,
     ProtocolError,
     ServerError,
@@ -39,16 +39,12 @@ from clip_rt.errors import (
     UnknownModelError,
 )
 from clip_rt.manifest import Manifest
-from clip_rt.specs import EMBEDDINGS
+from clip_rt.specs import EMBEDDINGS, NORM_TOLERANCE
 
-MAX_IN_FLIGHT = 4
-"""Requests on their way at once in one call: enough to keep a server busy, few enough to hold."""
 MAX_SEND_BYTES = 256 * 1024**2
 MAX_RECEIVE_BYTES = 64 * 1024**2
 """Largest answer read: 16 million numbers, where a batch of 32 has some 32 thousand."""
 CLOSE_TIMEOUT_S = 1.0
-NORM_TOLERANCE = 1e-3
-"""How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
 MIN_NORM = 1e-6
 GRACE_S = 0.05
 """Waited beyond the deadline for gRPC's own notice that it has passed."""
@@ -56,6 +52,9 @@ LINGER_S = 30.0
 """How long a server that must not be told goes on with a call that was given up."""
 MAX_GIVEN_UP = 256
 """Such calls at a time; beyond, the server is told after all."""
+
+Future: TypeAlias = Any
+"""Of one request, from gRPC, which has no types."""
 
 ERROR_BY_CODE: Mapping[Any, type[ServerError]] = {
     grpc.StatusCode.OK: ProtocolError,
@@ -82,6 +81,11 @@ ERROR_BY_MESSAGE: tuple[tuple[Any, str, type[ServerError]], ...] = (
     (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size", ServerOverloadedError),
     (grpc.StatusCode.UNAVAILABLE, "Request timeout expired", ServerOverloadedError),
     (grpc.StatusCode.UNAVAILABLE, "protocol is restricted", InferenceError),
+    # Bytes were damaged on the way; gRPC gives up the connection and the next is another.
+    (grpc.StatusCode.INTERNAL, "Failed parsing HTTP/2", ServerUnavailableError),
+    (grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", MessageTooLongError),
+    # It is being loaded or, by a server that was told to end, put away.
+    (grpc.StatusCode.NOT_FOUND, "has no available versions", ServerUnavailableError),
     # The python backend lost its process and starts another at the next request.
     (grpc.StatusCode.INTERNAL, "Stub process", ServerUnavailableError),
 )
@@ -109,6 +113,51 @@ class ServedModel:
     embedding_dim: int
     max_batch_size: int
     manifest: Manifest
+    runs_on: str = field(default="", compare=False)
+    """Backend, instances and execution providers, in words, as far as a server tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStatistics:
+    """What a server has counted for one model since it started."""
+
+    num_requests: int
+    num_rows: int
+    num_batches: int
+    """Runs of the model; fewer than requests where the server has joined some."""
+    queue_s: float
+    """Spent waiting, summed over the requests."""
+    compute_s: float
+    """Spent in the model, summed over the requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLS:
+    """How a server is trusted and a client shows who it is; PEM files.
+
+    Raises:
+        InputError: a file cannot be read, or is no PEM.
+    """
+
+    root_certificates: Path | str | None = None
+    """Whom to trust; None is whom this system trusts."""
+    certificate_chain: Path | str | None = None
+    """The client's own, for servers that ask for one."""
+    private_key: Path | str | None = None
+    """Of `certificate_chain`."""
+
+    def __post_init__(self) -> None:
+        if (self.certificate_chain is None) != (self.private_key is None):
+            raise InputError("certificate_chain and private_key belong together; pass both.")
+        self.read()
+
+    def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """Return root certificates, private key and certificate chain, as gRPC wants them."""
+        return (
+            _read_pem(self.root_certificates, "root_certificates"),
+            _read_pem(self.private_key, "private_key"),
+            _read_pem(self.certificate_chain, "certificate_chain"),
+        )
 
 
 class Transport:
@@ -119,7 +168,7 @@ class Transport:
     Args:
         url: host:port of Triton's gRPC endpoint; grpcs://host:port for TLS.
         headers: Sent with every request.
-        retry_policy: For faults that pass by themselves.
+        tls: How to trust a grpcs:// server; None is as this system does.
         may_cancel: Whether the server is told when a call is given up. Triton 2.51 can crash of
             that; such a server finishes in vain instead.
     """
@@ -129,20 +178,31 @@ class Transport:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        retry_policy: RetryPolicy | None = None,
+        tls: TLS | None = None,
         may_cancel: bool = True,
     ) -> None:
         self.url = url
         self._may_cancel = may_cancel
         self._target, self._is_secure = parse_url(url)
         self._headers = tuple((headers or {}).items())
-        self._retry_policy = retry_policy or RetryPolicy()
+        self._tls = tls or TLS()
         self._lock = threading.Lock()
         self._channel: Any = None
         self._stub: Any = None
-        self._given_up: set[Any] = set()
+        self._was_ready = False
+        self._generation = 0
+        self._pending: set[Future] = set()
+        self._given_up: set[Future] = set()
         self._is_closed = False
         _transports.add(self)
+
+    @property
+    def generation(self) -> int:
+        """Changes when requests may go to another server than before."""
+        with self._lock:
+            if self._channel is not None:
+                self._look()
+            return self._generation
 
     def read_server(self, *, timeout_s: float) -> ServerFacts:
         """Ask the server for its name and version.
@@ -183,10 +243,186 @@ class Transport:
             ServerError: no answer.
         """
         names = tuple(names)
-        pending = [
-            self._send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
-            for name in names
-        ]
+        pending = [self._ask_config(name, deadline) for name in names]
+        return self._read_configs(names, pending, deadline)
+
+    def dial(self) -> int:
+        """Make sure of a connection, and return its generation.
+
+        Raises:
+            ClientClosedError: it was closed.
+        """
+        self._open()
+        return self.generation
+
+    def describe_later(
+        self,
+        names: tuple[str, ...],
+        deadline: Deadline,
+        on_done: Callable[[tuple[ServedModel, ...] | ClipRTError], None],
+    ) -> None:
+        """Ask as `describe` does without waiting; what comes of it is told to `on_done`, once.
+
+        From a thread of gRPC's, or from this one when the request cannot even be sent.
+        """
+        lock, left = threading.Lock(), len(names)
+
+        def count(_: Any) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                if left:
+                    return
+            outcome: tuple[ServedModel, ...] | ClipRTError
+            try:
+                outcome = self._read_configs(names, pending, deadline)
+            except ClipRTError as error:
+                outcome = error
+            except Exception as error:  # Or the caller would wait for nothing.
+                outcome = ProtocolError(
+                    f"{self.url} describes its models in a way that cannot be read: {error!r:.300}",
+                    url=self.url,
+                )
+            on_done(outcome)
+
+        try:
+            pending = [self._ask_config(name, deadline) for name in names]
+        except ClipRTError as error:
+            on_done(error)
+            return
+        for future in pending:
+            future.add_done_callback(count)
+
+    def read_statistics(
+        self, names: Iterable[str], deadline: Deadline
+    ) -> dict[str, ServerStatistics]:
+        """Read what the server has counted for models since it started, whoever asked it.
+
+        It counts a request a moment after it has answered it.
+
+        Raises:
+            ServerError: no answer, or it does not tell.
+        """
+        requests = {name: service_pb2.ModelStatisticsRequest(name=name) for name in names}
+        pending = {
+            name: self._send("ModelStatistics", request, deadline)
+            for name, request in requests.items()
+        }
+        return {
+            name: _read_statistics(self._receive(future, deadline))
+            for name, future in pending.items()
+        }
+
+    def infer(
+        self, model: ServedModel, array: NDArray[Any], deadline: Deadline
+    ) -> NDArray[np.float32]:
+        """Embed one batch.
+
+        Args:
+            model: As `describe` returned it.
+            array: What the model reads, of at most `max_batch_size` rows.
+            deadline: When to give up.
+
+        Returns:
+            float32 (N, D) for N rows, each of length 1.
+
+        Raises:
+            ServerError: see `ERROR_BY_CODE`.
+            ProtocolError: the answer is malformed.
+            NonFiniteEmbeddingError: an embedding is no direction; carries its row.
+        """
+        embeddings, bad_rows = self.read(
+            self.send(model, array, deadline), model, len(array), deadline
+        )
+        for row in bad_rows:
+            raise self.blame_row(model, embeddings, row)
+        return embeddings
+
+    def send(self, model: ServedModel, array: NDArray[Any], deadline: Deadline) -> Future:
+        """Send one batch and return at once; its answer is for `read`, when it is done.
+
+        Raises:
+            ServerTimeoutError, ClientClosedError: it cannot be sent any more.
+        """
+        return self._send("ModelInfer", _make_request(model, array, deadline), deadline)
+
+    def read(
+        self, future: Future, model: ServedModel, num_rows: int, deadline: Deadline
+    ) -> tuple[NDArray[np.float32], list[int]]:
+        """Read the answer of a request, and say which rows are NaN, infinite or zero.
+
+        Raises:
+            ServerError: see `ERROR_BY_CODE`.
+            ProtocolError: the answer is malformed.
+        """
+        answer = self._receive(future, deadline)
+        return _read_embeddings(answer, model, num_rows, self.url)
+
+    def give_up(self, future: Future) -> None:
+        """Forget a request nobody waits for; the server is told where that is safe."""
+        if self._may_cancel or len(self._given_up) >= MAX_GIVEN_UP:
+            future.cancel()
+            return
+        # Held until it ends: gRPC cancels what nobody holds.
+        self._given_up.add(future)
+        future.add_done_callback(self._given_up.discard)
+
+    def time_out(self, deadline: Deadline) -> ServerTimeoutError:
+        """Return the error of a request that was not answered in time; the next one dials anew."""
+        if self._may_cancel:
+            # The connection may be dead without knowing it.
+            with self._lock:
+                self._channel = None
+        return self._late(deadline)
+
+    def _late(self, deadline: Deadline) -> ServerTimeoutError:
+        return ServerTimeoutError(
+            f"{self.url} did not answer within {deadline.timeout_s:g} s. Allow more with "
+            "timeout_s=, or send less at a time.",
+            url=self.url,
+            timeout_s=deadline.timeout_s,
+        )
+
+    def blame_row(
+        self,
+        model: ServedModel,
+        embeddings: NDArray[np.float32],
+        row: int,
+        *,
+        item: int | None = None,
+    ) -> NonFiniteEmbeddingError:
+        """Return the error of a row that is no direction; `item` is the caller's number for it."""
+        index = row if item is None else item
+        return NonFiniteEmbeddingError(
+            f"{model.name} at {self.url} answered an embedding of length "
+            f"{np.linalg.norm(embeddings[row]):g} for item {index}. The exported model is broken; "
+            "export it again.",
+            url=self.url,
+            index=index,
+        )
+
+    def close(self) -> None:
+        """Close the connection; calls on their way end with `ClientClosedError`."""
+        with self._lock:
+            self._is_closed = True
+            channel, self._channel = self._channel, None
+        # Those on a connection that was given up before end by this alone.
+        for future in self._pending.copy():
+            future.cancel()
+        # Without the lock, for which callbacks of the calls that end now may wait.
+        if channel is not None:
+            # It waits until every call has ended, and one whose start was interrupted by Ctrl-C
+            # never does.
+            closing = threading.Thread(target=channel.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_TIMEOUT_S)
+
+    def _ask_config(self, name: str, deadline: Deadline) -> Future:
+        return self._send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
+
+    def _read_configs(
+        self, names: tuple[str, ...], pending: list[Future], deadline: Deadline
+    ) -> tuple[ServedModel, ...]:
         try:
             answers = [self._receive(future, deadline) for future in pending]
         except InferenceError as error:
@@ -197,130 +433,49 @@ class Transport:
             ) from error
         return tuple(_read_config(answer.config) for answer in answers)
 
-    def infer(
-        self, model: ServedModel, array: NDArray[Any], deadline: Deadline
-    ) -> NDArray[np.float32]:
-        """Embed one batch; as `stream`."""
-        (embeddings,) = self.stream(model, (array,), deadline)
-        return embeddings
-
-    def stream(
-        self,
-        model: ServedModel,
-        batches: Iterable[NDArray[Any]],
-        deadline: Deadline,
-        *,
-        recheck: Callable[[Deadline], None] | None = None,
-    ) -> Generator[NDArray[np.float32], None, None]:
-        """Embed batches one after another, with at most `MAX_IN_FLIGHT` on their way.
-
-        Args:
-            model: As `describe` returned it.
-            batches: Arrays the model reads, of at most `max_batch_size` rows; taken as needed.
-            deadline: For all of them.
-            recheck: Called before a batch is sent again to a server that had been away, which may
-                have come back as another.
-
-        Yields:
-            float32 (n, D) for each batch of n rows, in order, each row of length 1.
-
-        Raises:
-            ServerError: see `ERROR_BY_CODE`; the requests on their way are cancelled.
-            ProtocolError: the answer is malformed.
-            NonFiniteEmbeddingError: an embedding is no direction; carries its row in the stream.
-        """
-        in_flight: deque[_Flight] = deque()
-        first_row = 0
-        try:
-            for batch in batches:
-                future = self._send("ModelInfer", _make_request(model, batch, deadline), deadline)
-                in_flight.append(_Flight(future, batch, first_row))
-                first_row += len(batch)
-                if len(in_flight) == MAX_IN_FLIGHT:
-                    embeddings = self._land(model, in_flight[0], deadline, recheck)
-                    in_flight.popleft()
-                    yield embeddings
-            while in_flight:
-                embeddings = self._land(model, in_flight[0], deadline, recheck)
-                in_flight.popleft()
-                yield embeddings
-        finally:
-            for flight in in_flight:
-                self._give_up(flight.future)
-
-    def close(self) -> None:
-        """Close the connection; calls on their way end with `ClientClosedError`."""
-        with self._lock:
-            self._is_closed = True
-            channel, self._channel = self._channel, None
-            if channel is not None:
-                # It waits until every call has ended, and one whose start was interrupted by
-                # Ctrl-C never does.
-                closing = threading.Thread(target=channel.close, daemon=True)
-                closing.start()
-                closing.join(CLOSE_TIMEOUT_S)
-
-    def retry(self, attempt: Callable[[], Answer], deadline: Deadline) -> Answer:
-        """Call `attempt` as often as the retry policy allows."""
-        return self._retry_policy.call(attempt, deadline)
-
-    def _land(
-        self,
-        model: ServedModel,
-        flight: _Flight,
-        deadline: Deadline,
-        recheck: Callable[[Deadline], None] | None,
-    ) -> NDArray[np.float32]:
-        num_tries = itertools.count()
-
-        def attempt() -> NDArray[np.float32]:
-            if next(num_tries) > 0:
-                if recheck is not None:
-                    recheck(deadline)
-                request = _make_request(model, flight.batch, deadline)
-                flight.future = self._send("ModelInfer", request, deadline)
-            answer = self._receive(flight.future, deadline)
-            return _read_embeddings(answer, model, flight, self.url)
-
-        return self.retry(attempt, deadline)
-
     def _ask(self, method: str, request: Any, deadline: Deadline) -> Any:
         return self._receive(self._send(method, request, deadline), deadline)
 
     def _send(self, method: str, request: Any, deadline: Deadline) -> Any:
         remaining_s = deadline.remaining_s()
         if remaining_s <= 0:
-            raise self._time_out(deadline)
+            raise self.time_out(deadline)
         try:
-            return getattr(self._open(), method).future(
+            future = getattr(self._open(), method).future(
                 request,
                 timeout=remaining_s if self._may_cancel else remaining_s + LINGER_S,
                 metadata=self._headers,
             )
+            self._pending.add(future)
+            future.add_done_callback(self._pending.discard)
+            return future
         except ValueError as error:  # What gRPC says of a channel that was closed meanwhile.
             raise ClientClosedError("the client was closed during the call.") from error
 
-    def _receive(self, future: Any, deadline: Deadline) -> Any:
+    def _receive(self, future: Future, deadline: Deadline) -> Any:
+        self._wait(future, deadline)
         try:
-            return future.result(timeout=max(deadline.remaining_s(), 0.0) + GRACE_S)
-        except grpc.FutureTimeoutError as error:
-            self._give_up(future)
-            raise self._time_out(deadline) from error
+            return future.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             if self._is_closed:
                 raise ClientClosedError("the client was closed during the call.") from error
+            if isinstance(error, grpc.FutureCancelledError):
+                # Given up here, because nobody had time for it: that the server is away it is not.
+                raise self._late(deadline) from error
             raise self._translate(error, deadline) from error
-        except BaseException:  # Ctrl-C: the server need not finish what nobody waits for.
-            self._give_up(future)
-            raise
 
-    def _give_up(self, future: Any) -> None:
-        if self._may_cancel or len(self._given_up) >= MAX_GIVEN_UP:
-            future.cancel()
+    def _wait(self, future: Future, deadline: Deadline) -> None:
+        """Wait until a request is done, however it ended."""
+        try:
+            future.exception(timeout=max(deadline.remaining_s(), 0.0) + GRACE_S)
+        except grpc.FutureCancelledError:
             return
-        # Held until it ends: gRPC cancels what nobody holds.
-        self._given_up.add(future)
-        future.add_done_callback(self._given_up.discard)
+        except grpc.FutureTimeoutError as error:
+            self.give_up(future)
+            raise self.time_out(deadline) from error
+        except BaseException:  # Ctrl-C: the server need not finish what nobody waits for.
+            self.give_up(future)
+            raise
 
     def _translate(self, error: Any, deadline: Deadline) -> ServerError:
         code, details = _code(error), _details(error)
@@ -329,34 +484,40 @@ class Transport:
             if code is its_code and words in details:
                 kind = its_kind
         if kind is ServerTimeoutError:
-            return self._time_out(deadline)
+            return self.time_out(deadline)
         message = f"{self.url}: {details or code}"
+        if kind is ServerUnavailableError:
+            return kind(message, url=self.url, was_reached=_NEVER_REACHED not in details)
+        if issubclass(kind, InferenceError):
+            return kind(message, url=self.url, may_be_one_item=code in _OF_ITEMS)
         if kind is ProtocolError:
             message += " Is this the gRPC port (8001) of a Triton server?"
         if "shared memory" in details:
             message += " Give the server more of it: docker run --shm-size=1g."
         return kind(message, url=self.url)
 
-    def _time_out(self, deadline: Deadline) -> ServerTimeoutError:
-        if self._may_cancel:
-            # The connection may be dead without knowing it; the next call opens another.
-            with self._lock:
-                self._channel = None
-        return ServerTimeoutError(
-            f"{self.url} did not answer within {deadline.timeout_s:g} s. Allow more with "
-            "timeout_s=, or send less at a time.",
-            url=self.url,
-            timeout_s=deadline.timeout_s,
-        )
-
     def _open(self) -> Any:
         with self._lock:
             if self._is_closed:
                 raise ClientClosedError("the client is closed. Make a new one.")
             if self._channel is None:
-                self._channel = _open_channel(self._target, is_secure=self._is_secure)
+                self._channel = _open_channel(
+                    self._target, tls=self._tls if self._is_secure else None
+                )
                 self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+                self._generation += 1
+                self._was_ready = False
+            self._look()
             return self._stub
+
+    def _look(self) -> None:
+        """Notice a lost connection; gRPC makes no other before the next request."""
+        # Asked, not subscribed to: that takes a thread which is always within gRPC, and then no
+        # process may fork. It is not public; without it, only the time tells.
+        check = getattr(getattr(self._channel, "_channel", None), "check_connectivity_state", None)
+        is_ready = check is not None and check(False) == _READY
+        self._generation += int(self._was_ready and not is_ready)
+        self._was_ready = is_ready
 
     def _forget(self) -> None:
         """Start over in a forked child: the parent's channel is neither usable nor ours to close.
@@ -368,13 +529,14 @@ class Transport:
         self._channel = None
 
 
-@dataclass
-class _Flight:
-    """A request on its way, and what it takes to send it again."""
-
-    future: Any
-    batch: NDArray[Any]
-    first_row: int
+_READY = grpc.ChannelConnectivity.READY.value[0]
+_NEVER_REACHED = "failed to connect"
+"""gRPC's words where no byte of a request has left."""
+_OF_ITEMS = {
+    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNKNOWN),
+    *(grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED),
+}
+"""Refusals that may be one row's fault, or a message's that is too long: less of it may pass."""
 
 
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
@@ -390,25 +552,41 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
+_ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+
+
 def parse_url(url: str) -> tuple[str, bool]:
     """Split a url into what gRPC dials and whether it is TLS.
 
     Raises:
         InputError: it is no host:port.
     """
-    match = re.fullmatch(r"(grpcs?://)?((?:dns:///)?[^/\s@]+:\d{1,5})", url)
-    if match is None:
+    pattern = r"(grpcs?://)?((?:dns:///)?[^/\s@]+:\d{1,5})"
+    match = re.fullmatch(pattern, url) if isinstance(url, str) else None
+    if match is None or int(match[2].rpartition(":")[2]) > 65535:
         raise InputError(
-            f"url {url[:80]!r} is not host:port. Name Triton's gRPC endpoint, like localhost:8001, "
+            f"url {url!r:.80} is not host:port. Name Triton's gRPC endpoint, like localhost:8001, "
             "or grpcs://host:port for TLS."
         )
     return match[2], match[1] == "grpcs://"
 
 
-def _open_channel(target: str, *, is_secure: bool) -> Any:
+def _read_pem(path: Path | str | None, name: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error}.") from error
+    if b"-----BEGIN " not in content:
+        raise InputError(f"{name}, {str(path)!r}, is no PEM file.")
+    return content
+
+
+def _open_channel(target: str, *, tls: TLS | None) -> Any:
     host = target.rpartition(":")[0].removeprefix("dns:///").strip("[]")
     is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-    options = (
+    options: tuple[tuple[str, int | str], ...] = (
         ("grpc.max_send_message_length", MAX_SEND_BYTES),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 100),
@@ -417,8 +595,11 @@ def _open_channel(target: str, *, is_secure: bool) -> Any:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", int(not is_loopback)),
     )
-    if is_secure:
-        return grpc.secure_channel(target, grpc.ssl_channel_credentials(), options)
+    if target.startswith("dns:///"):
+        # One name for many servers: a connection to each, used in turn.
+        options += (("grpc.service_config", _ROUND_ROBIN),)
+    if tls is not None:
+        return grpc.secure_channel(target, grpc.ssl_channel_credentials(*tls.read()), options)
     return grpc.insecure_channel(target, options)
 
 
@@ -444,11 +625,11 @@ def _make_request(model: ServedModel, batch: NDArray[Any], deadline: Deadline) -
 
 
 def _read_embeddings(
-    answer: Any, model: ServedModel, flight: _Flight, url: str
-) -> NDArray[np.float32]:
-    expected = [(EMBEDDINGS, "FP32", [len(flight.batch), model.embedding_dim])]
+    answer: Any, model: ServedModel, num_rows: int, url: str
+) -> tuple[NDArray[np.float32], list[int]]:
+    expected = [(EMBEDDINGS, "FP32", [num_rows, model.embedding_dim])]
     found = [(each.name, each.datatype, list(each.shape)) for each in answer.outputs]
-    num_bytes = 4 * len(flight.batch) * model.embedding_dim
+    num_bytes = 4 * num_rows * model.embedding_dim
     if found != expected or [len(raw) for raw in answer.raw_output_contents] != [num_bytes]:
         raise ProtocolError(
             f"{model.name} at {url} answered {found} with "
@@ -458,22 +639,28 @@ def _read_embeddings(
         )
     embeddings = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(expected[0][2])
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
-    (bad,) = np.nonzero(~(norms > MIN_NORM) | ~np.isfinite(norms))
-    if len(bad):
-        raise NonFiniteEmbeddingError(
-            f"{model.name} at {url} answered an embedding of length {norms[bad[0]]:g} for item "
-            f"{flight.first_row + bad[0]}. The exported model is broken; export it again.",
-            url=url,
-            index=int(flight.first_row + bad[0]),
-        )
-    drift = float(np.abs(norms - 1).max(initial=0))
+    is_direction = np.isfinite(norms) & (norms > MIN_NORM)
+    drift = float(np.abs(norms - 1)[is_direction].max(initial=0))
     if drift > NORM_TOLERANCE:
         raise ProtocolError(
             f"{model.name} at {url} answered embeddings whose length differs from 1 by {drift:.2g};"
             f" {NORM_TOLERANCE:g} is allowed. Export it again with python -m export.onnx.",
             url=url,
         )
-    return embeddings.astype(np.float32)
+    return embeddings.astype(np.float32), [int(row) for row in np.nonzero(~is_direction)[0]]
+
+
+def _read_statistics(answer: Any) -> ServerStatistics:
+    (counted,) = answer.model_stats
+    stages = counted.inference_stats
+    return ServerStatistics(
+        num_requests=stages.success.count,
+        num_rows=counted.inference_count,
+        num_batches=counted.execution_count,
+        queue_s=stages.queue.ns / 1e9,
+        compute_s=(stages.compute_input.ns + stages.compute_infer.ns + stages.compute_output.ns)
+        / 1e9,
+    )
 
 
 def _read_config(config: Any) -> ServedModel:
@@ -500,4 +687,19 @@ def _read_config(config: Any) -> ServedModel:
         embedding_dim=manifest.embedding_dim,
         max_batch_size=config.max_batch_size,
         manifest=manifest,
+        runs_on=_describe_execution(config, parameters.get("execution_providers")),
     )
+
+
+def _describe_execution(config: Any, providers: str | None) -> str:
+    """Say what runs a model: what Triton's configuration decides, and that it does not the rest."""
+    kinds = {kind: name for name, kind in model_config_pb2.ModelInstanceGroup.Kind.items()}
+    backend = config.backend or config.platform
+    words = f"the {backend} backend"
+    for group in config.instance_group:
+        words += f", {group.count} on {kinds.get(group.kind, '?').removeprefix('KIND_')}"
+    if providers is not None:
+        words += f", execution providers {providers[:200]}"
+    if backend.startswith("onnxruntime"):
+        words += " (which execution provider took it, only the server's log says)"
+    return words

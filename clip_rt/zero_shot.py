@@ -6,13 +6,13 @@ Source: Radford et al. 2021, section 3.1.4 (prompt ensembling) and figure 3 (log
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt.errors import InputError, NonFiniteEmbeddingError
+from clip_rt.errors import ClipRTError, InputError, NonFiniteEmbeddingError
 
 MIN_NORM = 1e-6
 
@@ -27,6 +27,14 @@ class Scores:
     """float32 (N, C); each row sums to 1."""
     logits: NDArray[np.float32]
     """float32 (N, C): scaled cosine similarities, before the softmax."""
+    indices: NDArray[np.intp] | None = None
+    """intp (N,): position in the caller's batch of each row's image; None is all, in order."""
+    failures: tuple[ClipRTError, ...] = ()
+    """An error for each image that was left out; each carries its `index`."""
+
+    def of_items(self, indices: NDArray[np.intp], failures: tuple[ClipRTError, ...]) -> Scores:
+        """Return them with whose they are."""
+        return replace(self, indices=indices, failures=failures)
 
     @property
     def best(self) -> list[str]:

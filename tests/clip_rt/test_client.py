@@ -22,9 +22,9 @@ from PIL import Image
 
 import clip_rt
 from clip_rt import client as client_module
-from clip_rt.connection import RECHECK_AFTER_S
+from clip_rt.endpoint import RECHECK_AFTER_S
+from clip_rt.lane import MAX_IN_FLIGHT
 from clip_rt.server import EmbeddedServer, borrow, give_back
-from clip_rt.transport import MAX_IN_FLIGHT
 
 COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
 
@@ -173,11 +173,11 @@ def test_known_labels_are_not_encoded_again(server, monkeypatch):
     with clip_rt.Client(server.url, model="tiny") as client:
         first = client.class_embeddings(["red", "sea", "red"])
         sent = []
-        encode = client_module.tokenizer.encode
+        encode_text = client_module.tokenizer.encode_text
         monkeypatch.setattr(
             client_module.tokenizer,
-            "encode",
-            lambda texts, **o: sent.extend(texts) or encode(texts, **o),
+            "encode_text",
+            lambda text, **o: sent.append(text) or encode_text(text, **o),
         )
         again = client.class_embeddings(["sea", "tree", "red"])
         assert sent == ["a photo of a tree."]
@@ -292,8 +292,7 @@ def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_
         held.start()
         client.class_embeddings(["red"])
         assert client.manifest == replace(tiny_repository.MANIFEST, fingerprint="b" * 64)
-        weights = {key.weights.split("/")[0] for key in client._cache._vector_by_key}
-        assert weights == {"a" * 64, "b" * 64}
+        assert (client.cache.hits, client.cache.misses) == (0, 2)
 
 
 def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
@@ -408,7 +407,8 @@ client.close()
 """
 
 
-def test_a_forked_child_opens_its_own_connection(start_owner, repository):
+def test_a_forked_child_opens_its_own_connection(start_owner, tmp_path):
+    repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(FORKS, repository)
     assert owner.read_line() == "[0, 0, 0] True"
     assert owner.process.wait(timeout=10) == 0
@@ -432,7 +432,8 @@ with clip_rt.Client(repository=sys.argv[1], timeout_s=600) as client:
 """
 
 
-def test_ctrl_c_ends_a_call_at_once_and_leaves_nothing(start_owner, repository):
+def test_ctrl_c_ends_a_call_at_once_and_leaves_nothing(start_owner, tmp_path):
+    repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(ENDLESS, repository)
     assert owner.read_line() == "running"
     os.killpg(owner.pid, signal.SIGINT)
@@ -440,7 +441,8 @@ def test_ctrl_c_ends_a_call_at_once_and_leaves_nothing(start_owner, repository):
     assert wait_until(lambda: not owner.find_remains())
 
 
-def test_ctrl_c_ends_a_call_that_waits_for_a_stopped_server(start_owner, repository):
+def test_ctrl_c_ends_a_call_that_waits_for_a_stopped_server(start_owner, tmp_path):
+    repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(ENDLESS, repository)
     assert owner.read_line() == "running"
     (pid,) = find_processes("bin/tritonserver", owner.pid)
@@ -460,7 +462,8 @@ raise RuntimeError("on purpose")
 """
 
 
-def test_a_client_that_is_never_closed_leaves_nothing(start_owner, repository):
+def test_a_client_that_is_never_closed_leaves_nothing(start_owner, tmp_path):
+    repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(LEAVES, repository)
     assert owner.read_line() == "(1, 8)"
     assert owner.process.wait(timeout=10) == 1

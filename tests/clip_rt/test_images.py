@@ -229,6 +229,134 @@ def test_floating_point_pillow_images_are_refused():
         prepare(Image.new("F", (4, 4)))
 
 
+# Decoded fast
+
+
+def is_close(fast: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether they show the same, as libjpeg scales it; half a pixel off is 1.5 levels or more."""
+    return bool(np.abs(fast.astype(int) - exact).mean() < 0.7)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    """Blobs of colour, 1201 x 903 px: neither side can be divided by 2."""
+    noise = np.random.default_rng(4).integers(0, 256, (20, 27, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((1201, 903), Image.Resampling.BICUBIC)
+
+
+def decoded_sizes(monkeypatch) -> list[tuple[int, int]]:
+    """Note the size that each image has when it comes to the resize."""
+    from clip_rt import images
+
+    sizes, make_resizable = [], images._make_resizable
+
+    def note(image):
+        sizes.append(image.size)
+        return make_resizable(image)
+
+    monkeypatch.setattr(images, "_make_resizable", note)
+    return sizes
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("side_px", "expected"),
+    [(64, (151, 113)), (74, (151, 113)), (75, (301, 226)), (224, (601, 452)), (302, (1201, 903))],
+)
+def test_fast_decodes_no_more_than_the_square_needs(scene, monkeypatch, side_px, expected, turned):
+    image = scene.transpose(Image.Transpose.ROTATE_90) if turned else scene
+    encoded = encode(image, "JPEG", quality=90)
+    sizes = decoded_sizes(monkeypatch)
+    fast = prepare(encoded, side_px=side_px, decode="fast")
+    exact = prepare(encoded, side_px=side_px)
+    assert sizes == [expected[::-1] if turned else expected, image.size]
+    assert min(expected) >= 1.5 * side_px
+    assert is_close(fast, exact)
+    assert (fast != exact).any() == (expected != scene.size)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1201, 903), (903, 1201)])
+def test_fast_shows_the_same_part_the_same_way_up(scene, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(scene.resize(size), "JPEG", quality=90, exif=exif.tobytes())
+    for side_px in (64, 101):
+        for upright in (True, False):
+            fast = prepare(encoded, side_px=side_px, exif=upright, decode="fast")
+            assert is_close(fast, prepare(encoded, side_px=side_px, exif=upright))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCCK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_fast_knows_every_kind_of_jpeg(scene, monkeypatch, mode, progressive):
+    image = scene.convert("CMYK" if mode == "YCCK" else mode)
+    encoded = bytearray(encode(image, "JPEG", quality=90, progressive=progressive))
+    if mode == "YCCK":
+        # Pillow does not write it. Adobe's marker says so, and the colours become odd ones.
+        encoded[encoded.index(b"Adobe") + 11] = 2
+        assert Image.open(io.BytesIO(encoded)).info["adobe_transform"] == 2
+    sizes = decoded_sizes(monkeypatch)
+    fast = prepare(encoded, side_px=64, decode="fast")
+    assert sizes == [(151, 113)]
+    assert is_close(fast, prepare(encoded, side_px=64))
+
+
+def test_fast_reads_the_first_of_several_pictures(scene, monkeypatch):
+    other = scene.transpose(Image.Transpose.ROTATE_180)
+    encoded = encode(scene, "MPO", save_all=True, append_images=[other], quality=90)
+    assert Image.open(io.BytesIO(encoded)).format == "MPO"
+    sizes = decoded_sizes(monkeypatch)
+    fast = prepare(encoded, side_px=64, decode="fast")
+    assert sizes == [(151, 113)]
+    assert is_close(fast, prepare(encoded, side_px=64))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_fast_is_exact_for_small_jpegs(mode):
+    for width, height in SIZES:
+        encoded = encode(draw(mode, width, height), "JPEG", quality=85)
+        np.testing.assert_array_equal(prepare(encoded, decode="fast"), prepare(encoded))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "BMP"])
+def test_fast_is_exact_for_other_formats(scene, file_format):
+    encoded = encode(scene, file_format)
+    np.testing.assert_array_equal(
+        prepare(encoded, side_px=64, decode="fast"), prepare(encoded, side_px=64)
+    )
+
+
+def test_fast_leaves_what_the_caller_opened_as_it_is(scene):
+    encoded = encode(scene, "JPEG", quality=90)
+    opened = Image.open(io.BytesIO(encoded))
+    found = prepare(opened, side_px=64, decode="fast")
+    assert opened.size == scene.size
+    np.testing.assert_array_equal(found, prepare(encoded, side_px=64))
+
+
+def test_fast_reads_the_sizes_that_are_in_the_header(scene):
+    encoded = encode(scene, "JPEG")
+    with pytest.raises(ImageError, match="1201 x 903 px"):
+        prepare(encoded, side_px=64, decode="fast", max_pixels=1_000_000)
+
+
+def test_fast_refuses_truncated_files(scene):
+    for progressive in (False, True):
+        encoded = encode(scene, "JPEG", progressive=progressive)
+        for tenth in range(10):
+            with pytest.raises(ImageError, match="image 4"):
+                prepare(encoded[: len(encoded) * tenth // 10], index=4, decode="fast")
+
+
+def test_batches_are_decoded_fast_too(scene):
+    encoded = encode(scene, "JPEG", quality=90)
+    expected = prepare(encoded, side_px=64, decode="fast")
+    for num_threads in (1, 2):
+        found = preprocess([encoded] * 3, side_px=64, decode="fast", num_threads=num_threads)
+        assert (found == expected).all()
+
+
 # What a batch is
 
 
@@ -676,8 +804,9 @@ def test_an_opened_image_whose_file_is_closed_is_refused(tmp_path):
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=12),
+    st.sampled_from(["exact", "fast"]),
 )
-def test_damaged_bytes_give_a_square_or_an_image_error(file_format, damages):
+def test_damaged_bytes_give_a_square_or_an_image_error(file_format, damages, decode):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {"exif": exif.tobytes()} if file_format in ("JPEG", "PNG", "WEBP") else {}
@@ -685,7 +814,8 @@ def test_damaged_bytes_give_a_square_or_an_image_error(file_format, damages):
     for place, value in damages:
         damaged[int(place * (len(damaged) - 1))] = value
     with contextlib.suppress(ImageError):
-        assert prepare(damaged, side_px=8, max_pixels=10_000).shape == (8, 8, 3)
+        square = prepare(damaged, side_px=4, max_pixels=10_000, decode=decode)
+        assert square.shape == (4, 4, 3)
 
 
 @settings(max_examples=100, deadline=None)

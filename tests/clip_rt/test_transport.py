@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import re
 import signal
 import threading
 import time
@@ -10,19 +12,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import tiny_repository
+import trustme
 from owners import find_processes, read_command, wait_until
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import clip_rt
 from clip_rt import transport as transport_module
-from clip_rt.deadline import Deadline, RetryPolicy
+from clip_rt.deadline import Deadline
 from clip_rt.server import EmbeddedServer
-from clip_rt.transport import ERROR_BY_CODE, MAX_IN_FLIGHT, ServedModel, Transport, parse_url
+from clip_rt.transport import ERROR_BY_CODE, TLS, ServedModel, Transport, parse_url
 
 IMAGE = ServedModel(
     name="tiny_image",
@@ -35,7 +39,6 @@ IMAGE = ServedModel(
 )
 TEXT = replace(IMAGE, name="tiny_text", input_name="tokens", input_type="INT32", input_dims=(-1,))
 PIXELS = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
-FEW = RetryPolicy(max_retries=2, first_pause_s=0.01)
 
 
 class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -83,7 +86,7 @@ def fake() -> Iterator[tuple[Servicer, Transport]]:
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    transport = Transport(f"127.0.0.1:{port}", retry_policy=FEW)
+    transport = Transport(f"127.0.0.1:{port}")
     yield servicer, transport
     transport.close()
     server.stop(None)
@@ -129,13 +132,12 @@ def test_every_status_of_grpc_has_an_error():
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0] != 0])
 def test_a_status_arrives_as_its_error(fake, code):
     servicer, transport = fake
-    servicer.answers = [(code, "its words")] * 3
+    servicer.answers = [(code, "its words")]
     with pytest.raises(ERROR_BY_CODE[code]) as caught:
         infer(transport)
     assert type(caught.value) is ERROR_BY_CODE[code]
     assert caught.value.url == transport.url
     assert isinstance(caught.value.__cause__, grpc.RpcError)
-    assert len(servicer.requests) == (3 if caught.value.retryable else 1)
 
 
 @pytest.mark.parametrize(
@@ -144,43 +146,16 @@ def test_a_status_arrives_as_its_error(fake, code):
         ("UNAVAILABLE", "[request id: 1] Exceeds maximum queue size", "ServerOverloadedError"),
         ("UNAVAILABLE", "Request timeout expired", "ServerOverloadedError"),
         ("UNAVAILABLE", "Server is stopping, scheduler refuses", "ServerUnavailableError"),
+        ("NOT_FOUND", "unknown model: 'm' has no available versions", "ServerUnavailableError"),
         ("INTERNAL", "Stub process 'm_0_0' is not healthy.", "ServerUnavailableError"),
+        ("RESOURCE_EXHAUSTED", "CLIENT: message larger than max (9 vs 8)", "MessageTooLongError"),
     ],
 )
 def test_one_status_for_unlike_things_is_told_apart(fake, code, words, kind):
     servicer, transport = fake
-    servicer.answers = [(grpc.StatusCode[code], words)] * 3
-    with pytest.raises(getattr(clip_rt, kind), match=words.replace("[", r"\[")):
+    servicer.answers = [(grpc.StatusCode[code], words)]
+    with pytest.raises(getattr(clip_rt, kind), match=re.escape(words)):
         infer(transport)
-
-
-def test_a_passing_fault_is_retried_and_not_felt(fake):
-    servicer, transport = fake
-    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "a moment")] * 2
-    assert infer(transport).shape == (3, 8)
-    assert len(servicer.requests) == 3
-
-
-def test_before_a_retry_the_server_is_asked_whether_it_is_still_the_same(fake):
-    servicer, transport = fake
-    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "a moment")]
-
-    def recheck(deadline):
-        raise clip_rt.ContractError("another", expected=1, found=2)
-
-    with pytest.raises(clip_rt.ContractError):
-        list(transport.stream(IMAGE, [PIXELS], Deadline.after(5), recheck=recheck))
-    assert len(servicer.requests) == 1
-
-
-def test_no_retry_goes_past_the_deadline(fake):
-    servicer, transport = fake
-    servicer.answers = [(grpc.StatusCode.UNAVAILABLE, "down")] * 99
-    transport._retry_policy = RetryPolicy(max_retries=99, first_pause_s=0.2)
-    start_s = time.monotonic()
-    with pytest.raises(clip_rt.ServerUnavailableError):
-        infer(transport, timeout_s=0.5)
-    assert time.monotonic() - start_s < 1.5
 
 
 ROWS = np.tile(np.eye(1, 8, dtype=np.float32), (3, 1))
@@ -213,9 +188,9 @@ def test_an_embedding_that_is_no_direction_is_named(fake, bad):
     rows = ROWS[:2].copy()
     rows[1] = bad
     servicer.answer_by_rows[2] = answer(rows)
-    with pytest.raises(clip_rt.NonFiniteEmbeddingError, match="item 4") as caught:
-        list(transport.stream(IMAGE, [PIXELS, PIXELS[:2]], Deadline.after(5)))
-    assert caught.value.index == 4
+    with pytest.raises(clip_rt.NonFiniteEmbeddingError, match="item 1") as caught:
+        infer(transport, PIXELS[:2])
+    assert caught.value.index == 1
 
 
 def test_a_model_without_a_manifest_is_refused(fake):
@@ -232,19 +207,33 @@ def test_a_manifest_that_contradicts_its_model_is_refused(fake):
         transport.describe(["tiny_image"], Deadline.after(5))
 
 
-def test_few_requests_are_on_their_way_at_once(fake):
-    _, transport = fake
-    taken = []
+def test_what_is_asked_later_is_told_once(fake, server):
+    servicer, transport = fake
+    outcomes = queue.SimpleQueue()
+    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
+    assert [model.name for model in outcomes.get(timeout=5)] == ["tiny_image"] * 2
+    servicer.parameters = {}
+    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
+    assert isinstance(outcomes.get(timeout=5), clip_rt.ContractError)
+    transport.close()
+    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
+    assert isinstance(outcomes.get(timeout=5), clip_rt.ClientClosedError)
+    assert outcomes.empty()
 
-    def batches():
-        for index in range(20):
-            taken.append(index)
-            yield PIXELS
 
-    stream = transport.stream(IMAGE, batches(), Deadline.after(10))
-    next(stream)
-    assert len(taken) == MAX_IN_FLIGHT
-    assert sum(len(rows) for rows in stream) == 19 * 3
+def test_the_server_counts_what_it_did(real):
+    def read():
+        return real.read_statistics(["tiny_image"], Deadline.after(5))["tiny_image"]
+
+    before = read()
+    infer(real)
+    # It counts a request a moment after it has answered it.
+    assert wait_until(lambda: read().num_requests > before.num_requests)
+    after = read()
+    assert (after.num_requests, after.num_rows) == (before.num_requests + 1, before.num_rows + 3)
+    assert after.num_batches == before.num_batches + 1
+    assert 0 < after.compute_s - before.compute_s < 5
+    assert after.queue_s >= before.queue_s
 
 
 @pytest.mark.parametrize(
@@ -314,7 +303,7 @@ def test_a_full_queue_refuses_at_once_what_it_cannot_hold(tmp_path):
     queue = "default_queue_policy { max_queue_size: 2 }"
     tiny_repository.write(tmp_path, queue_policy=queue)
     with EmbeddedServer(tmp_path) as server, ThreadPoolExecutor(12) as pool:
-        transport = Transport(server.url, retry_policy=RetryPolicy(max_retries=0))
+        transport = Transport(server.url)
         with stopped(find_stub(server, "tiny_image")):
             calls = [pool.submit(infer, transport, timeout_s=60.0) for _ in range(12)]
             # Two wait, and a few more are on their way to the model; the others hear it at once.
@@ -364,3 +353,53 @@ def test_threads_share_one_channel(real, monkeypatch):
         results = list(pool.map(work, range(8)))
     assert len(opened) == 1
     assert all((rows == results[0]).all() for rows in results)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> Path:
+    """Make a certificate for localhost, its authority, and an authority of somebody else."""
+    folder = tmp_path_factory.mktemp("certificates")
+    ours, theirs = trustme.CA(), trustme.CA()
+    ours.cert_pem.write_to_path(folder / "ours.pem")
+    theirs.cert_pem.write_to_path(folder / "theirs.pem")
+    own = ours.issue_cert("localhost")
+    own.cert_chain_pems[0].write_to_path(folder / "own.pem")
+    own.private_key_pem.write_to_path(folder / "own.key")
+    return folder
+
+
+@pytest.mark.parametrize("is_mutual", [False, True])
+def test_tls_trusts_whom_it_is_told_to_and_nobody_else(certificates, is_mutual):
+    ours, theirs = ((certificates / f"{name}.pem") for name in ("ours", "theirs"))
+    chain, key = certificates / "own.pem", certificates / "own.key"
+    servicer, server = Servicer(), grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    credentials = grpc.ssl_server_credentials(
+        [(key.read_bytes(), chain.read_bytes())],
+        ours.read_bytes() if is_mutual else None,
+        is_mutual,
+    )
+    port = server.add_secure_port("localhost:0", credentials)
+    server.start()
+    own = {"certificate_chain": chain, "private_key": key} if is_mutual else {}
+    try:
+        good = Transport(f"grpcs://localhost:{port}", tls=TLS(root_certificates=ours, **own))
+        assert infer(good).shape == (3, 8)
+        for tls in (TLS(root_certificates=theirs, **own), None):
+            with pytest.raises(clip_rt.ServerUnavailableError):
+                infer(Transport(f"grpcs://localhost:{port}", tls=tls), timeout_s=5)
+        with pytest.raises(clip_rt.ServerUnavailableError):  # Never without, when asked for with.
+            infer(Transport(f"localhost:{port}"), timeout_s=5)
+    finally:
+        server.stop(None)
+
+
+def test_certificates_that_cannot_be_used_are_refused_at_once(certificates, tmp_path):
+    nothing = tmp_path / "nothing.pem"
+    nothing.write_text("nothing")
+    with pytest.raises(clip_rt.InputError, match=r"root_certificates.*no PEM"):
+        TLS(root_certificates=nothing)
+    with pytest.raises(clip_rt.InputError, match="cannot be read"):
+        TLS(root_certificates=tmp_path / "absent.pem")
+    with pytest.raises(clip_rt.InputError, match="belong together"):
+        TLS(certificate_chain=certificates / "own.pem")
