@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import platform
 import re
@@ -20,7 +21,29 @@ from pathlib import Path
 from clip_rt.errors import ServerStartError
 
 OTHER_WAY = "Or name a running server with url=."
+GLIBC = (2, 35)
+"""The oldest that the wheel runs with: its tag is manylinux_2_35."""
+SHARED_MEMORY = "/dev/shm"
+REGION_BYTES = 1024**2
+"""What Triton 2.51's python backend takes for each instance to begin with."""
+
 _INSTALL = f"Install it with pip install 'clip-rt[server]'. {OTHER_WAY}"
+
+_MORE_SHARED_MEMORY = "Give the container more: docker run --shm-size=1g."
+_WAYS_OUT = (
+    ("shared memory", _MORE_SHARED_MEMORY),
+    ("No space left", "Free some space, or name a folder on another disk with TMPDIR."),
+    ("quota exceeded", "Free some space, or name a folder on another disk with TMPDIR."),
+    ("Read-only file system", "Name a writable folder with TMPDIR."),
+    ("GLIBC_", f"It needs glibc {GLIBC[0]}.{GLIBC[1]} or newer: Debian 12, Ubuntu 22.04."),
+    ("shared libraries", "Install the package of your system that brings this library."),
+    ("Exec format error", "Its binaries are for x86-64; install it anew on this machine."),
+    ("Permission denied", "Its files must be executable, and their disk not mounted noexec."),
+    ("Resource temporarily unavailable", "Allow this user more processes with ulimit -u."),
+)
+"""What to do about a fault, by words of the system that tell it."""
+_DTYPE_BYTES = {"UINT8": 1, "INT8": 1, "BOOL": 1, "FP16": 2, "BF16": 2, "INT16": 2, "UINT16": 2}
+_MIB = 1024**2
 
 _log = logging.getLogger(__name__)
 
@@ -63,11 +86,7 @@ class Home:
 
 def find_home() -> Home:
     """Find the parts, or say which is missing and how to get it."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise ServerStartError(
-            f"the embedded server runs on Linux x86-64 only; this is {sys.platform} "
-            f"{platform.machine()}. {OTHER_WAY}"
-        )
+    _check_system()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerStartError(f"the embedded server is not installed. {_INSTALL}")
@@ -91,11 +110,108 @@ def find_home() -> Home:
             f"those. {OTHER_WAY}"
         )
     for part in (home.binary, home.stub):
+        if not part.exists():
+            raise ServerStartError(f"{part.name} of nvidia-pytriton is missing. {_INSTALL}")
         if not os.access(part, os.X_OK):
             raise ServerStartError(
-                f"{part.name} of nvidia-pytriton is missing or cannot be executed. {_INSTALL}"
+                f"{part} cannot be executed. Its disk may be mounted noexec, or chmod +x it. "
+                f"{OTHER_WAY}"
             )
     return home
+
+
+def _check_system() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServerStartError(
+            f"the embedded server runs on Linux x86-64 only; this is {sys.platform} "
+            f"{platform.machine()}. {OTHER_WAY}"
+        )
+    name, _, version = _read_libc().partition(" ")
+    if name != "glibc":
+        raise ServerStartError(
+            "the embedded server needs glibc, and the C library of this system is another (musl, "
+            f"as in Alpine?). Use an image made from Debian or Ubuntu. {OTHER_WAY}"
+        )
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < GLIBC:
+        raise ServerStartError(
+            f"the embedded server needs glibc {GLIBC[0]}.{GLIBC[1]} or newer; this system has "
+            f"{version}. Use Debian 12, Ubuntu 22.04 or newer. {OTHER_WAY}"
+        )
+
+
+def _read_libc() -> str:
+    """Return name and version of the C library, or nothing if it does not tell: musl does not."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (OSError, ValueError):
+        return ""
+
+
+def find_way_out(fault: str, *, default: str = OTHER_WAY) -> str:
+    """Say what can be done about a fault that the system or Triton has words for."""
+    return next((way for words, way in _WAYS_OUT if words in fault), default)
+
+
+def check_shared_memory(models: dict[str, Path]) -> None:
+    """Make sure that /dev/shm holds a full batch for every instance of the models.
+
+    Raises:
+        ServerStartError: it does not.
+    """
+    need_by_model = {
+        name: _estimate_shared_memory((folder / "config.pbtxt").read_text("utf-8", "replace"))
+        for name, folder in models.items()
+    }
+    need_bytes = sum(need_by_model.values())
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError as error:
+        raise ServerStartError(
+            f"the embedded server needs {SHARED_MEMORY}: {error.strerror}. Mount a tmpfs there. "
+            f"{OTHER_WAY}"
+        ) from error
+    free_bytes = found.f_bavail * found.f_frsize
+    if free_bytes < need_bytes:
+        largest = max(need_by_model, key=lambda name: need_by_model[name])
+        raise ServerStartError(
+            f"{SHARED_MEMORY} has {free_bytes / _MIB:.1f} MiB left, and full batches of "
+            f"{len(models)} models need {need_bytes / _MIB:.1f} MiB of shared memory, "
+            f"{need_by_model[largest] / _MIB:.1f} MiB of it {largest!r}. {_MORE_SHARED_MEMORY} "
+            f"Or export with smaller batches. {OTHER_WAY}"
+        )
+
+
+def _estimate_shared_memory(config: str) -> int:
+    """Return how many bytes a model's instances need: each its region, or one batch in and out."""
+    if _find_strings("backend", config) != ["python"]:
+        return 0
+    num_rows = max(1, *map(int, re.findall(r"^\s*max_batch_size\s*:\s*(\d+)", config, re.M)), 1)
+    row_bytes = 0
+    for block in _find_blocks("(?:input|output)", config):
+        (dtype,) = re.findall(r"data_type\s*:\s*TYPE_(\w+)", block)[:1] or ["FP32"]
+        sizes = re.findall(r"dims\s*:\s*\[?([-\d,\s]+)", block)
+        lengths = [max(1, int(size)) for size in re.findall(r"-?\d+", ",".join(sizes))]
+        row_bytes += math.prod(lengths) * _DTYPE_BYTES.get(dtype, 4)
+    counts = [
+        int(count)
+        for block in _find_blocks("instance_group", config)
+        for count in re.findall(r"\bcount\s*:\s*(\d+)", block)
+    ]
+    return max(1, sum(counts)) * max(REGION_BYTES, num_rows * row_bytes)
+
+
+def _find_blocks(name: str, config: str) -> list[str]:
+    """Return the bodies of a message's fields in protobuf's text format, lists unfolded."""
+    bodies = []
+    for match in re.finditer(rf"^\s*{name}\s*:?\s*(?=[\[{{])", config, re.MULTILINE):
+        depth = 0
+        for end in range(match.end(), len(config)):
+            depth += (config[end] in "[{") - (config[end] in "]}")
+            if depth == 0:
+                break
+        whole = config[match.end() : end + 1]
+        bodies += re.findall(r"\{[^{}]*\}", whole)
+    return bodies
 
 
 def _find_packages(name: str) -> Path:
@@ -150,7 +266,13 @@ def find_models(repository: Path) -> dict[str, Path]:
     models, others = {}, []
     steps: dict[str, list[str]] = {}
     for config in sorted(repository.resolve().glob("*/config.pbtxt")):
-        text, folder = config.read_text("utf-8", "replace"), config.parent
+        folder = config.parent
+        try:
+            text = config.read_text("utf-8", "replace")
+        except OSError as error:
+            raise ServerStartError(
+                f"{config} of the model repository cannot be read: {error.strerror}. {OTHER_WAY}"
+            ) from error
         if _find_strings("backend", text) == ["python"]:
             models[folder.name] = folder
         elif _find_strings("platform", text) == ["ensemble"]:

@@ -1,13 +1,15 @@
-"""Run one server for as long as its owner lives; a process of its own, standard library only.
+"""The process between owners and a server; standard library only.
 
-In: one line of JSON on standard input, which the owner then holds open, and a byte once the server
-is ready. Out, once the server has ended: one line of JSON on standard output. When standard input
-closes, because the owner closed it or ended in whatever way, the server is killed and what it used
-is removed: its processes, its folder and its entries in /dev/shm. The same when one of its own
-processes dies: Triton 2.51 would never replace it, and answer every request with an error.
+In: one line of JSON, the `Job`, on standard input, a socket whose other end is the first owner.
+Every further owner connects to the socket in the server's folder. Each is told what the `Job` has
+for owners, and what became of the server once that has ended. A connection is all that makes an
+owner: the kernel closes it on any end of its process. When the last one is gone the server is
+killed and what it used is removed: its processes, its folder and its entries in /dev/shm. The same
+when one of its own processes dies: Triton 2.51 would never replace it, and answer every request
+with an error.
 
-A pipe, because the kernel closes it on any end of the owner. PR_SET_PDEATHSIG would not do for the
-owner: it fires when the thread ends that started the server. Run as `python -I -S supervisor.py`.
+PR_SET_PDEATHSIG would not do for owners: it fires when the thread ends that started the server.
+Run as `python -I -S supervisor.py FOLDER`; the folder is named for those who look at processes.
 """
 
 from __future__ import annotations
@@ -15,27 +17,41 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 LOG_BYTES = 64 * 1024
 """How much of the end of the server's log is kept."""
 REAP_TIMEOUT_S = 2.0
+DRAIN_TIMEOUT_S = 30.0
+"""How long requests under way may take to end when a server is drained."""
 SHARED_MEMORY = Path("/dev/shm")
+ENVIRONMENTS = Path("/tmp")
+"""Where the python backend makes a folder for packed environments, wherever TMPDIR is."""
+SOCKET = "owners"
+"""Name of the socket in the server's folder."""
+IS_READY, DRAIN = b"r", b"d"
+"""What an owner may say: the models are loaded; let requests end, and then the server."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_DRAIN_EXTRA_S = 5.0
+"""Triton's own time to unload its models, once the last request has ended."""
+_LOCK_TIMEOUT_S = 0.1
+"""For another that ends as we do; who starts a server removes the folder itself if need be."""
+_BACKLOG = 1024
 
 
 class Job(TypedDict):
-    """What the owner asks for."""
+    """What the first owner asks for."""
 
     command: list[str]
     environment: dict[str, str]
@@ -46,6 +62,10 @@ class Job(TypedDict):
     links: dict[str, str]
     """Targets of symbolic links, by their path in the folder."""
     shared_memory_prefix: str
+    for_owners: dict[str, Any]
+    """What each owner is told when it connects."""
+    shows_log: bool
+    """Whether the server's log goes to standard error as well."""
 
 
 class Report(TypedDict):
@@ -60,33 +80,60 @@ class Report(TypedDict):
 
 def main() -> None:
     """Read the job, supervise it to its end, report."""
-    job: Job = json.loads(_read_line())
+    first = socket.socket(fileno=os.dup(0))
+    job: Job = json.loads(_read_line(first))
     report: Report = {"exit_code": None, "log_tail": "", "problem": ""}
+    owners = {first}
     try:
-        with _wakeups() as wakeup:
+        with _wakeups() as wakeup, _hold(job["folder"]):
             _furnish(job)
-            _run(job, report, wakeup)
+            _run(job, report, wakeup, owners)
     except OSError as error:
         report["problem"] = f"{type(error).__name__}: {error}"
     finally:
         remove_leftovers(job["folder"], job["shared_memory_prefix"])
-    # The owner may be gone; then nobody minds.
+    for owner in owners:
+        tell(owner, {"report": report})
+    # Their connections close as we end, and then nothing is left.
+    _remove_parent(Path(job["folder"]).parent)
+
+
+def tell(peer: socket.socket, message: dict[str, Any]) -> None:
+    """Send one line of JSON; a peer that is gone or does not read misses it."""
     with contextlib.suppress(OSError):
-        os.write(1, json.dumps(report).encode() + b"\n")
+        line = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
+        peer.send(line + b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False when somebody else has it.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
+    # Here, because this module is imported where fcntl does not exist, to say so.
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_leftovers(folder: str, shared_memory_prefix: str) -> None:
     """Remove the folder and the entries in /dev/shm that a server has left behind."""
-    shutil.rmtree(folder, ignore_errors=True)
     for entry in SHARED_MEMORY.glob(f"{shared_memory_prefix}*"):
         with contextlib.suppress(OSError):
             entry.unlink()
+    # Last, because it is by the folder that leftovers are found.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_line() -> bytes:
+def _read_line(first: socket.socket) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
-        part = os.read(0, 65536)
+        part = first.recv(65536)
         if not part:
             sys.exit(0)  # The owner ended before it said what to do.
         line += part
@@ -97,6 +144,7 @@ def _read_line() -> bytes:
 def _wakeups() -> Iterator[int]:
     """Yield a descriptor that becomes readable when a child ends or someone asks us to stop."""
     reader, writer = os.pipe()
+    os.set_blocking(reader, False)
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -104,9 +152,20 @@ def _wakeups() -> Iterator[int]:
     yield reader
 
 
+@contextlib.contextmanager
+def _hold(folder: str) -> Iterator[None]:
+    """Make the folder and lock it: who can lock it later knows that we are dead."""
+    Path(folder).mkdir(mode=0o700)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _furnish(job: Job) -> None:
     folder = Path(job["folder"])
-    folder.mkdir(mode=0o700)
     for name, content in job["files"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, "utf-8")
@@ -115,50 +174,175 @@ def _furnish(job: Job) -> None:
         (folder / name).symlink_to(target)
 
 
-def _run(job: Job, report: Report, wakeup: int) -> None:
+def _run(job: Job, report: Report, wakeup: int, owners: set[socket.socket]) -> None:
     _control_process(_PR_SET_CHILD_SUBREAPER, 1)
-    log = bytearray()
-    server = subprocess.Popen(
-        job["command"],
-        env=job["environment"],
-        cwd=job["folder"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_supervisor,
-    )
-    assert server.stdout is not None
-    output = server.stdout.fileno()
-    os.set_blocking(output, False)
-    try:
-        _wait(server, wakeup, output, log)
-    finally:
-        _kill_group(server)
-        _drain(output, log)
-        report["exit_code"] = server.returncode
-        report["log_tail"] = log.decode("utf-8", "replace")
+    log = _Log(shows=job["shows_log"])
+    started_at_s = time.time()
+    with _listen(job["folder"]) as listener:
+        server = subprocess.Popen(
+            job["command"],
+            env=job["environment"],
+            cwd=job["folder"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_supervisor,
+        )
+        assert server.stdout is not None
+        output = server.stdout.fileno()
+        os.set_blocking(output, False)
+        try:
+            _Watch(job, server, listener, wakeup, owners, log, started_at_s).wait()
+        finally:
+            _kill_group(server)
+            _remove_environments(started_at_s)
+            log.drain(output)
+            report["exit_code"] = server.returncode
+            report["log_tail"] = log.tail.decode("utf-8", "replace")
 
 
-def _wait(server: subprocess.Popen[bytes], wakeup: int, output: int, log: bytearray) -> None:
-    """Return when the server is no use any more, the owner is gone, or a signal asks us to stop."""
-    watched = {0, wakeup, output}
-    stubs: set[int] = set()
-    while True:
-        readable, _, _ = select.select(watched | stubs, (), ())
-        if output in readable and not _drain(output, log):
-            watched.discard(output)
-        if stubs & set(readable):
-            log += b"error: a process of the python backend died\n"
-            return
-        if 0 in readable:
-            if not os.read(0, 4096):
-                return
-            stubs = _watch_group(server.pid)
-        if wakeup in readable:
-            numbers = os.read(wakeup, 4096)
-            if server.poll() is not None or set(numbers) - {signal.SIGCHLD}:
-                return
+@contextlib.contextmanager
+def _listen(folder: str) -> Iterator[socket.socket]:
+    """Listen where further owners connect, until the server is ended."""
+    # A path by way of a descriptor: the folder's own may be longer than a socket's may be.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{descriptor}/{SOCKET}")
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        try:
+            yield listener
+        finally:
+            # First of all, so that whoever comes now starts a server of its own.
+            listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(SOCKET, dir_fd=descriptor)
+            os.close(descriptor)
+
+
+class _Log:
+    """The end of what the server printed."""
+
+    def __init__(self, *, shows: bool) -> None:
+        self.tail = bytearray()
+        self._shows = shows
+
+    def add(self, part: bytes) -> None:
+        self.tail += part
+        del self.tail[:-LOG_BYTES]
+        while self._shows and part:
+            try:
+                part = part[os.write(2, part) :]
+            except OSError:
+                self._shows = False  # Nobody reads it any more.
+
+    def drain(self, output: int) -> bool:
+        """Move what the server printed into the log; False at the end of its output."""
+        while True:
+            try:
+                part = os.read(output, 65536)
+            except BlockingIOError:
+                return True
+            if not part:
+                return False
+            self.add(part)
+
+
+class _Watch:
+    """Waits until the server is no use any more, has no owner, or a signal asks us to stop."""
+
+    def __init__(
+        self,
+        job: Job,
+        server: subprocess.Popen[bytes],
+        listener: socket.socket,
+        wakeup: int,
+        owners: set[socket.socket],
+        log: _Log,
+        started_at_s: float,
+    ) -> None:
+        self._greeting = {"server": job["for_owners"]}
+        self._server = server
+        self._listener = listener
+        self._wakeup = wakeup
+        self._owners = owners
+        self._log = log
+        self._started_at_s = started_at_s
+        self._stubs: set[int] = set()
+        self._drained_by_s: float | None = None
+        self._selector = selectors.DefaultSelector()
+
+    def wait(self) -> None:
+        assert self._server.stdout is not None
+        output = self._server.stdout.fileno()
+        for each in (self._listener, self._wakeup, output):
+            self._selector.register(each, selectors.EVENT_READ)
+        for owner in self._owners:
+            self._welcome(owner)
+        while self._drained_by_s is None or time.monotonic() < self._drained_by_s:
+            # While it drains, once a second is soon enough to notice that its time is up.
+            for key, _ in self._selector.select(None if self._drained_by_s is None else 1.0):
+                readable = key.fileobj
+                if readable == output:
+                    if not self._log.drain(output):
+                        self._selector.unregister(output)
+                elif readable == self._wakeup:
+                    if self._is_asked_to_end():
+                        return
+                elif readable is self._listener:
+                    self._let_in()
+                elif isinstance(readable, socket.socket):
+                    if not self._hear(readable):
+                        return
+                elif self._drained_by_s is None:
+                    self._log.add(b"error: a process of the python backend died\n")
+                    return
+                else:
+                    self._selector.unregister(readable)
+
+    def _let_in(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            owner, _ = self._listener.accept()
+            self._owners.add(owner)
+            self._welcome(owner)
+
+    def _welcome(self, owner: socket.socket) -> None:
+        self._selector.register(owner, selectors.EVENT_READ)
+        tell(owner, self._greeting)
+
+    def _hear(self, owner: socket.socket) -> bool:
+        """Heed an owner; False when it was the last and has left."""
+        try:
+            words = owner.recv(4096)
+        except ConnectionError:
+            words = b""
+        if not words:
+            self._selector.unregister(owner)
+            if len(self._owners) == 1:
+                return False  # It hears the report, if it still listens.
+            self._owners.discard(owner)
+            tell(owner, {})
+            owner.close()
+            return True
+        if IS_READY in words and not self._stubs and self._drained_by_s is None:
+            _remove_environments(self._started_at_s)
+            self._stubs = _watch_group(self._server.pid)
+            for stub in self._stubs:
+                self._selector.register(stub, selectors.EVENT_READ)
+        if DRAIN in words and self._drained_by_s is None:
+            self._drained_by_s = time.monotonic() + DRAIN_TIMEOUT_S + _DRAIN_EXTRA_S
+            self._server.terminate()
+        return True
+
+    def _is_asked_to_end(self) -> bool:
+        numbers = os.read(self._wakeup, 4096)
+        return _has_ended(self._server.pid) or bool(set(numbers) - {signal.SIGCHLD})
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is left to be collected, so that its number stays its own."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _watch_group(leader: int) -> set[int]:
@@ -171,19 +355,6 @@ def _watch_group(leader: int) -> set[int]:
             if group == leader != int(path.name):
                 descriptors.add(os.pidfd_open(int(path.name)))
     return descriptors
-
-
-def _drain(output: int, log: bytearray) -> bool:
-    """Move what the server printed into the log; False at the end of its output."""
-    while True:
-        try:
-            part = os.read(output, 65536)
-        except BlockingIOError:
-            return True
-        if not part:
-            return False
-        log += part
-        del log[:-LOG_BYTES]
 
 
 def _kill_group(server: subprocess.Popen[bytes]) -> None:
@@ -204,6 +375,32 @@ def _kill_group(server: subprocess.Popen[bytes]) -> None:
             return
         if pid == 0:
             time.sleep(0.01)
+
+
+def _remove_environments(since_s: float) -> None:
+    """Remove the empty folder that a server leaves behind, told by its name and age.
+
+    One of another server that started meanwhile is as empty, and as little needed: those in use
+    hold an environment from before a server is ready.
+    """
+    for folder in ENVIRONMENTS.glob("python_env_??????"):
+        with contextlib.suppress(OSError):
+            found = folder.stat(follow_symlinks=False)
+            # The clock of a file system is a little behind.
+            if found.st_uid == os.getuid() and found.st_ctime >= since_s - 0.1:
+                folder.rmdir()
+
+
+def _remove_parent(folder: Path) -> None:
+    """Remove the folder that servers lie in when we were the last, unless somebody starts one."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        while time.monotonic() < deadline:
+            if lock(descriptor):
+                folder.rmdir()
+                return
+            time.sleep(0.02)
 
 
 def _die_with_supervisor() -> None:

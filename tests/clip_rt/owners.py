@@ -41,9 +41,24 @@ class Owner:
 
     def go_on(self) -> None:
         """Let a program go on that waits for a line."""
+        self.say("")
+
+    def say(self, words: str) -> None:
+        """Send a program a line."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{words}\n")
         self.process.stdin.flush()
+
+    def ask(self, words: str) -> str:
+        """Send a program a line, and return the line it answers."""
+        self.say(words)
+        return self.read_line()
+
+    def hang_up(self) -> None:
+        """Close its standard input, for a program that then ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.stdin = None
 
     def find_remains(self) -> list[str]:
         """Name what is left of its servers: processes, folders, shared memory."""
@@ -58,7 +73,12 @@ class Owner:
 
 
 def find_remains(owner_pid: int) -> list[str]:
-    remains = [str(path) for path in Path(tempfile.gettempdir()).glob(f"clip_rt-{owner_pid}-*")]
+    places = (os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), tempfile.gettempdir())
+    remains = [
+        str(path)
+        for place in dict.fromkeys(places)
+        for path in Path(place).glob(f"clip_rt*/clip_rt-{owner_pid}-*")
+    ]
     remains += [str(path) for path in Path("/dev/shm").glob(f"cliprt_{owner_pid}_*")]
     for pid in list_pids():
         if f"clip_rt-{owner_pid}-" in read_command(pid) and is_running(pid):

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import grpc
 import pytest
 import tiny_repository
 from owners import (
+    ROOT,
     find_processes,
     find_remains,
     is_listening,
@@ -117,6 +120,13 @@ def test_two_servers_do_not_touch_each_other(server, bare_repository):
         assert find_listeners(find_server_pid(other)) != find_listeners(find_server_pid(server))
     assert server.is_running
     assert is_listening(server.url)
+
+
+def test_the_folder_that_the_python_backend_makes_is_gone_once_it_is_ready(bare_repository):
+    before = set(Path("/tmp").glob("python_env_*"))
+    with EmbeddedServer(bare_repository):
+        # The owner says that it is ready, and goes on.
+        assert wait_until(lambda: not set(Path("/tmp").glob("python_env_*")) - before)
 
 
 def test_stop_leaves_nothing_and_it_can_start_again(start_owner, bare_repository):
@@ -327,23 +337,159 @@ def test_models_that_take_too_long_are_given_up(bare_repository):
     assert set(find_remains(os.getpid())) == before
 
 
-def test_where_it_cannot_run_the_error_names_the_way_out(bare_repository, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "found", "words"),
+    [
+        ("platform", "darwin", "Linux x86-64 only; this is darwin"),
+        ("machine", "aarch64", "Linux x86-64 only; this is linux aarch64"),
+        ("libc", "", "needs glibc.*musl"),
+        ("libc", "glibc 2.31", r"glibc 2\.35 or newer; this system has 2\.31"),
+    ],
+)
+def test_on_another_system_the_error_says_which_it_needs(
+    bare_repository, monkeypatch, name, found, words
+):
     with monkeypatch.context() as patch:
-        patch.setattr(installation.sys, "platform", "darwin")
-        with pytest.raises(clip_rt.ServerStartError, match=r"Linux x86-64 only.*url="):
+        if name == "platform":
+            patch.setattr(installation.sys, "platform", found)
+        elif name == "machine":
+            patch.setattr(installation.platform, "machine", lambda: found)
+        else:
+            patch.setattr(installation.os, "confstr", lambda _: found)
+        with pytest.raises(clip_rt.ServerStartError, match=rf"{words}.*url="):
             EmbeddedServer(bare_repository).start()
-    for package in ("pytriton", "onnxruntime"):
-        with monkeypatch.context() as patch:
-            find_spec = installation.importlib.util.find_spec
-            patch.setattr(
-                installation.importlib.util,
-                "find_spec",
-                lambda name, missing=package, find=find_spec: (
-                    None if name == missing else find(name)
-                ),
-            )
-            with pytest.raises(clip_rt.ServerStartError, match=r"pip install 'clip-rt\[server\]'"):
-                EmbeddedServer(bare_repository).start()
+
+
+@pytest.mark.parametrize("package", ["pytriton", "onnxruntime"])
+def test_a_missing_wheel_is_named_with_the_command_that_installs_it(
+    bare_repository, monkeypatch, package
+):
+    find_spec = installation.importlib.util.find_spec
+    monkeypatch.setattr(
+        installation.importlib.util,
+        "find_spec",
+        lambda name: None if name == package else find_spec(name),
+    )
+    with pytest.raises(clip_rt.ServerStartError, match=r"pip install 'clip-rt\[server\]'.*url="):
+        EmbeddedServer(bare_repository).start()
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a wheel of empty files in the place of the real one."""
+    package = tmp_path / "pytriton"
+    stubs = package / "tritonserver" / "python_backend_stubs"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (
+        package / "__init__.py",
+        package / "tritonserver" / "bin" / "tritonserver",
+        package / "tritonserver" / "backends" / "python" / "libtriton_python.so",
+        stubs / version / "triton_python_backend_stub",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o755)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return package / "tritonserver"
+
+
+def test_a_binary_that_may_not_be_executed_is_named(bare_repository, wheel):
+    (wheel / "bin" / "tritonserver").chmod(0o644)
+    with pytest.raises(clip_rt.ServerStartError, match=r"bin/tritonserver cannot be .*noexec"):
+        EmbeddedServer(bare_repository).start()
+
+
+def test_a_python_the_wheel_has_no_part_for_is_told_which_it_has(bare_repository, wheel):
+    stubs = wheel / "python_backend_stubs"
+    (only,) = stubs.iterdir()
+    only.rename(stubs / "3.9")
+    with pytest.raises(clip_rt.ServerStartError, match=r"no part for Python 3\.\d+, only for 3\.9"):
+        EmbeddedServer(bare_repository).start()
+
+
+def test_a_binary_of_another_kind_is_reported_by_the_system(bare_repository, wheel):
+    before = set(find_remains(os.getpid()))
+    with pytest.raises(clip_rt.ServerStartError, match=r"Exec format error.*x86-64"):
+        EmbeddedServer(bare_repository).start()
+    assert set(find_remains(os.getpid())) == before
+
+
+def test_a_library_the_system_lacks_is_named(bare_repository, wheel):
+    words = "tritonserver: error while loading shared libraries: libnuma.so.1: not there"
+    (wheel / "bin" / "tritonserver").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 127\n")
+    with pytest.raises(clip_rt.ServerStartError, match=r"libnuma.*Install the package"):
+        EmbeddedServer(bare_repository).start()
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "model" / "config.pbtxt").mkdir(parents=True)
+    with pytest.raises(clip_rt.ServerStartError, match=r"config\.pbtxt .* cannot be read"):
+        EmbeddedServer(tmp_path).start()
+
+
+@pytest.mark.parametrize(
+    ("config", "mib"),
+    [
+        # A batch of images, as a list and as protobuf prints it; texts, which take less than the
+        # least; each instance by itself.
+        ("max_batch_size: 64\ninput [ { data_type: TYPE_UINT8 dims: [224, 224, 3] } ]", 9.2),
+        ("max_batch_size: 64\ninput {\n data_type: TYPE_UINT8\n dims: 392\n dims: 384\n}", 9.2),
+        ("max_batch_size: 64\ninput [ { data_type: TYPE_INT32 dims: [ -1 ] } ]", 1.0),
+        ("max_batch_size: 8\ninstance_group [ { count: 3 kind: KIND_CPU } ]", 3.0),
+    ],
+)
+def test_shared_memory_is_reckoned_from_the_configuration(config, mib):
+    found = installation._estimate_shared_memory(f'backend: "python"\n{config}')
+    assert found / 2**20 == pytest.approx(mib, abs=0.05)
+
+
+ELSEWHERE = """
+import os, subprocess, sys, tempfile
+import clip_rt
+from clip_rt.server import EmbeddedServer
+def mount(target, options):
+    os.makedirs(target, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", target], check=True)
+def start(repository):
+    try:
+        with EmbeddedServer(repository):
+            print("started", flush=True)
+    except clip_rt.ServerStartError as error:
+        print(error, flush=True)
+repository, folder = sys.argv[1:]
+mount("/dev/shm", "size=1M")
+start(repository)
+mount("/dev/shm", "size=64M")
+start(repository)
+mount(folder + "/noexec", "noexec,mode=700")
+tempfile.tempdir = folder + "/noexec"
+start(repository)
+mount(folder + "/full", "nr_inodes=6,mode=700")
+tempfile.tempdir = folder + "/full"
+start(repository)
+tempfile.tempdir = None
+subprocess.run(["mount", "--bind", repository, repository], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", repository], check=True)
+start(repository)
+"""
+
+
+def test_disks_that_are_small_full_read_only_or_noexec(tmp_path):
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount anything in a namespace of its own")
+    repository = tiny_repository.write(tmp_path / "models")
+    done = subprocess.run(
+        [*namespace, sys.executable, "-c", ELSEWHERE, str(repository), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | {"XDG_RUNTIME_DIR": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    small, usual, noexec, full, read_only = done.stdout.splitlines()
+    assert re.search(r"1\.0 MiB left.*need 2\.0 MiB.*--shm-size=1g", small)
+    assert re.search(r"No space left on device.*TMPDIR", full)
+    assert usual == noexec == read_only == "started"
 
 
 def test_a_missing_libpython_names_the_package_to_install(tmp_path):

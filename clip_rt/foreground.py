@@ -1,0 +1,117 @@
+"""A Triton over a repository in the foreground, at a port one names, until it is told to end.
+
+For development, and for showing on one machine what a rolling restart does: it listens on loopback
+only, as the embedded server does and for the same reason. Production runs NVIDIA's container over
+the same repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from clip_rt.deadline import START_TIMEOUT_S
+from clip_rt.errors import InputError
+from clip_rt.installation import find_models
+from clip_rt.server import EmbeddedServer
+
+URL = "127.0.0.1:8001"
+RESTRICTED = "shared-memory,trace,logging"
+"""Protocols that answer to nobody. Clients know no secret of this server, and may list its models
+and read its statistics; loading and unloading models is off."""
+
+_log = logging.getLogger(__name__)
+
+
+def serve(
+    repository: str | os.PathLike[str],
+    *,
+    url: str = URL,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    """Serve a repository in the foreground until SIGTERM or SIGINT, then drain.
+
+    One line on standard output says when it is ready; Triton's log goes to standard error. Asked to
+    end, it accepts no more requests, answers those under way, and returns; the second time it
+    ends at once. A server that dies is started again, and given up when it dies again and again.
+    Outside the main thread, which alone hears signals, it serves as long as the process lives.
+
+    Args:
+        repository: Folder of models; those for Triton's python backend are served.
+        url: Address of Triton's gRPC endpoint, host:port, on the loopback interface.
+        start_timeout_s: Longest wait for the models to be loaded.
+
+    Raises:
+        InputError: the address is not one on the loopback interface.
+        ServerStartError: it cannot run here, the port is taken, or it dies again and again.
+    """
+    server = EmbeddedServer(
+        repository,
+        start_timeout_s=start_timeout_s,
+        port=_find_port(url),
+        restricted=RESTRICTED,
+        shows_log=True,
+    )
+    names = ", ".join(sorted(find_models(Path(repository))))
+    try:
+        with _told_to_end():
+            while True:
+                found = server.start()
+                sys.stdout.write(
+                    f"serving {names} from {repository} on {found}, for this machine only; "
+                    "production runs NVIDIA's container\n"
+                )
+                sys.stdout.flush()
+                server.wait()
+    except _ToldToEndError as told:
+        _log.info("told to end by %s: requests under way are answered first", told)
+        server.drain()
+    finally:
+        server.stop()
+
+
+class _ToldToEndError(BaseException):
+    """A signal asks us to end; no Exception, so that nothing on its way takes it for a fault."""
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Raise in this thread when a signal asks us to end; afterwards signals do what they did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def tell(number: int, _: object) -> None:
+        raise _ToldToEndError(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _find_port(url: str) -> int:
+    host, _, port = url.rpartition(":")
+    try:
+        is_loopback = host == "localhost" or ipaddress.IPv4Address(host).is_loopback
+        number = int(port)
+    except ValueError as error:
+        raise InputError(f"url {url[:80]!r} is not host:port, like {URL}.") from error
+    if not is_loopback:
+        raise InputError(
+            f"url {url[:80]!r} is not on the loopback interface. This Triton 2.51 has known "
+            "vulnerabilities and is for this machine only; for others run NVIDIA's container, "
+            "nvcr.io/nvidia/tritonserver, over the same repository."
+        )
+    if not 0 <= number < 65536:
+        raise InputError(f"port {number} of url {url[:80]!r} is not within 0 and 65535.")
+    return number

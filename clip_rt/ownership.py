@@ -1,0 +1,345 @@
+"""One process's hold on a server: a connection to its supervisor, from greeting to report.
+
+The kernel closes the connection on any end of the process, and that is all the supervisor goes by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_rt import sharing, supervisor
+from clip_rt.errors import ServerError, ServerStartError
+from clip_rt.installation import OTHER_WAY, Home, find_way_out
+from clip_rt.transport import Transport
+
+_POLL_S = 0.02
+_ANSWER_TIMEOUT_S = 1.0
+_GREETING_TIMEOUT_S = 5.0
+_END_TIMEOUT_S = 10.0
+_MESSAGE_CHARS = 600
+_SIGNALS = {
+    "SIGKILL": f"it was killed, perhaps for want of memory. Give it more. {OTHER_WAY}",
+    "SIGSEGV": f"it crashed. Report it with .log_tail. {OTHER_WAY}",
+    "SIGILL": f"this processor lacks instructions that a model's library uses. {OTHER_WAY}",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a supervisor tells each owner about its server."""
+
+    server_id: str
+    port: int
+    token: str
+
+    @property
+    def url(self) -> str:
+        """Its address, host:port."""
+        return f"127.0.0.1:{self.port}"
+
+
+class Run:
+    """One life of a server, as one of its owners sees it: a connection to its supervisor.
+
+    Raises:
+        ServerStartError: the supervisor does not greet, or reports that it could not start it.
+    """
+
+    def __init__(
+        self,
+        link: socket.socket,
+        folder: Path,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._process = process
+        self._lock = threading.RLock()
+        self._link: socket.socket | None = None
+        self._received = b""
+        self._report: supervisor.Report | None = None
+        self._ready_at_s: float | None = None
+        self._is_over = False
+        _runs.add(self)
+        self.facts = self._greet(link)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether another process started it."""
+        return self._process is None
+
+    def is_alive(self) -> bool:
+        """Whether its supervisor has not said otherwise; in a forked child this makes an owner."""
+        with self._lock:
+            if self._is_over:
+                return False
+            if self._link is None and not self._rejoin():
+                return False
+            assert self._link is not None
+            if self._received:
+                return False  # Its report.
+            try:
+                self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            return False
+
+    def lived_s(self) -> float:
+        """Return how long ago it became ready; 0 if it never was."""
+        return 0.0 if self._ready_at_s is None else time.monotonic() - self._ready_at_s
+
+    def wait_until_ready(
+        self, deadline_s: float, start_timeout_s: float, models: list[str]
+    ) -> bool:
+        """Wait until the models are loaded, and make sure that it is our server that says so.
+
+        Returns:
+            False when it died instead.
+        """
+        with contextlib.closing(Transport(self.facts.url)) as transport:
+            while time.monotonic() < deadline_s:
+                if not self.is_alive():
+                    return False
+                if self._is_listening() and self._is_ready(transport):
+                    self._ready_at_s = time.monotonic()
+                    # From now on the supervisor watches the processes of the models as well.
+                    self._say(supervisor.IS_READY)
+                    return True
+                time.sleep(_POLL_S)
+        report = self.end()
+        raise ServerStartError(
+            f"the embedded server was not ready after {start_timeout_s:g} s, loading "
+            f"{', '.join(models)}. Allow more time with start_timeout_s=.",
+            url=self.facts.url,
+            log_tail=report["log_tail"],
+        )
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        while self.is_alive():
+            link = self._link
+            if link is not None:
+                poll = select.poll()
+                poll.register(link, select.POLLIN)
+                poll.poll(1000)
+
+    def drain(self) -> None:
+        """Have it end once its requests have, and return then."""
+        self._say(supervisor.DRAIN)
+        self.wait()
+
+    def end(self) -> supervisor.Report:
+        """Let go of it. When this was its last owner, return its report once it is gone."""
+        with self._lock:
+            self._is_over = True
+            link, self._link = self._link, None
+            if link is not None:
+                with contextlib.suppress(OSError):
+                    link.shutdown(socket.SHUT_WR)
+                self._part(link)
+                link.close()
+            return self._report or _NO_REPORT
+
+    def forget(self) -> None:
+        """Leave the server to the parent, in a forked child."""
+        self._lock = threading.RLock()
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        if self._process is not None:
+            self._process.returncode = 0  # It is not ours to wait for.
+
+    def _greet(self, link: socket.socket) -> Facts:
+        self._link = link
+        weakref.finalize(self, link.close)
+        message = self._read_message(link, _GREETING_TIMEOUT_S)
+        if message is not None and "server" in message:
+            return Facts(**message["server"])
+        if message is not None and "report" in message:
+            self._report = message["report"]
+            self.end()
+            raise make_start_error(message["report"], None)
+        said = ""
+        if self._process is not None:
+            self._process.kill()
+            if self._process.stderr is not None:
+                said = self._process.stderr.read().decode("utf-8", "replace")[-_MESSAGE_CHARS:]
+        self.end()
+        raise ServerStartError(
+            f"the supervisor of the embedded server does not answer: {said or 'no word'}. "
+            f"{OTHER_WAY}"
+        )
+
+    def _rejoin(self) -> bool:
+        """Become an owner of one's own, in a forked child."""
+        try:
+            self.facts = self._greet(sharing.connect(self._folder))
+        except (OSError, ServerStartError):
+            self._is_over = True
+            return False
+        return True
+
+    def _part(self, link: socket.socket) -> None:
+        """Read the last words, clean up after a supervisor that has none, collect it."""
+        if self._report is None:
+            message = self._read_message(link, _END_TIMEOUT_S)
+            if message is not None and "report" not in message:
+                return  # Others own it still.
+            if message is None:
+                if self._process is not None:
+                    self._process.kill()
+                sharing.remove_dead(self._folder)
+            else:
+                self._report = message["report"]
+        link.settimeout(_END_TIMEOUT_S)
+        with contextlib.suppress(OSError):
+            while link.recv(65536):  # It closes the connection as it ends.
+                pass
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_TIMEOUT_S)
+
+    def _read_message(self, link: socket.socket, timeout_s: float) -> dict[str, Any] | None:
+        """Read one line of JSON; None at the end, or when none comes in time."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while b"\n" not in self._received:
+                link.settimeout(max(deadline_s - time.monotonic(), 0.001))
+                part = link.recv(65536)
+                if not part:
+                    return None
+                self._received += part
+            line, _, self._received = self._received.partition(b"\n")
+            message: dict[str, Any] = json.loads(line)
+        except (OSError, ValueError):
+            return None
+        finally:
+            # With a timeout, even a look that must not wait would.
+            link.settimeout(None)
+        return message
+
+    def _say(self, word: bytes) -> None:
+        link = self._link
+        if link is not None:
+            with contextlib.suppress(OSError):
+                link.send(word, socket.MSG_NOSIGNAL)
+
+    def _is_listening(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            return probe.connect_ex(("127.0.0.1", self.facts.port)) == 0
+
+    def _is_ready(self, transport: Transport) -> bool:
+        """Ask who listens there: Triton does once its models are loaded.
+
+        If it is somebody else, our server will find its port taken, and end.
+        """
+        try:
+            found = transport.read_server(timeout_s=_ANSWER_TIMEOUT_S)
+            return found.name == self.facts.server_id and transport.is_ready(
+                timeout_s=_ANSWER_TIMEOUT_S
+            )
+        except ServerError:
+            return False
+
+
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_supervisors: list[subprocess.Popen[bytes]] = []
+"""Those that this process started and that may live: others may own their servers."""
+_NO_REPORT: supervisor.Report = {"exit_code": None, "log_tail": "", "problem": ""}
+
+
+def launch(home: Home, job: supervisor.Job) -> Run:
+    """Start a supervisor with its server; this process is the first owner."""
+    _collect()
+    ours, its = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [str(home.python), "-I", "-S", supervisor.__file__, job["folder"]],
+            stdin=its.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=None if job["shows_log"] else subprocess.PIPE,
+            cwd="/",  # It may outlive us, and should not hold on to where we were.
+            # A session of its own: Ctrl-C in the terminal reaches us, not the server.
+            start_new_session=True,
+        )
+    except OSError as error:
+        ours.close()
+        raise ServerStartError(
+            f"the supervisor did not start: {error}. {find_way_out(str(error))}"
+        ) from error
+    finally:
+        its.close()
+    _supervisors.append(process)
+    with contextlib.suppress(OSError):  # Then it has ended already, and its words say why.
+        ours.sendall(json.dumps(job).encode() + b"\n")
+    try:
+        return Run(ours, Path(job["folder"]), process)
+    finally:
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def _collect() -> None:
+    """Let the kernel forget our supervisors that have ended."""
+    _supervisors[:] = [process for process in _supervisors if process.poll() is None]
+
+
+def make_start_error(report: supervisor.Report, url: str | None) -> ServerStartError:
+    """Make the error that says why a server did not start."""
+    return ServerStartError(
+        f"the embedded server did not start: {find_cause(report)}",
+        url=url,
+        log_tail=report["log_tail"],
+    )
+
+
+def find_cause(report: supervisor.Report) -> str:
+    """Pick the reason out of a report, with the way out."""
+    if report["problem"]:
+        return f"{report['problem']}. {find_way_out(report['problem'])}"
+    log_tail = report["log_tail"]
+    failures = {
+        name: reason.partition(r"\n\nAt:")[0].rstrip('"')
+        for name, reason in re.findall(r"failed to load '([^']+)' version \d+: (.*)", log_tail)
+    }
+    if failures:
+        reasons = "; ".join(f"model {name!r}: {reason}" for name, reason in failures.items())
+        way_out = find_way_out(reasons, default="Export it again, or remove its folder.")
+        return f"{reasons[:_MESSAGE_CHARS]}. {way_out}"
+    # Triton says on every machine without a GPU that it has no driver.
+    errors = re.findall(r"^(?:E\d{4} .*?\] |error: )(?!.*CudaDriverHelper)(.*)", log_tail, re.M)
+    if errors:
+        return f"{errors[-1][:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(errors[-1])}"
+    if (exit_code := report["exit_code"]) is not None and exit_code < 0:
+        name = next((each.name for each in signal.Signals if each == -exit_code), "a signal")
+        return _SIGNALS.get(name, f"it was ended by {name}. {OTHER_WAY}")
+    last = (log_tail.strip().splitlines() or ["it ended without a word"])[-1]
+    return f"{last[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(last)}"
+
+
+def _let_go_in_child() -> None:
+    """Leave the servers to the parent."""
+    for run in _runs:
+        run.forget()
+    for process in _supervisors:
+        process.returncode = 0  # They are not ours to wait for.
+    _supervisors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,242 @@
+"""Where embedded servers lie, and how the processes of a user find the one they can share.
+
+All lie in one folder that only this user can enter, each in a folder of its own, which its
+supervisor holds locked while it lives. Who looks for a server, or starts one, holds the lock of the
+common folder: of two that start at once, the second finds the first one's server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import clip_rt
+from clip_rt import supervisor
+from clip_rt.errors import ServerStartError
+from clip_rt.installation import OTHER_WAY, Home
+
+_POLL_S = 0.01
+_CONNECT_TIMEOUT_S = 5.0
+_ENVIRONMENT = (
+    *("CUDA_", "DNNL_", "GOMP_", "KMP_", "LD_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_"),
+    *("OPENBLAS_", "ORT_", "OV_"),
+)
+"""Variables that begin so say which devices, threads and libraries a server computes with."""
+
+_descriptors: set[int] = set()
+"""Open folders, perhaps locked; a forked child closes its copies."""
+
+
+def make_key(home: Home, models: dict[str, Path]) -> str:
+    """Name what a server is made of: processes with equal keys may share one.
+
+    It covers the place and the content of the models, this package, the Python and its libraries,
+    and what decides where and how fast it computes: environment, processors, namespaces. After an
+    export the key is another one, so that new clients get a new server and others keep theirs.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    files, configs = [], []
+    for folder in models.values():
+        for path in sorted(folder.rglob("*")):
+            # One may go while we look, when somebody exports.
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                if "__pycache__" not in path.parts and stat.S_ISREG(found.st_mode):
+                    files.append((str(path), found.st_size, found.st_mtime_ns))
+        with contextlib.suppress(FileNotFoundError):
+            configs.append((folder / "config.pbtxt").read_text("utf-8", "replace"))
+    made_of = (
+        *(clip_rt.__version__, os.getuid(), sys.version, repr(home), files, configs),
+        sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)),
+        sorted(os.sched_getaffinity(0)),
+        # A container may share the folder with its host, but not the loopback interface.
+        [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "mnt")],
+    )
+    return hashlib.sha256(json.dumps(made_of).encode("utf-8", "replace")).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def open_folder(deadline_s: float) -> Iterator[Path]:
+    """Lock and yield the folder in which the servers of this user lie.
+
+    Args:
+        deadline_s: On the monotonic clock, for the lock.
+
+    Raises:
+        ServerStartError: no place is safe to use, or somebody holds the lock for too long.
+    """
+    faults = []
+    for folder in _list_places():
+        try:
+            descriptor = _open_locked(folder, deadline_s)
+        except OSError as error:
+            faults.append(f"{folder}: {error.strerror or error}")
+            continue
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # Unless there is a server in it.
+            _close(descriptor)
+        return
+    raise ServerStartError(
+        f"no folder can be used for the embedded server: {'; '.join(faults)}. Remove what is in "
+        f"the way, or name a writable folder of your own with TMPDIR. {OTHER_WAY}"
+    )
+
+
+def name_folder(key: str, nonce: str) -> str:
+    """Name the folder of a server that this process starts; no key for one that is not shared."""
+    return f"clip_rt-{os.getpid()}-{nonce}" + (f"-{key}" if key else "")
+
+
+def name_shared_memory(folder: Path) -> str:
+    """Name what the entries in /dev/shm begin with that belong to the server in a folder."""
+    _, pid, nonce = folder.name.split("-")[:3]
+    return f"cliprt_{pid}_{nonce}_"
+
+
+def connect(folder: Path) -> socket.socket:
+    """Connect to the supervisor of the server in a folder.
+
+    Raises:
+        OSError: it has ended.
+    """
+    link = socket.socket(socket.AF_UNIX)
+    link.settimeout(_CONNECT_TIMEOUT_S)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # The path itself may be longer than the address of a socket may be.
+            link.connect(f"/proc/self/fd/{descriptor}/{supervisor.SOCKET}")
+        finally:
+            os.close(descriptor)
+    except OSError:
+        link.close()
+        raise
+    return link
+
+
+def find_servers(folder: Path, key: str) -> Iterator[tuple[Path, socket.socket]]:
+    """Connect to the servers with this key, one after another: there is one, or none."""
+    for each in sorted(folder.glob(f"clip_rt-*-{key}")):
+        with contextlib.suppress(OSError):
+            yield each, connect(each)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what servers left behind whose supervisors were killed."""
+    for each in folder.glob("clip_rt-*-*"):
+        remove_dead(each, wait_s=0.0)
+
+
+def remove_dead(folder: Path, *, wait_s: float = 1.0) -> None:
+    """Remove what a server left behind whose supervisor was killed.
+
+    Args:
+        folder: The server's own.
+        wait_s: For the kernel, which may close a dead one's connections before it lets go of the
+            lock.
+    """
+    deadline_s = time.monotonic() + wait_s
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            while not supervisor.lock(descriptor):
+                if time.monotonic() >= deadline_s:
+                    return  # It lives.
+                time.sleep(_POLL_S)
+            supervisor.remove_leftovers(str(folder), name_shared_memory(folder))
+        finally:
+            os.close(descriptor)
+
+
+def _list_places() -> list[Path]:
+    """List where the folder may lie, best first; the last one is never on a network."""
+    places = []
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        places.append(Path(runtime) / "clip_rt")
+    with contextlib.suppress(OSError):
+        places.append(Path(tempfile.gettempdir()).resolve() / f"clip_rt-{os.getuid()}")
+    return [*places, supervisor.SHARED_MEMORY / f"clip_rt-{os.getuid()}"]
+
+
+def _open_locked(folder: Path, deadline_s: float) -> int:
+    while True:
+        _check_parent(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # The last server of all ended just now, and its folder with it.
+        _descriptors.add(descriptor)
+        try:
+            _check_owner(descriptor)
+            while not supervisor.lock(descriptor):
+                if time.monotonic() > deadline_s:
+                    raise ServerStartError(
+                        f"another process holds {folder} for too long; it may be stopped. End it, "
+                        f"or allow more time with start_timeout_s=. {OTHER_WAY}"
+                    )
+                time.sleep(_POLL_S)
+            if _is_still(folder, descriptor):
+                return descriptor
+        except BaseException:
+            _close(descriptor)
+            raise
+        _close(descriptor)
+
+
+def _check_parent(parent: Path) -> None:
+    found = parent.stat()
+    if found.st_uid not in (0, os.getuid()):
+        raise PermissionError(f"{parent} belongs to the user with the id {found.st_uid}")
+    mode = found.st_mode
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
+        raise PermissionError(f"others may replace what is in {parent}")
+
+
+def _check_owner(descriptor: int) -> None:
+    found = os.fstat(descriptor)
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"it belongs to the user with the id {found.st_uid}")
+    if stat.S_IMODE(found.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        raise PermissionError(f"its mode {stat.S_IMODE(found.st_mode):o} lets others in")
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Whether a folder is the one that was opened, and not a new one in its place."""
+    try:
+        found, opened = folder.lstat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def _close(descriptor: int) -> None:
+    if descriptor in _descriptors:
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    # A lock lives as long as any copy of its descriptor.
+    while _descriptors:
+        with contextlib.suppress(OSError):
+            os.close(_descriptors.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
