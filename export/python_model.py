@@ -99,7 +99,7 @@ class TritonPythonModel:
         """Run arrays of one shape together; when that fails, each alone, to spare the innocent."""
         arrays = [array for _, array in members]
         try:
-            embeddings = self._encode(np.concatenate(arrays))
+            embeddings = self._encode(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
         except Exception as error:  # Whatever went wrong is the answer; the server must live.
             if len(members) == 1:
                 return [(members[0][0], _failure(str(error), pb_utils.TritonError.INTERNAL))]
@@ -126,8 +126,10 @@ def _load_onnx(folder, args, parameters):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _num_threads(parameters)
     options.inter_op_num_threads = 1
-    # A thread that spins while it waits takes the core from the client beside it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between the parts of a run threads spin for a moment, which saves 1 ms of 30 on one image;
+    # longer, or between runs, they would take the cores from the client beside them.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         os.path.join(folder, "model.onnx"),

@@ -368,7 +368,7 @@ def _engines_to_join(target: Path, manifest: Manifest) -> dict[str, Path]:
         differing = [
             field.name
             for field in fields(Manifest)
-            if getattr(served, field.name) != getattr(manifest, field.name)
+            if field.compare and getattr(served, field.name) != getattr(manifest, field.name)
         ]
         raise InputError(
             f"the engines in {version} are of another model: {', '.join(differing)} differ. Export "

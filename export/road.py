@@ -24,6 +24,7 @@ from clip_rt import specs
 from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec
 from export import graphs, int8, onnx_writer, parity, precision, probes, storage
+from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import console, mib, stage
 from export.graphs import Graph, ImageGraph, TextGraph
@@ -247,6 +248,7 @@ def make_manifest(
         mean=CLIP_MEAN,
         std=CLIP_STD,
         precision=precision,
+        canary=make_canary(clip, precision),
         libraries={
             "clip_rt": clip_rt.__version__,
             "onnx": onnx.__version__,

@@ -51,8 +51,9 @@ class Serving:
     """One per device: each instance of ONNX Runtime already uses every core."""
     max_batch_size: int = MAX_BATCH_SIZE
     """Largest request, and largest batch the server joins requests into."""
-    max_queue_delay_us: int = 500
-    """How long a request may wait for company when the model is idle."""
+    max_queue_delay_us: int = 0
+    """How long a request may wait for company when the model is idle. While it is busy requests
+    gather by themselves, here and in the client, so none need wait."""
     max_queue_size: int = 0
     """Waiting requests, the next one is refused at once; 0 is no bound. Any queue policy turns off
     the batcher's prefetching, and then about one request in a hundred waits 500 ms (seen with 2.51;

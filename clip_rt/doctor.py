@@ -1,0 +1,398 @@
+"""Is everything there, and does it answer what it should? `python -m clip_rt doctor`.
+
+Looks at this machine and at one or more servers, an embedded one where none is named, and prints a
+line for each finding: ok, warn or fail, what was found, and the way out. Ends with 0 when nothing
+fails, with 1 otherwise, by its deadline: fit for a readiness probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import ipaddress
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import clip_rt
+from clip_rt import canary
+from clip_rt.deadline import Deadline
+from clip_rt.errors import (
+    ClipRTError,
+    ServerStartError,
+    ServerTimeoutError,
+    ServerUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from clip_rt.client import Client
+    from clip_rt.transport import Transport
+
+TIMEOUT_S = 30.0
+PYTHONS = ((3, 10), (3, 13))
+"""First and last Python that this version is tested with."""
+PACKAGES = ("numpy", "pillow", "tokenizers", "ftfy", "tritonclient", "grpcio")
+SAFE_TRITON = (2, 71)
+"""Of container 26.07, where the newest known vulnerability is fixed (CVE-2026-16497)."""
+SECURITY_PAGE = "https://www.nvidia.com/en-us/security/"
+SHARED_MEMORY_BYTES = 64 * 1024**2
+"""Docker gives a container this much, and a server of several models needs more."""
+NUM_CALLS = 5
+"""Calls whose median is the latency."""
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    check: str
+    status: Status
+    detail: str
+    way_out: str = ""
+    server: str = ""
+    """Address of the server it is about; empty for this machine."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What was measured, for machines; names carry their units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A server to examine: one that runs at `url`, or one of our own over `repository`."""
+
+    url: str | None = None
+    repository: Path | None = None
+    model: str | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Examine what the command line names, print what was found, return the exit code."""
+    options = _read_options(arguments)
+    deadline = Deadline.after(options.timeout_s)
+    findings = []
+    write = sys.stdout.write
+    for finding in examine(
+        options.url, repository=options.repository, model=options.model, deadline=deadline
+    ):
+        findings.append(finding)
+        if not options.json:
+            write(f"{_line(finding)}\n")
+            sys.stdout.flush()
+    is_well = all(finding.status != "fail" for finding in findings)
+    if options.json:
+        document = {"ok": is_well, "findings": [asdict(finding) for finding in findings]}
+        write(json.dumps(document, indent=2) + "\n")
+    return 0 if is_well else 1
+
+
+def examine(
+    urls: Sequence[str] = (),
+    *,
+    repository: Path | None = None,
+    model: str | None = None,
+    deadline: Deadline,
+) -> Iterator[Finding]:
+    """Examine this machine and the servers a client with these arguments would use.
+
+    Args:
+        urls: Addresses of running servers; no server is started when there is one.
+        repository: Folder of models for an embedded server.
+        model: Served name; the only one if None.
+        deadline: For all of it.
+
+    Yields:
+        Findings as they are made. What depends on something that failed is left out.
+    """
+    yield _check_python()
+    packages = _check_packages()
+    yield packages
+    if packages.status == "fail":
+        return
+    yield from _check_cache_folder()
+    targets = _find_targets(urls, repository, model)
+    for index, target in enumerate(targets):
+        if target.url is None:
+            yield _check_shared_memory()
+            parts = _check_parts()
+            yield parts
+            if parts.status == "fail":
+                continue
+        # One that hangs leaves time for the others.
+        share_s = _remaining_s(deadline) / (len(targets) - index)
+        yield from _examine_server(target, Deadline.after(share_s))
+
+
+def _read_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_rt doctor", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--url", action="append", default=[], help="host:port of a running server; may be repeated"
+    )
+    parser.add_argument("--model", help="served name; the only one without it")
+    parser.add_argument("--repository", type=Path, help="models for an embedded server")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="for all of it")
+    options = parser.parse_args(arguments)
+    if options.url and options.repository:
+        parser.error("--url and --repository exclude each other")
+    if not options.timeout_s > 0:
+        parser.error("--timeout-s must be above 0")
+    return options
+
+
+def _line(finding: Finding) -> str:
+    name = f"{finding.server} {finding.check}".strip()
+    return f"{finding.status:<5} {name}: {finding.detail} {finding.way_out}".rstrip()
+
+
+def _find_targets(
+    urls: Sequence[str], repository: Path | None, model: str | None
+) -> tuple[Target, ...]:
+    """Choose as a client does that is given the same arguments."""
+    from clip_rt.client import CHECKOUT_REPOSITORY, REPOSITORY_VARIABLE, URL_VARIABLE
+
+    if not urls and repository is None:
+        urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]
+    if urls:
+        return tuple(Target(url=url, model=model) for url in urls)
+    folder = repository or Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+    return (Target(repository=folder, model=model),)
+
+
+def _check_python() -> Finding:
+    found = f"{platform.python_version()} on {sys.platform} {platform.machine()}"
+    first, last = PYTHONS
+    if not first <= sys.version_info[:2] <= last:
+        wanted = " to ".join(".".join(map(str, version)) for version in PYTHONS)
+        return Finding("python", "warn", found, f"clip_rt is tested with Python {wanted}.")
+    return Finding("python", "ok", found)
+
+
+def _check_packages() -> Finding:
+    found, missing = [f"clip_rt {clip_rt.__version__}"], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Finding("packages", "fail", f"missing: {', '.join(missing)}.", "pip install clip-rt")
+    return Finding("packages", "ok", ", ".join(found))
+
+
+def _check_cache_folder() -> Iterator[Finding]:
+    from clip_rt.client import CACHE_VARIABLE
+
+    folder = os.environ.get(CACHE_VARIABLE)
+    if not folder:
+        return
+    try:
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        detail = f"{folder} cannot be written: {error.strerror}."
+        way_out = f"Each process embeds its classes anew; change ${CACHE_VARIABLE}."
+        yield Finding("cache folder", "warn", detail, way_out)
+    else:
+        yield Finding("cache folder", "ok", f"{folder} can be written")
+
+
+def _check_shared_memory() -> Finding:
+    try:
+        free_bytes = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+    except OSError as error:
+        return Finding(
+            "shared memory", "fail", f"/dev/shm: {error.strerror}.", "Mount a tmpfs there."
+        )
+    detail = f"{free_bytes / 1024**2:.0f} MiB are free in /dev/shm"
+    numbers = {"free_bytes": float(free_bytes)}
+    if free_bytes < SHARED_MEMORY_BYTES:
+        way_out = "Large batches may fail: docker run --shm-size=1g."
+        return Finding("shared memory", "warn", f"{detail}.", way_out, numbers=numbers)
+    return Finding("shared memory", "ok", detail, numbers=numbers)
+
+
+def _check_parts() -> Finding:
+    from clip_rt.installation import find_home
+
+    try:
+        find_home()
+    except ServerStartError as error:
+        return Finding("parts", "fail", str(error))
+    version = importlib.metadata.version("nvidia-pytriton")
+    return Finding("parts", "ok", f"nvidia-pytriton {version} and all else the server needs")
+
+
+def _examine_server(target: Target, deadline: Deadline) -> Iterator[Finding]:
+    """Examine one server as far as it can be reached."""
+    name = target.url or "embedded"
+    check = "server"
+    try:
+        with contextlib.ExitStack() as stack:
+            transport = _reach(target, deadline, stack)
+            yield _check_version(transport, name, deadline)
+            if target.url is not None:
+                yield _check_encryption(target.url)
+            check = "models"
+            yield _check_ready(transport, name, deadline)
+            check = "contract"
+            client = stack.enter_context(_make_client(target, deadline))
+            yield _check_contract(client, name)
+            check = "execution"
+            yield _check_execution(transport, client, name, deadline)
+            check = "canary"
+            yield _check_canary(client, name, deadline)
+            check = "latency"
+            yield _check_latency(client, name, deadline)
+    except ClipRTError as error:
+        is_unreached = isinstance(error, (ServerUnavailableError, ServerTimeoutError))
+        way_out = "Is it running, and is this its gRPC port?" if is_unreached else ""
+        yield Finding(check, "fail", " ".join(str(error).split()), way_out, name)
+
+
+def _reach(target: Target, deadline: Deadline, stack: contextlib.ExitStack) -> Transport:
+    """Open a connection to a server, starting it if it is to be our own."""
+    from clip_rt.transport import Transport
+
+    if target.url is not None:
+        return stack.enter_context(contextlib.closing(Transport(target.url)))
+    assert target.repository is not None
+    from clip_rt.server import borrow, give_back
+
+    server = borrow(target.repository, start_timeout_s=_remaining_s(deadline))
+    stack.callback(give_back, server)
+    transport = Transport(server.url, headers=server.headers, may_cancel=False)
+    return stack.enter_context(contextlib.closing(transport))
+
+
+def _make_client(target: Target, deadline: Deadline) -> Client:
+    from clip_rt.client import Client
+
+    return Client(
+        target.url,
+        repository=target.repository,
+        model=target.model,
+        timeout_s=_remaining_s(deadline),
+        start_timeout_s=_remaining_s(deadline),
+    )
+
+
+def _remaining_s(deadline: Deadline) -> float:
+    """Return the time left, and a moment in which to say that there is none."""
+    return max(deadline.remaining_s(), 0.001)
+
+
+def _check_version(transport: Transport, name: str, deadline: Deadline) -> Finding:
+    facts = transport.read_server(timeout_s=_remaining_s(deadline))
+    version = re.match(r"(\d+)\.(\d+)", facts.version)
+    detail = f"version {facts.version[:40]}"
+    if version is None or tuple(map(int, version.groups())) >= SAFE_TRITON:
+        return Finding("server", "ok", detail, server=name)
+    detail += ", which has known vulnerabilities"
+    floor = f"Run container 26.07 or newer (Triton {'.'.join(map(str, SAFE_TRITON))}): "
+    if _is_loopback(transport.url):
+        way_out = f"It is for development on this machine. {floor}{SECURITY_PAGE}"
+        return Finding("server", "warn", f"{detail}.", way_out, name)
+    return Finding(
+        "server", "fail", f"{detail} and listens beyond loopback.", f"{floor}{SECURITY_PAGE}", name
+    )
+
+
+def _check_encryption(url: str) -> Finding:
+    from clip_rt.transport import parse_url
+
+    _, is_secure = parse_url(url)
+    if is_secure or _is_loopback(url):
+        return Finding("encryption", "ok", "TLS" if is_secure else "none, on loopback", server=url)
+    way_out = "Use grpcs://, or a network nobody else is in."
+    return Finding("encryption", "warn", "none: images and texts can be read.", way_out, url)
+
+
+def _is_loopback(url: str) -> bool:
+    from clip_rt.transport import parse_url
+
+    host = parse_url(url)[0].removeprefix("dns:///").rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_ready(transport: Transport, name: str, deadline: Deadline) -> Finding:
+    if not transport.is_ready(timeout_s=_remaining_s(deadline)):
+        return Finding(
+            "models", "fail", "not all are ready.", "Wait, or read the server's log.", name
+        )
+    return Finding("models", "ok", "all are ready", server=name)
+
+
+def _check_contract(client: Client, name: str) -> Finding:
+    manifest = client.manifest
+    detail = (
+        f"{manifest.model} is {manifest.architecture} in {manifest.precision}, weights "
+        f"{manifest.fingerprint[:12]}, {manifest.embedding_dim} dimensions"
+    )
+    return Finding("contract", "ok", detail, server=name)
+
+
+def _check_execution(
+    transport: Transport, client: Client, name: str, deadline: Deadline
+) -> Finding:
+    from clip_rt.specs import image_model, text_model
+
+    model = client.manifest.model
+    towers = transport.describe((image_model(model), text_model(model)), deadline)
+    detail = "; ".join(f"{tower.name} by {tower.runs_on}" for tower in towers)
+    return Finding("execution", "ok", detail, server=name)
+
+
+def _check_canary(client: Client, name: str, deadline: Deadline) -> Finding:
+    expected = client.manifest.canary
+    (image,) = client.encode_images(canary.draw_image(), timeout_s=_remaining_s(deadline))
+    (text,) = client.encode_texts(canary.TEXT, timeout_s=_remaining_s(deadline))
+    if expected is None:
+        way_out = "Export it again, or python -m export.canary for one in ONNX."
+        detail = "the model carries none, so its answers were compared with nothing."
+        return Finding("canary", "warn", detail, way_out, name)
+    cosines, min_cosine = canary.compare(expected, image=image, text=text)
+    numbers = {f"{tower}_cosine": cosine for tower, cosine in cosines.items()}
+    detail = " and ".join(f"{cosine:.6f} ({tower})" for tower, cosine in cosines.items())
+    detail = f"cosine {detail} with the reference; at least {min_cosine:g} is due"
+    if min(cosines.values()) >= min_cosine:
+        return Finding("canary", "ok", detail, server=name, numbers=numbers)
+    way_out = "Embeddings of this server are wrong: export the model again with this clip_rt."
+    return Finding("canary", "fail", f"{detail}.", way_out, name, numbers)
+
+
+def _check_latency(client: Client, name: str, deadline: Deadline) -> Finding:
+    image = canary.draw_image()
+    calls: dict[str, Callable[[], object]] = {
+        "image": lambda: client.encode_images(image, timeout_s=_remaining_s(deadline)),
+        "text": lambda: client.encode_texts(canary.TEXT, timeout_s=_remaining_s(deadline)),
+    }
+    numbers = {}
+    for what, call in calls.items():
+        durations_s = []
+        for _ in range(NUM_CALLS):
+            start_s = time.perf_counter()
+            call()
+            durations_s.append(time.perf_counter() - start_s)
+        numbers[f"{what}_ms"] = 1000 * statistics.median(durations_s)
+    detail = ", ".join(f"one {what} {numbers[f'{what}_ms']:.1f} ms" for what in calls)
+    return Finding(
+        "latency", "ok", f"{detail} (median of {NUM_CALLS})", server=name, numbers=numbers
+    )

@@ -1,0 +1,242 @@
+"""The doctor finds what is wrong, says the way out, ends in time, and tells no secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import tiny_repository
+
+import clip_rt
+from clip_rt import canary, doctor, installation
+from clip_rt import server as server_module
+from clip_rt.deadline import Deadline
+from clip_rt.errors import ServerStartError
+from clip_rt.server import EmbeddedServer
+from clip_rt.transport import ServerFacts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("CLIP_RT_URL", "CLIP_RT_REPOSITORY", "CLIP_RT_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory, client):
+    """A server of models with a right, a wrong and a damaged canary."""
+    (image,) = client.encode_images(canary.draw_image())
+    (text,) = client.encode_texts(canary.TEXT)
+    written = canary.write(image, text, min_cosine=0.9995)
+    repository = tmp_path_factory.mktemp("patients")
+    for name, carried in (
+        ("well", written),
+        ("ill", written | {"text": written["image"]}),
+        ("damaged", written | {"text": "?"}),
+    ):
+        facts = {"canary": carried}
+        tiny_repository.write(repository, name, image=facts, text=facts)
+    with EmbeddedServer(repository) as server:
+        yield server
+
+
+def consult(capsys, *arguments):
+    """Run the command and return its exit code and its findings by check."""
+    code = doctor.main([*map(str, arguments), "--json"])
+    output = capsys.readouterr().out
+    document = json.loads(output)
+    assert document["ok"] is (code == 0)
+    return code, {finding["check"]: finding for finding in document["findings"]}
+
+
+def failures(findings):
+    return [name for name, finding in findings.items() if finding["status"] == "fail"]
+
+
+def test_all_is_well_with_the_bundled_model_on_a_server_of_its_own(capsys):
+    code, found = consult(capsys, "--repository", ROOT / "model_repository")
+    assert code == 0
+    assert found["canary"]["status"] == "ok"
+    assert min(found["canary"]["numbers"].values()) > 0.9999
+    assert "nvidia-pytriton" in found["parts"]["detail"]
+    assert found["server"]["status"] == "warn"
+    assert doctor.SECURITY_PAGE in found["server"]["way_out"]
+    assert "drawings is RN26@64px in fp16_weights" in found["contract"]["detail"]
+    assert "drawings_text by the python backend, 1 on CPU" in found["execution"]["detail"]
+    assert found["latency"]["numbers"].keys() == {"image_ms", "text_ms"}
+
+
+class TestCanary:
+    def test_right(self, capsys, patients):
+        code, found = consult(capsys, "--url", patients.url, "--model", "well")
+        assert (code, found["canary"]["status"]) == (0, "ok")
+        assert found["canary"]["numbers"]["text_cosine"] > 0.99999
+
+    def test_wrong(self, capsys, patients):
+        code, found = consult(capsys, "--url", patients.url, "--model", "ill")
+        assert (code, failures(found)) == (1, ["canary"])
+        numbers = found["canary"]["numbers"]
+        assert numbers["image_cosine"] > 0.9995 > numbers["text_cosine"]
+
+    def test_damaged(self, capsys, patients):
+        code, found = consult(capsys, "--url", patients.url, "--model", "damaged")
+        assert (code, failures(found)) == (1, ["canary"])
+        assert "Export the model again" in found["canary"]["detail"]
+
+    def test_missing(self, capsys, server):
+        code, found = consult(capsys, "--url", server.url, "--model", "tiny")
+        assert (code, found["canary"]["status"]) == (0, "warn")
+
+
+class TestServer:
+    def test_the_table_has_a_line_for_each_finding_and_no_secret(self, capsys, patients):
+        assert doctor.main(["--url", patients.url, "--model", "well"]) == 0
+        output = capsys.readouterr().out
+        lines = output.splitlines()
+        assert {line.split()[0] for line in lines} == {"ok", "warn"}
+        assert sum(f"{patients.url} " in line for line in lines) == 7
+        (token,) = patients.headers.values()
+        assert token not in output
+
+    def test_none_is_started_beside_one_that_is_named(self, capsys, patients, monkeypatch):
+        monkeypatch.setattr(server_module, "borrow", None)
+        monkeypatch.setenv("CLIP_RT_URL", patients.url)
+        assert consult(capsys, "--model", "well")[0] == 0
+
+    def test_an_unknown_model_fails_the_contract(self, capsys, patients):
+        code, found = consult(capsys, "--url", patients.url, "--model", "other")
+        assert (code, failures(found)) == (1, ["contract"])
+
+    def test_nobody_listens(self, capsys):
+        start_s = time.monotonic()
+        code, found = consult(capsys, "--url", "127.0.0.1:1")
+        assert (code, failures(found)) == (1, ["server"])
+        assert "gRPC port" in found["server"]["way_out"]
+        assert time.monotonic() - start_s < 5
+
+    def test_one_that_hangs_leaves_time_for_the_other(self, capsys, patients):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            hanging = f"127.0.0.1:{silent.getsockname()[1]}"
+            start_s = time.monotonic()
+            code = doctor.main(
+                ["--url", hanging, "--url", patients.url, "--model", "well", "--timeout-s", "4"]
+            )
+            duration_s = time.monotonic() - start_s
+        lines = capsys.readouterr().out.splitlines()
+        assert code == 1
+        assert duration_s < 5
+        assert next(line for line in lines if line.startswith("fail")).split()[1] == hanging
+        assert any(f"{patients.url} latency" in line for line in lines)
+
+    def test_a_wrong_address_is_a_finding(self, capsys):
+        code, found = consult(capsys, "--url", "http://example.org/v2")
+        assert (code, failures(found)) == (1, ["server"])
+        assert "host:port" in found["server"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("url", "version", "status"),
+    [
+        ("127.0.0.1:8001", "2.51.0", "warn"),
+        ("[::1]:8001", "2.70.9", "warn"),
+        ("localhost:8001", "2.71.0", "ok"),
+        ("triton.example.org:8001", "2.70.0", "fail"),
+        ("dns:///triton:8001", "2.51.0", "fail"),
+        ("10.0.0.7:8001", "2.71.0", "ok"),
+        ("10.0.0.7:8001", "3.0.0", "ok"),
+        ("10.0.0.7:8001", "unknown", "ok"),
+    ],
+)
+def test_a_version_with_known_holes_must_not_be_reached_from_elsewhere(url, version, status):
+    class Asked:
+        def read_server(self, *, timeout_s):
+            return ServerFacts(name="triton", version=version)
+
+    asked = Asked()
+    asked.url = url
+    found = doctor._check_version(asked, url, Deadline.after(1))
+    assert found.status == status
+    assert (doctor.SECURITY_PAGE in found.way_out) is (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [("localhost:1", "ok"), ("10.0.0.7:1", "warn"), ("grpcs://10.0.0.7:1", "ok")],
+)
+def test_warns_of_what_others_can_read(url, status):
+    assert doctor._check_encryption(url).status == status
+
+
+class TestThisMachine:
+    def examine(self, **options):
+        deadline = Deadline.after(5)
+        found = list(doctor.examine(["127.0.0.1:1"], deadline=deadline, **options))
+        return {finding.check: finding for finding in found}
+
+    def test_a_missing_package_is_named_and_ends_it(self, monkeypatch):
+        monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no-such-package"))
+        found = self.examine()
+        assert list(found) == ["python", "packages"]
+        assert found["packages"].status == "fail"
+        assert "no-such-package" in found["packages"].detail
+
+    def test_an_untested_python_is_a_warning(self, monkeypatch):
+        monkeypatch.setattr(doctor, "PYTHONS", ((2, 6), (2, 7)))
+        assert self.examine()["python"].status == "warn"
+
+    def test_a_cache_folder_is_made_and_left_empty(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CLIP_RT_CACHE_DIR", str(tmp_path / "a" / "b"))
+        assert self.examine()["cache folder"].status == "ok"
+        assert os.listdir(tmp_path / "a" / "b") == []
+
+    def test_a_cache_folder_that_cannot_be_written_is_a_warning(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("CLIP_RT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        found = self.examine()["cache folder"]
+        assert found.status == "warn"
+        assert "CLIP_RT_CACHE_DIR" in found.way_out
+
+    def test_parts_of_the_server_that_are_missing_are_named(self, monkeypatch, capsys):
+        def find_home():
+            raise ServerStartError("the embedded server is not installed. Install it with ...")
+
+        monkeypatch.setattr(installation, "find_home", find_home)
+        code, found = consult(capsys, "--repository", ROOT / "model_repository")
+        assert (code, failures(found)) == (1, ["parts"])
+        assert "server" not in found
+
+    def test_little_shared_memory_is_a_warning(self, monkeypatch):
+        monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 2**60)
+        found = doctor._check_shared_memory()
+        assert found.status == "warn"
+        assert "--shm-size" in found.way_out
+
+    def test_a_repository_without_models_fails(self, capsys, tmp_path):
+        code, found = consult(capsys, "--repository", tmp_path)
+        assert (code, failures(found)) == (1, ["server"])
+        assert "export.onnx" in found["server"]["detail"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--timeout-s", "0"], ["--timeout-s", "nan"], ["--url", "a:1", "--repository", "x"], ["--no"]],
+)
+def test_refuses_what_it_cannot_do(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(arguments)
+    assert ended.value.code == 2
+
+
+def test_an_embedded_server_is_given_back(capsys, client, repository):
+    # The same that the client has, which must not lose it.
+    assert doctor.main(["--repository", str(repository)]) == 0
+    with contextlib.closing(clip_rt.Client(repository=repository)) as other:
+        assert other.encode_texts("red").shape == (1, tiny_repository.EMBEDDING_DIM)
+    assert client.encode_texts("red").shape == (1, tiny_repository.EMBEDDING_DIM)
