@@ -1,0 +1,242 @@
+"""What the measurements of serving and the soak are made of; not how fast anything is."""
+
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from benchmarks import photos, serving, soak
+from clip_rt.errors import ServerUnavailableError
+
+
+@pytest.mark.parametrize(
+    ("side", "value", "is_met"),
+    [
+        ("at least", 0.95, True),
+        ("at least", 0.949, False),
+        ("at most", 2.0, True),
+        ("at most", 2.001, False),
+        ("at least", math.nan, False),
+        ("at most", math.nan, False),
+    ],
+)
+def test_a_bar_is_met_on_its_side_of_the_limit(side: str, value: float, is_met: bool) -> None:
+    limit = 0.95 if side == "at least" else 2.0
+    bar = serving.Bar(what="x", value=value, limit=limit, side=side)  # type: ignore[arg-type]
+    assert bar.is_met is is_met
+    assert bar.to_json()["met"] is is_met
+
+
+def test_ways_take_turns() -> None:
+    order: list[str] = []
+
+    def way(name: str, seconds: float) -> float:
+        order.append(name)
+        return seconds
+
+    ways = {"a": lambda: way("a", 2.0), "b": lambda: way("b", 1.0)}
+    times_s = serving.by_turns(ways, 3, "x")
+    assert order == ["a", "b"] * 3
+    assert times_s == {"a": [2.0] * 3, "b": [1.0] * 3}
+    assert serving.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    # A slow moment of the machine is in both.
+    assert serving.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
+    with pytest.raises(ValueError, match="longer"):
+        serving.ratio([1.0], [1.0, 2.0])
+
+
+def test_threads_call_at_once_and_make_each_call_once() -> None:
+    together, made = threading.Barrier(4, timeout=10), []
+
+    def call(n: int) -> None:
+        if n < 4:
+            together.wait()
+        made.append(n)
+
+    elapsed_s, latencies_s = serving.run_threads(call, 11, 4)
+    assert sorted(made) == list(range(11))
+    assert len(latencies_s) == 11
+    assert elapsed_s >= max(latencies_s)
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        serving.run_threads(lambda n: 1 // (n - 2), 4, 4)
+
+
+def test_embeddings_of_another_item_stop_a_measurement() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    latencies_s: list[float] = []
+    serving.embed_singly(lambda n: rows[n : n + 1], range(3), rows, 2, latencies_s)
+    assert len(latencies_s) == 3
+    with pytest.raises(ValueError, match="differ"):
+        serving.embed_singly(lambda n: rows[n - 1 : n or None], range(3), rows, 2, [])
+    with pytest.raises(ValueError, match="differ"):
+        serving.check_equal(np.full_like(rows, np.nan), rows, "x")
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        serving.check_equal(rows[:2], rows, "x")
+
+
+def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "tower" / "1" / "model.onnx"
+    file.parent.mkdir(parents=True)
+    nodes = [
+        helper.make_node("Cast", ["tokens"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "two"], ["embeddings"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "double",
+        [helper.make_tensor_value_info("tokens", TensorProto.INT32, ["N", 2])],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["N", 2])],
+        [numpy_helper.from_array(np.array(2, np.float32), "two")],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
+    inputs = np.arange(80, dtype=np.int32).reshape(40, 2)
+    with serving.BareRuntime(file, inputs, tmp_path) as bare:
+        times_s, rows = bare.encode(3, 40)
+        assert len(times_s) == 2  # of 32 and of 5
+        np.testing.assert_array_equal(rows, 2 * inputs[3:40])
+        assert len(bare.encode_singly(3, 6)) == 3
+
+
+def test_pictures_are_distinct_and_come_back_the_same() -> None:
+    size = (320, 240)
+    files = [photos.jpeg(size, index) for index in range(9)]
+    assert files == [photos.jpeg(size, index) for index in range(9)]
+    assert len(set(files)) == 9
+    with Image.open(io.BytesIO(files[0])) as image:
+        assert (image.size, image.mode, image.format) == (size, "RGB", "JPEG")
+    assert photos.photo((1500, 20), 1).size == (1500, 20)
+
+
+def test_growth_is_what_a_line_through_the_values_rises_by() -> None:
+    at_s = list(range(0, 600, 5))
+    assert soak.growth(at_s, [200.0] * len(at_s)) == pytest.approx(0)
+    leak = [200 + 20 * t / 595 for t in at_s]
+    assert soak.growth(at_s, leak) == pytest.approx(20 / 210)
+    saw = [200 + 4 * (n % 2) for n in range(len(at_s))]
+    assert abs(soak.growth(at_s, saw)) < 0.002
+    assert math.isnan(soak.growth([0.0, 5.0], [1.0, 2.0]))
+
+
+def test_growth_leaves_the_warm_up_out() -> None:
+    resources = soak.Resources()
+    for n in range(20):
+        resources.sample(n, n)
+        resources.samples[-1]["rss_mib"] = 100.0 if n < 4 else 200.0
+    assert resources.growth()["rss_mib"] == pytest.approx(0)
+
+
+def test_rows_of_other_items_and_numbers_that_are_none_are_counted() -> None:
+    expected = np.eye(4, dtype=np.float32)
+    assert soak.count_wrong(expected.copy(), expected, 1e-4) == 0
+    assert soak.count_wrong(expected[[1, 0, 2, 3]], expected, 1e-4) == 2
+    broken = expected.copy()
+    broken[2] = np.nan
+    assert soak.count_wrong(broken, expected, 1e-4) == 1
+    assert soak.count_wrong(expected[:3], expected, 1e-4) == 4
+
+
+def test_answers_too_alike_to_be_told_apart_are_refused() -> None:
+    rows = np.array([[1, 0], [0, 1], [1, 1e-5]], np.float32)
+    kind = soak.Kind("x", 1.0, range(3), lambda some: rows[some], rows, 1e-4)
+    with pytest.raises(ValueError, match="item 0"):
+        soak.check_distinct(kind)
+
+
+def test_a_load_tells_wrong_rows_errors_of_servers_and_others_apart() -> None:
+    rows, stop, calls = np.eye(3, dtype=np.float32), threading.Event(), iter(range(6))
+
+    def call(some: list[int]) -> np.ndarray:
+        number = next(calls)
+        if number == 1:
+            raise ServerUnavailableError("away")
+        if number == 2:
+            raise ZeroDivisionError
+        if number == 5:
+            stop.set()
+        return rows[some] if number else np.roll(rows, 1, axis=0)[some]
+
+    load = soak.Load([soak.Kind("x", 1.0, range(3), call, rows, 1e-4)])
+    load.work(0, stop)
+    assert load.num_answered == 4
+    assert 1 <= load.num_wrong_rows < load.num_rows
+    assert load.server_errors == {"ServerUnavailableError": 1}
+    assert load.other_errors == {"ZeroDivisionError": 1}
+    assert "away" in load.examples["ServerUnavailableError"]
+    assert load.began_at_s == {}
+    found = load.to_json() | {"num_hanging": 0, "growth": {"fds": -0.06}}
+    met = {bar.what: bar.is_met for bar in soak.bars_of("x", found, may_fail=False)}
+    assert met == {
+        "x: wrong rows": False,
+        "x: hanging or late calls": True,
+        "x: errors not of a server": False,
+        "x: failed calls": False,
+        "x: growth of fds": False,
+    }
+
+
+def test_a_call_under_way_is_seen() -> None:
+    is_in, may_end = threading.Event(), threading.Event()
+
+    def call(some: list[int]) -> np.ndarray:
+        is_in.set()
+        may_end.wait(10)
+        return np.eye(1, dtype=np.float32)[some]
+
+    load = soak.Load([soak.Kind("x", 1.0, range(1), call, np.eye(1, dtype=np.float32), 1e-4)])
+    stop = threading.Event()
+    assert load.overdue_s() == 0
+    thread = threading.Thread(target=load.work, args=(0, stop), daemon=True)
+    thread.start()
+    assert is_in.wait(10)
+    began_s = time.monotonic()
+    while time.monotonic() <= began_s:
+        pass
+    assert load.overdue_s() > 0
+    stop.set()
+    may_end.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_only_the_server_on_its_port_is_found(tmp_path: Path) -> None:
+    # As a tritonserver would be listed, with a child as the python backend has.
+    program = tmp_path / "tritonserver"
+    program.symlink_to(sys.executable)
+    code = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input()'],"
+        " stdin=subprocess.PIPE); print(p.pid, flush=True); p.wait()"
+    )
+    command = [str(program), "-c", code, "--grpc-port=65001"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert soak.find_server(65001) == process.pid
+        assert soak.find_server(65002) is None
+        assert soak.find_children(process.pid) == [child]
+        soak.kill(child)
+        assert process.wait(10) == 0
+        soak.kill(None)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL)
+    assert os.getpid() not in soak.find_children(os.getpid())
