@@ -33,8 +33,8 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def save(name: str, results: dict[str, Any], *, packages: tuple[str, ...]) -> Path:
-    """Write `results/<date>_<name>.json` and return its path."""
+def save(name: str, results: dict[str, Any], *, packages: tuple[str, ...], part: str = "") -> Path:
+    """Write `results/<date>_<name>.json` and return its path; a part of a run has its own file."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     document = {
         "date": today,
@@ -43,6 +43,6 @@ def save(name: str, results: dict[str, Any], *, packages: tuple[str, ...]) -> Pa
         "versions": versions(*packages),
         **results,
     }
-    path = RESULTS_DIR / f"{today}_{name}.json"
+    path = RESULTS_DIR / f"{today}_{'_'.join(filter(None, (name, part)))}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path

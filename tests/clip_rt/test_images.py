@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from clip_rt.errors import ImageError, InputError
-from clip_rt.images import MAX_SIDE_PX, iterate, prepare, prepare_each, preprocess
+from clip_rt.images import iterate, prepare_each, preprocess
+from clip_rt.transform import MAX_SIDE_PX, prepare
 
 SIZES = (
     (1, 1),
@@ -246,15 +247,15 @@ def scene() -> Image.Image:
 
 def decoded_sizes(monkeypatch) -> list[tuple[int, int]]:
     """Note the size that each image has when it comes to the resize."""
-    from clip_rt import images
+    from clip_rt import transform
 
-    sizes, make_resizable = [], images._make_resizable
+    sizes, make_resizable = [], transform._make_resizable
 
     def note(image):
         sizes.append(image.size)
         return make_resizable(image)
 
-    monkeypatch.setattr(images, "_make_resizable", note)
+    monkeypatch.setattr(transform, "_make_resizable", note)
     return sizes
 
 

@@ -24,7 +24,8 @@ from PIL import Image, ImageSequence
 from clip_rt import images as images_module
 from clip_rt import telemetry
 from clip_rt.errors import ImageError, InputError
-from clip_rt.images import MAX_THREADS, count_threads, prepare, prepare_each, preprocess
+from clip_rt.images import MAX_THREADS, count_threads, prepare_each, preprocess
+from clip_rt.transform import prepare
 
 ROOT = Path(__file__).parents[2]
 

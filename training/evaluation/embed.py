@@ -23,10 +23,11 @@ from tqdm import tqdm
 from clip_rt import batching
 from clip_rt.decoding import ImageInput
 from clip_rt.errors import CheckpointError
-from clip_rt.images import Images, iterate, prepare
+from clip_rt.images import Images, iterate
 from clip_rt.prompts import fill, find_templates
 from clip_rt.specs import Activation, find_spec
 from clip_rt.tokenizer import encode
+from clip_rt.transform import prepare
 from clip_rt.zero_shot import pool
 from training.data.augment import normalise
 from training.data.drawing_batches import Drawings

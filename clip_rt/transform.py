@@ -1,0 +1,271 @@
+"""One image of any kind in, the uint8 square that CLIP reads out; pixels are never normalised here.
+
+Source: open_clip 3.3.0 `transform.py`, `image_transform` (which is openai/CLIP `clip/clip.py`,
+`_transform`) with torchvision 0.28.0 `Resize` and `CenterCrop`. `prepare` states the deviations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import os
+import threading
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clip_rt import telemetry
+from clip_rt.decoding import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    READABLE_FORMATS,
+    Box,
+    Decode,
+    ImageInput,
+    check_decode,
+    open_image,
+    shrink,
+)
+from clip_rt.errors import ImageError, InputError
+
+MAX_SIDE_PX = 2048
+"""Largest square made; more than any CLIP reads."""
+
+Square: TypeAlias = NDArray[np.uint8]
+"""uint8 (side_px, side_px, 3), RGB, not normalised."""
+
+FAST_OVERSAMPLING = 1.5
+"""A JPEG decoded fast has at least this many pixels for one of the square, along each side.
+
+The filter of the resize, not libjpeg's coarser one, must have the last word. At 1 it has not, and
+pixels are up to four times as far from the exact ones; at 2, photographs of 12 megapixels take a
+quarter longer. `benchmarks.decoding` measures all three.
+"""
+
+# Held while a Pillow image of the caller's is loaded, which one it is by its address. Reentrant,
+# since loading reads a file object, which may be of anyone's making.
+_loading = [threading.RLock() for _ in range(64)]
+
+_ORIENTATION = 0x0112
+# Exif 2.3, section 4.6.4, Orientation: what undoes each value; 1 is upright already.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def prepare(
+    image: ImageInput,
+    *,
+    side_px: int = 224,
+    exif: bool = True,
+    decode: Decode = "exact",
+    index: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> NDArray[np.uint8]:
+    """Resize the shortest side with Pillow's bicubic filter, crop the centre, convert to RGB.
+
+    Equal bit for bit to open_clip's validation transform before its normalisation, except that
+
+    * palette and 1-bit images become RGB before the resize, because Pillow would resize them
+      with nearest neighbour; transparent pixels keep their palette's colour;
+    * the EXIF orientation is applied, so that a photograph is seen as a person sees it; `exif`
+      turns that off, and damaged EXIF counts as none;
+    * 16-bit greys are scaled to 8 bits, round(value / 257); Pillow would clip them to white.
+      Mode I holds 16-bit greys as well, as it does where Pillow reads and writes PNG. Floating
+      point pixels have no defined range and are refused.
+
+    Alpha is dropped after the resize and colour profiles are ignored, as open_clip does. Of an
+    animation the first frame is read; of a Pillow image the frame it stands at.
+
+    With `decode="fast"`, JPEG files that are large are decoded at 1/2, 1/4 or 1/8 of their size,
+    whichever leaves the shortest side at least 1.5 x `side_px`, and then resized the same way. It
+    takes a fifth of the time for a photograph of 12 megapixels and is no longer exact; see
+    `benchmarks.decoding` for what that does to pixels, embeddings and accuracy. Smaller JPEGs,
+    other formats and images opened by the caller come out as with "exact".
+
+    Args:
+        image: One image. A Pillow image is only read; loading a lazy one is its own affair. Several
+            threads may pass the same one.
+        side_px: Side of the square the model reads.
+        exif: Turn photographs upright as their EXIF orientation says.
+        decode: "exact" or "fast".
+        index: Position in the caller's batch, for the error.
+        max_pixels: Largest width x height.
+        max_bytes: Largest encoded size.
+
+    Returns:
+        uint8 (side_px, side_px, 3), RGB, writable and not shared with the input.
+
+    Raises:
+        ImageError: the image cannot be read or decoded, has no area, or is over a limit.
+        InputError: another argument cannot be used.
+    """
+    side_px = check_side(side_px)
+    check_decode(decode)
+    if is_square(image, side_px) and side_px**2 <= max_pixels:
+        return np.array(image, dtype=np.uint8, order="C")
+    try:
+        with telemetry.stage("decode"):
+            opened = open_image(image, max_pixels=max_pixels, max_bytes=max_bytes)
+            box = None
+            if decode == "fast" and opened is not image:
+                box = shrink(opened, short_px=math.ceil(FAST_OVERSAMPLING * side_px))
+            with _alone(image):
+                opened.load()
+                turn = _find_turn(opened) if exif else None
+        with telemetry.stage("resize"):
+            return np.array(_crop_square(opened, side_px, turn=turn, box=box), dtype=np.uint8)
+    except ImageError as error:
+        message = f"{_describe(image, index)} {error}"
+        raise ImageError(message, index=index) from error.__cause__
+    # On damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
+    # struct.error, zlib.error, EOFError, OverflowError, MemoryError, warnings made errors.
+    except Exception as error:
+        raise ImageError(
+            f"{_describe(image, index)} cannot be decoded: {_shorten(error)}. "
+            f"Check that it is complete, or save it again as {READABLE_FORMATS}.",
+            index=index,
+        ) from error
+
+
+def check_side(side_px: int) -> int:
+    """Return the side of a square as a number.
+
+    Raises:
+        InputError: it is none, or too large.
+    """
+    try:
+        side = operator.index(side_px)
+    except TypeError:
+        side = 0
+    if not 1 <= side <= MAX_SIDE_PX:
+        raise InputError(f"side_px is {side_px!r}; it must be a whole number 1 to {MAX_SIDE_PX}.")
+    return side
+
+
+def is_square(image: object, side_px: int) -> bool:
+    """Whether there is nothing to do; resizing to the same size would change no pixel either."""
+    return (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.shape == (side_px, side_px, 3)
+    )
+
+
+def _alone(image: ImageInput) -> contextlib.AbstractContextManager[object]:
+    """Let only one thread at a time load a Pillow image of the caller, who may pass it to several.
+
+    Pillow loads pixels and EXIF when they are first asked for, and two threads that both do so
+    damage each other's.
+    """
+    if isinstance(image, Image.Image):
+        return _loading[id(image) // 64 % len(_loading)]
+    return contextlib.nullcontext()
+
+
+def _begin_anew() -> None:
+    """Forget the parent's locks in a forked child, where they may be held."""
+    _loading[:] = [threading.RLock() for _ in _loading]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    # Pillow parses EXIF from the file's own offsets; whatever goes wrong means there is none.
+    except Exception:
+        return None
+
+
+def _crop_square(
+    image: Image.Image, side_px: int, *, turn: Image.Transpose | None, box: Box | None
+) -> Image.Image:
+    """Do what torchvision's `Resize(side_px)` and `CenterCrop(side_px)` do, then make it RGB.
+
+    Args:
+        image: As it was decoded.
+        side_px: Side of the square.
+        turn: What makes it upright.
+        box: The part of it that is the picture; None is all of it.
+    """
+    image = _make_resizable(image)
+    if box is None:
+        # Turned first: after the resize it would be the same but for a rounding.
+        image = _resize(_turn(image, turn), side_px, None)
+    else:
+        image = _turn(_resize(image, side_px, box), turn)
+    # Half a pixel rounds to the even one, in torchvision as in Python.
+    left = round((image.width - side_px) / 2.0)
+    top = round((image.height - side_px) / 2.0)
+    # Cropped before it is converted: the same pixels, and fewer of them.
+    return image.crop((left, top, left + side_px, top + side_px)).convert("RGB")
+
+
+def _resize(image: Image.Image, side_px: int, box: Box | None) -> Image.Image:
+    width, height = image.size if box is None else box[2:]
+    if width <= height:
+        size = side_px, int(side_px * height / width)
+    else:
+        size = int(side_px * width / height), side_px
+    return image.resize(size, Image.Resampling.BICUBIC, box)
+
+
+def _turn(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
+
+
+def _make_resizable(image: Image.Image) -> Image.Image:
+    """Leave a mode that Pillow resizes with a filter alone; convert the others."""
+    mode = image.mode
+    if mode == "P" and "transparency" in image.info:
+        # The same pixels as at one go, without Pillow's warning about the alpha it drops.
+        return image.convert("RGBA").convert("RGB")
+    if mode in ("1", "P", "PA"):
+        return image.convert("RGB")
+    if mode == "I" or mode.startswith("I;16"):
+        return _scale_grey(image)
+    if mode == "F":
+        raise ImageError(
+            "has floating point pixels (mode F), whose range is not defined. Scale them to 0..255 "
+            "and pass image.convert('L')."
+        )
+    return image
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image)
+    if image.mode == "I" and not 0 <= int(grey.min()) <= int(grey.max()) <= 65535:
+        raise ImageError(
+            f"has greys {grey.min()} to {grey.max()} in mode I; 0 to 65535 are read. Scale them."
+        )
+    scaled = grey.astype(np.uint32)
+    scaled += 128
+    scaled //= 257
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _describe(image: object, index: int | None) -> str:
+    position = "image" if index is None else f"image {index}"
+    if isinstance(image, str):
+        return f"{position} ({_shorten(repr(str(image)))})"
+    if isinstance(image, os.PathLike):
+        return f"{position} ({_shorten(repr(image))})"
+    return f"{position} ({type(image).__name__})"
+
+
+def _shorten(value: object, max_chars: int = 120) -> str:
+    text = str(value).rstrip(".")
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."
