@@ -44,7 +44,8 @@ COOL_DOWN_S = 10.0
 """That while."""
 TOKEN_KEY = "clip-rt-token"
 RESTRICTED = "shared-memory,model-repository,statistics,trace,logging"
-"""Protocols of Triton that answer only to the owner."""
+"""Protocols of Triton that answer only to who has the token; other users of this machine can read
+it in the list of processes."""
 
 _FIRST_PAUSE_S = 0.25
 

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -293,6 +294,11 @@ class FakeServer:
             specs.image_model(model): "image",
             specs.text_model(model): "text",
         }
+        self._work_by_tower: dict[specs.Tower, Counter[str]] = {
+            "image": Counter(),
+            "text": Counter(),
+        }
+        """Requests, rows and nanoseconds, as a server counts them."""
         self._max_batch_size = max_batch_size
         self._version = version
         self._max_message_bytes = max_message_bytes
@@ -349,7 +355,7 @@ class FakeServer:
             fault: What happens to each.
             times: How many calls; after that the server is well again.
             method: "ModelInfer", or what the client asks beside: "ModelConfig", "RepositoryIndex",
-                "ServerMetadata", "ServerReady", "ServerLive".
+                "ModelStatistics", "ServerMetadata", "ServerReady", "ServerLive".
 
         Raises:
             InputError: the server has no such method.
@@ -458,6 +464,7 @@ class FakeServer:
             ),
             "RepositoryIndex": self._list_models,
             "ModelConfig": self._describe,
+            "ModelStatistics": self._tell_statistics,
             "ModelInfer": self._infer,
         }
 
@@ -540,8 +547,14 @@ class FakeServer:
         return len(shape) == 2 and shape[1] in lengths
 
     def _infer(self, request: Request, context: Any) -> Any:
+        start_ns = time.perf_counter_ns()
         embed = self._embed_square if request.tower == "image" else self._embed_tokens
         rows = np.stack([embed(row) for row in request.array]).astype(np.float32)
+        with self._lock:
+            work = self._work_by_tower[request.tower]
+            work["requests"] += 1
+            work["rows"] += len(rows)
+            work["ns"] += time.perf_counter_ns() - start_ns
         return _answer(f"{specs.slug(self.manifest.model)}_{request.tower}", rows)
 
     def _embed_square(self, square: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -572,6 +585,17 @@ class FakeServer:
         response = service_pb2.RepositoryIndexResponse()
         for name in self._tower_by_model:
             response.models.add(name=name, version="1", state="READY")
+        return response
+
+    def _tell_statistics(self, message: Any, context: Any) -> Any:
+        with self._lock:
+            work = self._work_by_tower[self._find_tower(message.name, context)].copy()
+        response = service_pb2.ModelStatisticsResponse()
+        found = response.model_stats.add(name=message.name, version="1")
+        found.inference_count, found.execution_count = work["rows"], work["requests"]
+        found.inference_stats.success.count = work["requests"]
+        found.inference_stats.compute_infer.count = work["requests"]
+        found.inference_stats.compute_infer.ns = work["ns"]
         return response
 
     def _describe(self, message: Any, context: Any) -> Any:

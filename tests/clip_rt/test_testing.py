@@ -308,3 +308,11 @@ def test_a_port_taken_meanwhile_is_an_error(server):
         taken.listen()
         with pytest.raises(clip_rt.ServerStartError, match="taken"):
             server.start()
+
+
+def test_it_counts_its_work_as_a_server_does():
+    with testing.FakeServer(side_px=8) as server, clip_rt.Client(server.url) as client:
+        with clip_rt.measure(server=client) as timings:
+            client.encode_images(np.zeros((1, 8, 8, 3), np.uint8))
+            client.encode_texts(["red", "green"])
+        assert 0 < timings.seconds["server_compute"] < timings.seconds["total"]
