@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -301,14 +302,23 @@ def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
         before = client.encode_images(solid((1, 2, 3)), timeout_s=30)
         server = find_own(repository)
         (pid,) = list_own(server, "bin/tritonserver")
+        stopped_id = server.server_id
         os.kill(pid, signal.SIGSTOP)
         try:
             start_s = time.monotonic()
-            with pytest.raises(clip_rt.ServerTimeoutError):
-                client.encode_images(solid((1, 2, 3)))
-            assert 0.9 < time.monotonic() - start_s < 2.0
+            try:
+                answer = client.encode_images(solid((1, 2, 3)))
+            except clip_rt.ServerTimeoutError:
+                assert time.monotonic() - start_s > 0.9
+            else:
+                # On a busy machine the model's process takes its stopped parent for dead and ends,
+                # and then another server is started and answers, all within the call.
+                assert server.server_id != stopped_id
+                np.testing.assert_array_equal(answer, before)
+            assert time.monotonic() - start_s < 2.0
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         np.testing.assert_array_equal(client.encode_images(solid((1, 2, 3)), timeout_s=30), before)
 
 
