@@ -28,6 +28,9 @@ from clip_rt.transport import Transport
 _POLL_S = 0.02
 _ANSWER_TIMEOUT_S = 1.0
 _GREETING_TIMEOUT_S = 5.0
+"""How long a supervisor that runs may take to greet another owner."""
+_JOIN_SHARE = 0.25
+"""Share of the time for a start after which a supervisor that does not greet is given up."""
 _END_TIMEOUT_S = 10.0
 _MESSAGE_CHARS = 600
 _SIGNALS = {
@@ -54,6 +57,12 @@ class Facts:
 class Run:
     """One life of a server, as one of its owners sees it: a connection to its supervisor.
 
+    Args:
+        link: The connection.
+        folder: The server's own.
+        process: The supervisor, if this process started it.
+        greeting_timeout_s: How long it may take to greet.
+
     Raises:
         ServerStartError: the supervisor does not greet, or reports that it could not start it.
     """
@@ -63,6 +72,8 @@ class Run:
         link: socket.socket,
         folder: Path,
         process: subprocess.Popen[bytes] | None = None,
+        *,
+        greeting_timeout_s: float = _GREETING_TIMEOUT_S,
     ) -> None:
         self._folder = folder
         self._process = process
@@ -73,7 +84,7 @@ class Run:
         self._ready_at_s: float | None = None
         self._is_over = False
         _runs.add(self)
-        self.facts = self._greet(link)
+        self.facts = self._greet(link, greeting_timeout_s)
 
     @property
     def is_joined(self) -> bool:
@@ -163,31 +174,41 @@ class Run:
         if self._process is not None:
             self._process.returncode = 0  # It is not ours to wait for.
 
-    def _greet(self, link: socket.socket) -> Facts:
+    def _greet(self, link: socket.socket, timeout_s: float) -> Facts:
         self._link = link
         weakref.finalize(self, link.close)
-        message = self._read_message(link, _GREETING_TIMEOUT_S)
+        message = self._read_message(link, timeout_s)
         if message is not None and "server" in message:
             return Facts(**message["server"])
         if message is not None and "report" in message:
             self._report = message["report"]
             self.end()
             raise make_start_error(message["report"], None)
-        said = ""
-        if self._process is not None:
+        said = f"no word within {timeout_s:.3g} s"
+        if self._process is None:
+            self._hang_up()  # It is stopped, perhaps, and would be waited for once more.
+        else:
             self._process.kill()
             if self._process.stderr is not None:
-                said = self._process.stderr.read().decode("utf-8", "replace")[-_MESSAGE_CHARS:]
-        self.end()
+                words = self._process.stderr.read().decode("utf-8", "replace")
+                said = words[-_MESSAGE_CHARS:] or said
+            self.end()
         raise ServerStartError(
-            f"the supervisor of the embedded server does not answer: {said or 'no word'}. "
-            f"{OTHER_WAY}"
+            f"the supervisor of the embedded server does not answer: {said}. {OTHER_WAY}"
         )
+
+    def _hang_up(self) -> None:
+        """Let go of it without waiting for its last words."""
+        with self._lock:
+            self._is_over = True
+            link, self._link = self._link, None
+            if link is not None:
+                link.close()
 
     def _rejoin(self) -> bool:
         """Become an owner of one's own, in a forked child."""
         try:
-            self.facts = self._greet(sharing.connect(self._folder))
+            self.facts = self._greet(sharing.connect(self._folder), _GREETING_TIMEOUT_S)
         except (OSError, ServerStartError):
             self._is_over = True
             return False
@@ -203,6 +224,8 @@ class Run:
                 if self._process is not None:
                     self._process.kill()
                 sharing.remove_dead(self._folder)
+                if self._process is None:
+                    return  # It is dead, or stopped and not ours to kill.
             else:
                 self._report = message["report"]
         link.settimeout(_END_TIMEOUT_S)
@@ -263,8 +286,18 @@ _supervisors: list[subprocess.Popen[bytes]] = []
 _NO_REPORT: supervisor.Report = {"exit_code": None, "log_tail": "", "problem": ""}
 
 
-def launch(home: Home, job: supervisor.Job) -> Run:
-    """Start a supervisor with its server; this process is the first owner."""
+def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: float) -> Run:
+    """Start a supervisor with its server; this process is the first owner.
+
+    Args:
+        home: What the server is made of.
+        job: What the supervisor is to do.
+        deadline_s: On the monotonic clock, for its greeting.
+        start_timeout_s: What the deadline was made of, for a message.
+
+    Raises:
+        ServerStartError: it does not start, or does not greet in time.
+    """
     _collect()
     ours, its = socket.socketpair()
     try:
@@ -285,13 +318,42 @@ def launch(home: Home, job: supervisor.Job) -> Run:
     finally:
         its.close()
     _supervisors.append(process)
-    with contextlib.suppress(OSError):  # Then it has ended already, and its words say why.
+    ours.settimeout(_left_s(deadline_s))
+    # Else it has ended already, and its words say why, or it will not greet either.
+    with contextlib.suppress(OSError):
         ours.sendall(json.dumps(job).encode() + b"\n")
     try:
-        return Run(ours, Path(job["folder"]), process)
+        return Run(ours, Path(job["folder"]), process, greeting_timeout_s=_left_s(deadline_s))
+    except ServerStartError as error:
+        if time.monotonic() < deadline_s:
+            raise
+        raise ServerStartError(
+            f"the embedded server was not ready after {start_timeout_s:g} s, in which its "
+            "supervisor has not said a word. Allow more time with start_timeout_s=."
+        ) from error
     finally:
         if process.stderr is not None:
             process.stderr.close()
+
+
+def join(link: socket.socket, folder: Path, deadline_s: float) -> Run:
+    """Become another owner of a server that runs.
+
+    Args:
+        link: A connection to its supervisor.
+        folder: The server's own.
+        deadline_s: On the monotonic clock, for the server to be ready, whichever it is.
+
+    Raises:
+        ServerStartError: its supervisor does not greet, while there is time to start another.
+    """
+    timeout_s = min(_GREETING_TIMEOUT_S, _JOIN_SHARE * _left_s(deadline_s))
+    return Run(link, folder, greeting_timeout_s=timeout_s)
+
+
+def _left_s(deadline_s: float) -> float:
+    """Return the time left, as a socket takes it: 0 would mean not to wait, not even a moment."""
+    return max(deadline_s - time.monotonic(), 0.001)
 
 
 def _collect() -> None:

@@ -33,7 +33,7 @@ from clip_rt.installation import (
     find_home,
     find_models,
 )
-from clip_rt.ownership import Facts, Run, find_cause, launch, make_start_error
+from clip_rt.ownership import Facts, Run, find_cause, join, launch, make_start_error
 
 MAX_TRIES = 5
 """When others take the port first, or one that others started dies before we have joined it."""
@@ -161,7 +161,7 @@ class EmbeddedServer:
             models = find_models(self.repository)
             for _ in range(MAX_TRIES):
                 self._crashes.hold_back(deadline_s)
-                run = self._join_or_launch(home, models, deadline_s)
+                run = self._join_or_launch(home, models, deadline_s, timeout_s)
                 try:
                     is_ready = run.wait_until_ready(deadline_s, timeout_s, sorted(models))
                 except BaseException:
@@ -234,19 +234,22 @@ class EmbeddedServer:
         if not (run.is_joined and was_killed):
             raise make_start_error(report, run.facts.url)
 
-    def _join_or_launch(self, home: Home, models: dict[str, Path], deadline_s: float) -> Run:
+    def _join_or_launch(
+        self, home: Home, models: dict[str, Path], deadline_s: float, timeout_s: float
+    ) -> Run:
         key = sharing.make_key(home, models) if self._is_shared else ""
         with sharing.open_folder(deadline_s) as parent:
             if key:
                 for folder, link in sharing.find_servers(parent, key):
                     with contextlib.suppress(ServerStartError):
-                        return Run(link, folder)
+                        return join(link, folder, deadline_s)
             check_shared_memory(models)
             sharing.sweep(parent)
             nonce = secrets.token_hex(8)
             folder = parent / sharing.name_folder(key, nonce)
             facts = Facts(f"clip_rt-{nonce}", self._port or _find_free_port(), self._token)
-            return launch(home, self._job(home, models, folder, facts))
+            job = self._job(home, models, folder, facts)
+            return launch(home, job, deadline_s, timeout_s)
 
     def _job(
         self, home: Home, models: dict[str, Path], folder: Path, facts: Facts

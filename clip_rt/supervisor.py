@@ -30,6 +30,8 @@ from typing import Any, TypedDict
 
 LOG_BYTES = 64 * 1024
 """How much of the end of the server's log is kept."""
+REPORT_BYTES = 128 * 1024
+"""Longest report: the buffer of a socket takes 208 KiB on Linux while nobody reads it."""
 REAP_TIMEOUT_S = 2.0
 DRAIN_TIMEOUT_S = 30.0
 """How long requests under way may take to end when a server is drained."""
@@ -92,6 +94,7 @@ def main() -> None:
         report["problem"] = f"{type(error).__name__}: {error}"
     finally:
         remove_leftovers(job["folder"], job["shared_memory_prefix"])
+    _shorten(report)
     for owner in owners:
         tell(owner, {"report": report})
     # Their connections close as we end, and then nothing is left.
@@ -101,8 +104,21 @@ def main() -> None:
 def tell(peer: socket.socket, message: dict[str, Any]) -> None:
     """Send one line of JSON; a peer that is gone or does not read misses it."""
     with contextlib.suppress(OSError):
-        line = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
-        peer.send(line + b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        peer.send(_to_line(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def _to_line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _shorten(report: Report) -> None:
+    """Drop the begin of the log until the report fits into the buffer of a socket.
+
+    Owners that only hold the connection read it when they next look, long after we have ended; and
+    as JSON a byte that is no text takes up to six.
+    """
+    while report["log_tail"] and len(_to_line({"report": report})) > REPORT_BYTES:
+        report["log_tail"] = report["log_tail"][len(report["log_tail"]) // 8 + 1 :]
 
 
 def lock(descriptor: int) -> bool:

@@ -46,7 +46,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,7 @@ import tiny_repository
 from fault_proxy import Corrupt, CutAfter, Delay, Drip, FaultProxy, Stall
 from owners import list_pids, read_command, wait_until
 from PIL import Image
+from stopping import stopped
 
 import clip_rt
 from clip_rt import testing
@@ -88,16 +89,6 @@ def find_own(server: EmbeddedServer, pattern: str) -> int:
         pid for pid in list_pids() if pattern in (words := read_command(pid)) and own in words
     ]
     return pid
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
@@ -159,6 +150,7 @@ def test_f01_a_server_killed_with_32_requests_in_flight_mixes_up_nothing(tmp_pat
         pid = find_own(server, "bin/tritonserver")
         with stopped(pid), ThreadPoolExecutor(32) as pool:
             calls = [pool.submit(client.encode_images, shades(i, i + 32)) for i in range(32)]
+            # None is answered before: the server has stopped, all of it.
             assert wait_until(lambda: all(call.running() for call in calls))
             os.kill(pid, signal.SIGKILL)
             outcomes = [call.exception(timeout=60) or call.result() for call in calls]
@@ -179,7 +171,9 @@ def test_f02_while_the_only_replica_is_away_those_who_can_wait_do(proxy, far, tr
         for call in hasty:
             seconds, error = call.result(timeout=10)
             assert isinstance(error, (clip_rt.ServerUnavailableError, clip_rt.ServerTimeoutError))
-            assert seconds < 1.5
+            # Of 240 such calls, beside up to 8 busy loops on 2 cores, the last ended after 1.11 s.
+            # The first after 0.39 s: it is given up when the next pause would outlast the deadline.
+            assert 0.3 < seconds < 1.2
         time.sleep(1.5)  # It is away for longer than a few tries take.
         proxy.listen()
         rows = np.concatenate([call.result(timeout=30) for call in patient])

@@ -14,6 +14,7 @@ import pytest
 import tiny_repository
 import tritonclient.grpc as triton
 from owners import ROOT, find_processes, find_remains, is_listening, is_running, wait_until
+from stopping import stopped
 
 import clip_rt
 from clip_rt.__main__ import main
@@ -95,22 +96,21 @@ def test_told_to_end_it_answers_what_is_under_way_and_accepts_no_more(start_serv
         tokens.set_data_from_numpy(np.array([[1, tiny_repository.WORDS["red</w>"], 2]], np.int32))
         answers: list[object] = []
         stub = find_stub(process.pid, "tiny_text")
-        os.kill(stub, signal.SIGSTOP)
-        client.async_infer("tiny_text", [tokens], lambda result, error: answers.append(error))
-        assert client.is_server_ready()  # Heard on the same connection, after the request.
-        process.terminate()
+        with stopped(stub):
+            client.async_infer("tiny_text", [tokens], lambda result, error: answers.append(error))
+            assert client.is_server_ready()  # Heard on the same connection, after the request.
+            process.terminate()
 
-        def is_refused() -> bool:
-            try:
-                client.infer("tiny_image", [make_pixels()], client_timeout=1.0)
-            except triton.InferenceServerException:
-                return True
-            return False
+            def is_refused() -> bool:
+                try:
+                    client.infer("tiny_image", [make_pixels()], client_timeout=1.0)
+                except triton.InferenceServerException:
+                    return True
+                return False
 
-        assert wait_until(is_refused)
-        assert process.poll() is None
-        assert not answers
-        os.kill(stub, signal.SIGCONT)
+            assert wait_until(is_refused)
+            assert process.poll() is None
+            assert not answers
         assert wait_until(lambda: answers)
         assert answers == [None]
     assert process.wait(timeout=30) == 0

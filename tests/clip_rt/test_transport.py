@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import queue
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 import tiny_repository
 import trustme
 from owners import find_processes, read_command, wait_until
+from stopping import stopped
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import clip_rt
@@ -101,15 +100,6 @@ def real(server) -> Iterator[Transport]:
 
 def infer(transport, array=PIXELS, model=IMAGE, timeout_s=10.0):
     return transport.infer(model, array, Deadline.after(timeout_s))
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def find_server(server: EmbeddedServer) -> int:
