@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from clip_rt.errors import InputError, UnknownModelError
 
@@ -65,6 +65,10 @@ class ResNetSpec:
     """Bottleneck blocks in each of the four stages."""
     width: int
     """Channels after the stem; the last stage has 32 times as many."""
+    expansion: ClassVar[int] = 4
+    """Channels that leave a block, for each of its 3x3 convolution."""
+    cell_px: ClassVar[int] = 32
+    """Side of the square of pixels that one cell of the last stage stands for."""
 
     @property
     def heads(self) -> int:

@@ -687,19 +687,31 @@ def _read_config(config: Any) -> ServedModel:
         embedding_dim=manifest.embedding_dim,
         max_batch_size=config.max_batch_size,
         manifest=manifest,
-        runs_on=_describe_execution(config, parameters.get("execution_providers")),
+        runs_on=_describe_execution(config, parameters, manifest.precision),
     )
 
 
-def _describe_execution(config: Any, providers: str | None) -> str:
+def _describe_execution(config: Any, parameters: Mapping[str, str], precision: str) -> str:
     """Say what runs a model: what Triton's configuration decides, and that it does not the rest."""
     kinds = {kind: name for name, kind in model_config_pb2.ModelInstanceGroup.Kind.items()}
     backend = config.backend or config.platform
     words = f"the {backend} backend"
     for group in config.instance_group:
         words += f", {group.count} on {kinds.get(group.kind, '?').removeprefix('KIND_')}"
-    if providers is not None:
-        words += f", execution providers {providers[:200]}"
+    if "execution_providers" in parameters:
+        words += f", execution providers {parameters['execution_providers'][:200]}"
     if backend.startswith("onnxruntime"):
         words += " (which execution provider took it, only the server's log says)"
+    on_processor = any(kinds.get(group.kind) == "KIND_CPU" for group in config.instance_group)
+    if backend == "python" and on_processor and "execution_providers" not in parameters:
+        runtime = parameters.get("runtime", "auto")
+        if precision == "int8":
+            words += ", runtime openvino"
+        elif runtime == "auto":
+            words += (
+                ", runtime auto (OpenVINO where it is installed, else ONNX Runtime: the server's "
+                "log says which)"
+            )
+        else:
+            words += f", runtime {runtime[:40]}"
     return words

@@ -27,6 +27,7 @@ from clip_rt.errors import ExportError, InputError
 
 MAX_ROWS = 300
 """More change the ranges no further; as many as NNCF itself looks at."""
+_INSTALL = "Install it: pip install 'clip-rt[int8]'"
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -87,9 +88,12 @@ def load_openvino(
         Pixels or tokens in, embeddings (rows, embed_dim) out.
 
     Raises:
-        ExportError: OpenVINO or NNCF is not installed.
+        ExportError: OpenVINO is not installed.
     """
-    _, openvino = _import_libraries()
+    try:
+        import openvino
+    except ImportError as error:
+        raise ExportError(f"OpenVINO is needed, and {error}. {_INSTALL}") from error
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -118,9 +122,7 @@ def _import_libraries() -> tuple[Any, Any]:
         import nncf
         import openvino
     except ImportError as error:
-        raise ExportError(
-            f"INT8 needs OpenVINO and NNCF, and {error}. Install them: pip install 'clip-rt[int8]'"
-        ) from error
+        raise ExportError(f"INT8 needs OpenVINO and NNCF, and {error}. {_INSTALL}") from error
     nncf.set_log_level(logging.ERROR)
     return nncf, openvino
 

@@ -36,7 +36,7 @@ from export.road import (
     read_samples,
 )
 from export.store import Store
-from export.triton_config import Device, Serving
+from export.triton_config import Device, Runtime, Serving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class OnnxConfig(ExportConfig):
     """Triton backend that runs it; NVIDIA's container has onnxruntime too."""
     device: Device = "cpu"
     """Where Triton places it."""
+    runtime: Runtime = "auto"
+    """What runs it in the python backend on cpu; auto is OpenVINO where that is there. int8 is
+    OpenVINO's."""
 
     def __post_init__(self) -> None:
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
@@ -61,6 +64,8 @@ class OnnxConfig(ExportConfig):
                 raise InputError(f"precision is {self.precision}; only int8 is calibrated.")
         elif (self.backend, self.device) != ("python", "cpu"):
             raise InputError("int8 is run by OpenVINO: leave --backend python and --device cpu.")
+        elif self.runtime == "onnxruntime":
+            raise InputError("int8 is run by OpenVINO only: leave --runtime auto.")
         elif self.weights != RANDOM and not (self.calibration and self.samples):
             raise InputError(
                 "int8 needs --calibration, images and texts like those to come, and --samples to "
@@ -81,7 +86,10 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
     spec = find_spec(config.model)
     check_name(config.served_name, config.repository)
     serving = Serving(
-        backend=config.backend, device=config.device, max_batch_size=config.max_batch_size
+        backend=config.backend,
+        device=config.device,
+        runtime=config.runtime,
+        max_batch_size=config.max_batch_size,
     )
     if config.dry_run:
         limit = parity.TOLERANCES[config.precision]
@@ -115,6 +123,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             image=towers.image,
             text=towers.text,
             precision=config.precision,
+            runtimes=parity.installed_runtimes(),
             samples=samples,
         )
         outcome.append(f"{len(report.cases)} cases pass")

@@ -7,8 +7,10 @@ graph's torch form, so that a mistake in `graphs.py` is caught too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +19,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from clip_rt.batching import MAX_ROWS, plan_texts
+from clip_rt.batching import MAX_ROWS, TextPlan, plan_texts
 from clip_rt.errors import ParityError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS, Tower
 from export import probes
@@ -28,6 +30,9 @@ from training.model import CLIP
 FloatArray = NDArray[np.float32]
 Encoder = Callable[[NDArray[np.generic]], FloatArray]
 """Pixels or tokens of a batch to embeddings; may raise whatever its runtime raises."""
+FileRuntime = Literal["onnxruntime", "openvino"]
+"""What runs an exported file on a processor."""
+_IN_WORDS: dict[FileRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 Precision = Literal["fp32", "fp16_weights", "fp16", "int8"]
 """Of the exported model: FP32; FP32 on weights rounded to FP16; FP16 layers; INT8 products."""
 
@@ -176,56 +181,14 @@ def check(
     Raises:
         ParityError: some case is not; carries the report as JSON values.
     """
-    tolerance = TOLERANCES[precision]
-    pixels = probes.images(clip.spec.side_px)
-    tokens = probes.tokens(clip.spec.text.context_length)
-    image_NE, text_NE = _reference_images(clip, pixels), _reference_texts(clip, tokens)
-    cases: list[Case] = []
-
-    def compare(
-        tower: Tower, items: NDArray[np.generic], encode: Encoder, expected_NE: FloatArray, of: str
-    ) -> FloatArray:
-        """Add a case for each size of batch; return the embeddings of all items in one."""
-        together_NE = encode(items)
-        for size in sorted({1, 2, 3, len(items), max_batch_size or 1}):
-            rows = np.arange(size) % len(items)
-            cases.append(
-                _compare(
-                    tower,
-                    f"{size} {tower}s{of}",
-                    together_NE if size == len(items) else encode(items[rows]),
-                    expected=expected_NE[rows],
-                    together=together_NE[rows],
-                    tolerance=tolerance,
-                )
-            )
-        return together_NE
-
-    found_image_NE = compare("image", pixels, encode_images, image_NE, "")
-    last = np.argmax(tokens == END_OF_TEXT, axis=1)
-    lengths = sorted({min(length, tokens.shape[1]) for length in text_lengths})
-    for length in lengths:
-        fits = np.flatnonzero(last < length)
-        cut = np.ascontiguousarray(tokens[fits, :length])
-        found_text_NE = compare("text", cut, encode_texts, text_NE[fits], f" of {length}")
-    choices: list[Choices] = []
-    for each in samples:
-        more, chosen = _check_samples(clip, each, encode_images, encode_texts, tolerance, lengths)
-        cases += more
-        choices += chosen
-    report = ParityReport(
-        architecture=clip.spec.name,
+    return _check_all(
+        clip,
+        {"": lambda: (encode_images, encode_texts)},
         precision=precision,
-        tolerance=tolerance,
-        cases=tuple(cases),
-        choices=tuple(choices),
-        top1_agreement=_top1_agreement(
-            image_NE @ text_NE[fits].T, found_image_NE @ found_text_NE.T, tolerance.max_difference
-        ),
+        text_lengths=text_lengths,
+        max_batch_size=max_batch_size,
+        samples=samples,
     )
-    if not report.passed:
-        raise ParityError(_complaint(report), report=report.to_json())
-    return report
 
 
 def check_files(
@@ -234,26 +197,45 @@ def check_files(
     image: Path,
     text: Path,
     precision: Precision,
+    runtimes: Sequence[FileRuntime] = ("onnxruntime",),
     samples: Sequence[Samples] = (),
 ) -> ParityReport:
-    """Run `check` on two files on the CPU, in ONNX Runtime, or in OpenVINO if they end in .xml.
+    """Run `check` on two files on the CPU.
+
+    Args:
+        clip: The reference, float32, in eval mode.
+        image: Of the image tower; ONNX, or OpenVINO's where it ends in .xml.
+        text: Of the text tower.
+        precision: Chooses the row of `TOLERANCES`.
+        runtimes: Each must agree with the reference. OpenVINO's own files are run by OpenVINO,
+            whatever is given.
+        samples: The user's own images and texts, measured too.
 
     Raises:
+        ExportError: OpenVINO is asked for and not installed.
         ParityError: see `check`.
     """
-    return check(
+
+    def load(runtime: FileRuntime) -> tuple[Encoder, Encoder]:
+        if runtime == "onnxruntime":
+            return onnx_encoder(image), onnx_encoder(text)
+        num_threads = torch.get_num_threads()
+        return load_openvino(image, num_threads), load_openvino(text, num_threads)
+
+    if image.suffix == text.suffix == ".xml":
+        runtimes = ("openvino",)
+    return _check_all(
         clip,
-        encode_images=_open(image),
-        encode_texts=_open(text),
+        {_IN_WORDS[each]: partial(load, each) for each in runtimes},
         precision=precision,
         samples=samples,
     )
 
 
-def _open(path: Path) -> Encoder:
-    if path.suffix == ".xml":
-        return load_openvino(path, torch.get_num_threads())
-    return onnx_encoder(path)
+def installed_runtimes() -> tuple[FileRuntime, ...]:
+    """Return what may serve an ONNX file and can be asked here."""
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    return ("onnxruntime", "openvino") if has_openvino else ("onnxruntime",)
 
 
 def onnx_encoder(path: Path) -> Encoder:
@@ -271,31 +253,149 @@ def onnx_encoder(path: Path) -> Encoder:
     return encode
 
 
-def _check_samples(
+@dataclass(frozen=True)
+class _Probed:
+    """The probes and what torch answers."""
+
+    pixels: NDArray[np.uint8]
+    tokens: NDArray[np.int32]
+    image_NE: FloatArray
+    text_NE: FloatArray
+    lengths: Sequence[int]
+    """Each the texts that fit are cut to."""
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A user's sample, its texts in batches as a client would send them, and what torch answers."""
+
+    samples: Samples
+    plan: TextPlan
+    image_NE: FloatArray
+    text_ME: FloatArray | None
+    """In the order of the plan; None where there are no texts."""
+
+
+def _check_all(
     clip: CLIP,
-    samples: Samples,
+    loaders: Mapping[str, Callable[[], tuple[Encoder, Encoder]]],
+    *,
+    precision: Precision,
+    text_lengths: Sequence[int] = TEXT_BUCKETS,
+    max_batch_size: int | None = None,
+    samples: Sequence[Samples] = (),
+) -> ParityReport:
+    """Run `check` on pairs of encoders with one reference.
+
+    Each pair is made when the one before is done with: no two models lie in memory. The key of its
+    maker is what its cases are said to be by.
+    """
+    tolerance = TOLERANCES[precision]
+    pixels = probes.images(clip.spec.side_px)
+    tokens = probes.tokens(clip.spec.text.context_length)
+    lengths = sorted({min(length, tokens.shape[1]) for length in text_lengths})
+    image_NE, text_NE = _reference_images(clip, pixels), _reference_texts(clip, tokens)
+    probed = _Probed(pixels, tokens, image_NE, text_NE, lengths)
+    sampled = [_sample(clip, each, lengths) for each in samples]
+    cases: list[Case] = []
+    choices: list[Choices] = []
+    agreements: list[float] = []
+    for runtime, load in loaders.items():
+        by = f" by {runtime}" if runtime else ""
+        encoders = load()
+        more, agreement = _check_probes(probed, *encoders, tolerance, by, max_batch_size)
+        cases += more
+        agreements.append(agreement)
+        for each in sampled:
+            more, chosen = _check_samples(each, *encoders, tolerance, by)
+            cases += more
+            choices += chosen
+    report = ParityReport(
+        architecture=clip.spec.name,
+        precision=precision,
+        tolerance=tolerance,
+        cases=tuple(cases),
+        choices=tuple(choices),
+        top1_agreement=min(agreements),
+    )
+    if not report.passed:
+        raise ParityError(_complaint(report), report=report.to_json())
+    return report
+
+
+def _sample(clip: CLIP, samples: Samples, lengths: Sequence[int]) -> _Sampled:
+    plan = plan_texts(samples.token_ids, max_rows=MAX_ROWS, buckets=lengths)
+    images = [_reference_images(clip, each) for each in samples.image_batches(MAX_ROWS)]
+    texts = [_reference_texts(clip, each) for each in plan.batches]
+    text_ME = np.concatenate(texts) if samples.token_ids else None
+    return _Sampled(samples, plan, np.concatenate(images), text_ME)
+
+
+def _check_probes(
+    probed: _Probed,
     encode_images: Encoder,
     encode_texts: Encoder,
     tolerance: Tolerance,
-    text_lengths: Sequence[int],
+    by: str,
+    max_batch_size: int | None,
+) -> tuple[list[Case], float]:
+    """Compare both encoders on the probes; return the share of images with the same text too."""
+    cases: list[Case] = []
+
+    def compare(
+        tower: Tower, items: NDArray[np.generic], encode: Encoder, expected_NE: FloatArray, of: str
+    ) -> FloatArray:
+        """Add a case for each size of batch; return the embeddings of all items in one."""
+        together_NE = encode(items)
+        for size in sorted({1, 2, 3, len(items), max_batch_size or 1}):
+            rows = np.arange(size) % len(items)
+            cases.append(
+                _compare(
+                    tower,
+                    f"{size} {tower}s{of}{by}",
+                    together_NE if size == len(items) else encode(items[rows]),
+                    expected=expected_NE[rows],
+                    together=together_NE[rows],
+                    tolerance=tolerance,
+                )
+            )
+        return together_NE
+
+    image_NE, text_NE = probed.image_NE, probed.text_NE
+    found_image_NE = compare("image", probed.pixels, encode_images, image_NE, "")
+    last = np.argmax(probed.tokens == END_OF_TEXT, axis=1)
+    for length in probed.lengths:
+        fits = np.flatnonzero(last < length)
+        cut = np.ascontiguousarray(probed.tokens[fits, :length])
+        found_text_NE = compare("text", cut, encode_texts, text_NE[fits], f" of {length}")
+    return cases, _top1_agreement(
+        image_NE @ text_NE[fits].T, found_image_NE @ found_text_NE.T, tolerance.max_difference
+    )
+
+
+def _check_samples(
+    sampled: _Sampled,
+    encode_images: Encoder,
+    encode_texts: Encoder,
+    tolerance: Tolerance,
+    by: str,
 ) -> tuple[list[Case], list[Choices]]:
-    """Compare both encoders on a user's sample, in batches as a client would send them."""
-    plan = plan_texts(samples.token_ids, max_rows=MAX_ROWS, buckets=text_lengths)
+    """Compare both encoders on a user's sample."""
+    samples, plan = sampled.samples, sampled.plan
+    image_NE, text_ME = sampled.image_NE, sampled.text_ME
     cases: list[Case] = []
 
     def compare(tower: Tower, found: FloatArray, expected: FloatArray) -> None:
-        name = f"{len(found)} {tower}s of {samples.name}"
+        name = f"{len(found)} {tower}s of {samples.name}{by}"
         cases.append(
             _compare(tower, name, found, expected=expected, together=found, tolerance=tolerance)
         )
 
-    images = list(samples.image_batches(MAX_ROWS))
-    image_NE = np.concatenate([_reference_images(clip, each) for each in images])
+    images = samples.image_batches(MAX_ROWS)
     found_image_NE = np.concatenate([encode_images(each) for each in images])
     compare("image", found_image_NE, image_NE)
-    if not samples.token_ids:
+    if text_ME is None:
         return cases, []
-    text_ME = np.concatenate([_reference_texts(clip, each) for each in plan.batches])
     found_text_ME = np.concatenate([encode_texts(each) for each in plan.batches])
     compare("text", found_text_ME, text_ME)
     order = plan.row_by_text
@@ -308,7 +408,7 @@ def _check_samples(
         reference_top1 = float((expected_N == samples.right_N)[has_text_N].mean())
         lost = reference_top1 - top1
     choices = Choices(
-        name=samples.name,
+        name=f"{samples.name}{by}",
         num_images=len(found_N),
         num_texts=len(order),
         agreement=float((expected_N == found_N).mean()),

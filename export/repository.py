@@ -5,6 +5,7 @@
     python -m export.repository --name shop-v3 --version 4
     python -m export.repository --name shop-v3 --ensembles       # take JPEGs and strings too
     python -m export.repository --name shop-v3 --backend onnxruntime --device gpu --num-instances 2
+    python -m export.repository --name shop-v3 --runtime onnxruntime
 
 A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
 config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
@@ -39,6 +40,7 @@ from export.ensembles import folder_names, render_ensembles, stage_ensembles
 from export.triton_config import (
     Backend,
     Device,
+    Runtime,
     Serving,
     read_config,
     read_manifest,
@@ -208,7 +210,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
         How it is served now; a running server notices when it reloads the model.
 
     Raises:
-        InputError: there is no such model, or the backend cannot run its file.
+        InputError: there is no such model, or the backend or the runtime cannot run its file.
     """
     repository = Path(repository)
     targets = _folders(repository, name)
@@ -227,6 +229,11 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
                 raise InputError(
                     f"the {serving.backend} backend runs {' or '.join(MODEL_FILE[serving.backend])}"
                     f", and {inside} holds none. Export the model for that backend."
+                )
+            if serving.runtime == "onnxruntime" and not (inside / "model.onnx").is_file():
+                raise InputError(
+                    f"{inside} holds an INT8 model, which only OpenVINO runs: leave --runtime "
+                    "auto, or export it in FP32."
                 )
             if serving.backend == "python":
                 copy_python_model(inside)
@@ -396,6 +403,8 @@ class RepositoryConfig:
     """Run it in another of Triton's backends; this and the following need no new export."""
     device: Device | None = None
     """Run it there."""
+    runtime: Runtime | None = None
+    """What runs it in the python backend on a processor; auto is OpenVINO where that is there."""
     num_instances: int | None = None
     """Copies of the model, per device."""
     max_batch_size: int | None = None

@@ -29,6 +29,9 @@ from clip_rt.specs import (
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu", "auto"]
+Runtime = Literal["auto", "onnxruntime", "openvino"]
+RUNTIME = "runtime"
+"""Key of the parameter that `export/python_model.py` reads."""
 
 MAX_BATCH_SIZE = 64
 WARMUP_LENGTH_TOKENS = 16
@@ -47,6 +50,9 @@ class Serving:
     backend: Backend = "python"
     """python needs no more than the embedded server has; the others are in NVIDIA's container."""
     device: Device = "cpu"
+    runtime: Runtime = "auto"
+    """What runs an ONNX file in the python backend on a processor. auto is OpenVINO where the
+    server has it, and ONNX Runtime elsewhere; INT8 is OpenVINO's in any case."""
     num_instances: int = 1
     """One per device: each instance of ONNX Runtime already uses every core."""
     max_batch_size: int = MAX_BATCH_SIZE
@@ -82,6 +88,15 @@ class Serving:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise InputError(f"{field} is {value}; it must be {low} to {high}.")
+        if self.runtime not in get_args(Runtime):
+            raise InputError(
+                f"runtime is {self.runtime[:40]!r}; it must be {', '.join(get_args(Runtime))}."
+            )
+        if self.runtime != "auto" and (self.backend, self.device) != ("python", "cpu"):
+            raise InputError(
+                f"runtime {self.runtime} is of the python backend on cpu, and this is "
+                f"{self.backend} on {self.device}: leave it auto."
+            )
         if self.cuda_graph_batch_sizes:
             if self.backend != "tensorrt":
                 raise InputError("cuda_graph_batch_sizes are of the tensorrt backend only.")
@@ -145,6 +160,8 @@ def render_config(
     parameters = manifest.to_parameters()
     if not image:
         parameters["vocab_size"] = str(VOCAB_SIZE)
+    if serving.backend == "python":
+        parameters[RUNTIME] = serving.runtime
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     # One for each text length an engine knows, or whatever any length will do.
@@ -208,6 +225,8 @@ def read_serving(config: ModelConfig) -> Serving:
     return Serving(
         backend=config.backend,
         device=kinds[group.kind],
+        # Those that were exported before there was a choice do not say.
+        runtime=config.parameters[RUNTIME].string_value if RUNTIME in config.parameters else "auto",
         num_instances=group.count,
         max_batch_size=config.max_batch_size,
         max_queue_delay_us=batching.max_queue_delay_microseconds,

@@ -24,7 +24,7 @@ from torch.nn import functional
 from clip_rt.errors import InputError
 from clip_rt.specs import END_OF_TEXT, MAX_LOGIT_SCALE, Activation, ModelSpec, ViTSpec
 from training.recompute import recompute_in_backward
-from training.resnet import CELL_PX, ModifiedResNet
+from training.resnet import ModifiedResNet
 
 
 class LayerNorm(nn.LayerNorm):
@@ -292,7 +292,7 @@ class CLIP(nn.Module):
 
 
 def _check_lengths(spec: ModelSpec) -> None:
-    cell_px = spec.image.patch_px if isinstance(spec.image, ViTSpec) else CELL_PX
+    cell_px = spec.image.patch_px if isinstance(spec.image, ViTSpec) else spec.image.cell_px
     if spec.side_px < cell_px or spec.side_px % cell_px:
         raise InputError(
             f"side_px is {spec.side_px}; {spec.name} reads squares whose side is a multiple of "

@@ -18,18 +18,13 @@ from torch import Tensor, nn
 from clip_rt.specs import ResNetSpec
 from training.recompute import recompute_in_backward
 
-CELL_PX = 32
-"""Side of the square of pixels that one cell of the last stage stands for."""
-
 
 class Bottleneck(nn.Module):
     """A residual block that average-pools where ResNet uses a strided convolution."""
 
-    expansion = 4
-
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        channels_out = channels * self.expansion
+        channels_out = channels * ResNetSpec.expansion
         self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -108,9 +103,11 @@ class ModifiedResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 layer.append(Bottleneck(channels_in, channels, stride))
-                channels_in = channels * Bottleneck.expansion
+                channels_in = channels * ResNetSpec.expansion
             self.add_module(f"layer{stage + 1}", layer)
-        self.attnpool = AttentionPool2d(side_px // CELL_PX, channels_in, spec.heads, embedding_dim)
+        self.attnpool = AttentionPool2d(
+            side_px // spec.cell_px, channels_in, spec.heads, embedding_dim
+        )
         self.grad_checkpointing = False
 
     def forward(self, image_BCSS: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def test_it_is_near_torch_has_length_one_and_does_not_depend_on_the_batch(export
         ({"precision": "int8", "calibration": (OPENMOJI,)}, "--samples"),
         ({"precision": "int8", "weights": "random", "device": "gpu"}, "--device cpu"),
         ({"precision": "int8", "weights": "random", "backend": "onnxruntime"}, "--backend python"),
+        ({"precision": "int8", "weights": "random", "runtime": "onnxruntime"}, "--runtime auto"),
         ({"precision": "fp32", "calibration": (OPENMOJI,)}, "only int8 is calibrated"),
     ],
 )

@@ -52,9 +52,41 @@ def test_an_honest_export_passes_every_case(clip, files):
     assert {case.tower for case in report.cases} == {"image", "text"}
     names = [case.name for case in report.cases]
     for expected in ("1 images", "2 images", "3 images", "1 texts of 16", "3 texts of 77"):
-        assert expected in names
-    assert any(name.endswith("texts of 32") for name in names)
+        assert f"{expected} by ONNX Runtime" in names
+    assert any("texts of 32" in name for name in names)
     assert json.loads(json.dumps(report.to_json()))["passed"] is True
+
+
+def test_both_runtimes_pass_and_each_is_named(clip, files):
+    pytest.importorskip("openvino")
+    assert parity.installed_runtimes() == ("onnxruntime", "openvino")
+    report = parity.check_files(
+        clip, image=files[0], text=files[1], precision="fp32", runtimes=parity.installed_runtimes()
+    )
+    names = {case.name for case in report.cases}
+    assert {"3 images by ONNX Runtime", "3 images by OpenVINO"} <= names
+    assert len(names) == len(report.cases)
+    assert max(case.max_difference for case in report.cases) < 4e-6
+
+
+def test_a_runtime_that_drifts_is_named_though_the_other_does_not(clip, files, monkeypatch):
+    load = parity.load_openvino
+
+    def load_drifting(path, num_threads):
+        encode = load(path, num_threads)
+        return lambda batch: encode(batch) + np.float32(1e-4)
+
+    monkeypatch.setattr(parity, "load_openvino", load_drifting)
+    with pytest.raises(ParityError, match=r"by OpenVINO: cosine") as caught:
+        parity.check_files(
+            clip,
+            image=files[0],
+            text=files[1],
+            precision="fp32",
+            runtimes=("onnxruntime", "openvino"),
+        )
+    for case in caught.value.report["cases"]:
+        assert case["passed"] == case["name"].endswith(" by ONNX Runtime")
 
 
 def test_a_corrupted_tower_fails_and_the_message_says_where(clip, files, tmp_path):

@@ -202,12 +202,32 @@ class TestConfig:
             Serving(backend="onnxruntime", device="gpu", num_instances=2, max_queue_delay_us=0),
             Serving(max_queue_size=9, queue_timeout_us=7, max_batch_size=3, device="auto"),
             Serving(backend="tensorrt", device="gpu", cuda_graph_batch_sizes=(1, 8)),
+            Serving(runtime="onnxruntime"),
+            Serving(runtime="openvino", num_instances=2),
         ],
     )
     @pytest.mark.parametrize("tower", ["image", "text"])
     def test_how_it_is_served_can_be_read_back(self, serving, tower):
         config = render_config(replace(MANIFEST, text_buckets=(16, 77)), tower, serving)
         assert read_serving(config) == serving
+
+    def test_a_config_that_names_no_runtime_leaves_it_open(self):
+        config = render_config(MANIFEST, "image", Serving(runtime="openvino"))
+        del config.parameters["runtime"]
+        assert read_serving(config) == Serving(runtime="auto")
+        config.parameters["runtime"].string_value = "tensorflow"
+        with pytest.raises(InputError, match="runtime is 'tensorflow'; it must be auto, onnx"):
+            read_serving(config)
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+    @pytest.mark.parametrize(
+        ("backend", "device"),
+        [("python", "gpu"), ("python", "auto"), ("onnxruntime", "cpu"), ("tensorrt", "gpu")],
+    )
+    def test_a_runtime_where_it_means_nothing_is_refused(self, runtime, backend, device):
+        Serving(backend=backend, device=device)
+        with pytest.raises(InputError, match=f"is {backend} on {device}: leave it auto"):
+            Serving(runtime=runtime, backend=backend, device=device)
 
     def test_onnxruntime_backend(self):
         config = render_config(MANIFEST, "image", Serving(backend="onnxruntime", device="gpu"))
@@ -611,6 +631,24 @@ class TestVersions:
         with pytest.raises(InputError, match=r"tensorrt backend runs model\.plan.*holds none"):
             configure(models, "shop-v3", backend="tensorrt", device="gpu")
         assert snapshot(models) == before
+
+    def test_the_runtime_changes_without_an_export(self, models):
+        main(RepositoryConfig(repository=models, name="shop-v3", runtime="openvino"))
+        for folder in models.iterdir():
+            assert read_config(folder).parameters["runtime"].string_value == "openvino"
+        with pytest.raises(InputError, match="runtime openvino is of the python backend on cpu"):
+            configure(models, "shop-v3", device="gpu")
+        configure(models, "shop-v3", device="gpu", runtime="auto")
+        assert read_serving(read_config(models / "shop_v3_text")) == Serving(device="gpu")
+
+    def test_int8_is_not_given_to_onnx_runtime(self, models):
+        for folder in models.iterdir():
+            (folder / "3/model.onnx").rename(folder / "3/model.xml")
+        before = snapshot(models)
+        with pytest.raises(InputError, match="only OpenVINO runs: leave --runtime auto"):
+            configure(models, "shop-v3", runtime="onnxruntime")
+        assert snapshot(models) == before
+        assert configure(models, "shop-v3", runtime="openvino") == Serving(runtime="openvino")
 
     @pytest.mark.parametrize("failing_move", range(1, 5))
     def test_a_failed_change_of_serving_changes_nothing(self, models, monkeypatch, failing_move):

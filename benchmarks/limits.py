@@ -1,0 +1,300 @@
+"""How much work an item is, by the spec, and how fast a machine could do it at most.
+
+Counted are products of matrices, convolutions among them, 2 operations for a multiplication and an
+addition; what is left out (softmax, activations, normalisation) is below 1 % of the operations and
+takes time nevertheless, which is one reason why nothing reaches its limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.findings import Ceiling, Interval, Peaks
+from benchmarks.intervals import ratio_interval
+from clip_rt.specs import CONTEXT_LENGTH, MODELS, ModelSpec, ResNetSpec, Tower, ViTSpec
+
+Precision = Literal["fp32", "fp16", "int8"]
+BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product of matrices: `rows` times, so many weights or so many values of another item."""
+
+    rows: int
+    """How often each of `terms` is multiplied and added for one item."""
+    terms: int
+    is_weight: bool = True
+    """Whether the terms are weights; else both sides come from the item, as in attention."""
+
+    @property
+    def flop(self) -> int:
+        """Operations for one item."""
+        return 2 * self.rows * self.terms
+
+
+def flop_per_image(spec: ModelSpec, *, is_pruned: bool) -> int:
+    """Return the operations of one image.
+
+    Args:
+        spec: Of the model.
+        is_pruned: Whether the last block computes only the position the embedding is read from,
+            as `export.graphs` has it; other projects compute all. No difference to a ResNet,
+            whose attention pooling has one query everywhere.
+    """
+    return sum(product.flop for product in _image_products(spec, is_pruned))
+
+
+def flop_per_text(spec: ModelSpec, length: int, *, is_pruned: bool) -> int:
+    """Return the operations of one text that is `length` tokens long with its padding."""
+    return sum(product.flop for product in _text_products(spec, length, is_pruned))
+
+
+def weight_bytes(spec: ModelSpec, tower: Tower, precision: Precision) -> int:
+    """Return how much a call has to read of the weights, however many items it has.
+
+    Matrices only. Of the token table a text needs a few rows; vectors are below 1 %; and what an
+    INT8 model keeps in another precision is left out, so that this is the least there can be.
+    """
+    products = _image_products(spec, True) if tower == "image" else _text_products(spec, 1, True)
+    return BYTES[precision] * sum(each.terms for each in products if each.is_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """The least time a call can take, and what sets it."""
+
+    seconds: float
+    name: str
+    """Such as "fp32 GEMM", or "memory"."""
+
+
+def limit_s(
+    *,
+    flop: float,
+    num_bytes: float,
+    flop_per_s: float,
+    bytes_per_s: float,
+    precision: Precision,
+    cache_bytes: int = 0,
+) -> Limit:
+    """Return the roofline of a call (Williams, Waterman and Patterson 2009).
+
+    Args:
+        flop: Operations of the call.
+        num_bytes: What it reads, the weights above all.
+        flop_per_s: The most the machine does in this precision.
+        bytes_per_s: The most it reads from memory.
+        precision: Names the limit.
+        cache_bytes: So much of what the call before it read may still be in the caches, and has
+            not to come from memory.
+    """
+    compute_s = flop / flop_per_s
+    memory_s = max(0.0, num_bytes - cache_bytes) / bytes_per_s
+    if memory_s > compute_s:
+        return Limit(seconds=memory_s, name="memory")
+    return Limit(seconds=compute_s, name=f"{precision} GEMM")
+
+
+def share_of_limit(
+    samples_s: Sequence[float],
+    probe_s: Sequence[float],
+    *,
+    flop: float,
+    num_bytes: float,
+    precision: Precision,
+    peaks: Peaks,
+    flop_while_probe: float,
+    cache_bytes: int,
+) -> tuple[Interval, str] | None:
+    """Return the share of its limit that a contender reached, and the name of the limit.
+
+    The GEMM rate is that of the same rounds, by the probe; INT8 is taken to slow down as FP32 does.
+    The memory rate is that of `peaks`.
+
+    Args:
+        samples_s: Seconds of a call, one for each round.
+        probe_s: Seconds of the probe in the same rounds.
+        flop: Operations of the call: of all its items.
+        num_bytes: `weight_bytes` of the tower.
+        precision: Of the contender.
+        peaks: Of the machine.
+        flop_while_probe: `machine.Probe.flop_while_probe`.
+        cache_bytes: `machine.cache_bytes()`.
+
+    Returns:
+        The interval of the share, 1 at the limit; None where the peak of this precision is not
+        known.
+    """
+    fp32 = peaks.gemm_fp32_gflop_per_s.median
+    peak = {"fp32": peaks.gemm_fp32_gflop_per_s, "int8": peaks.gemm_int8_gop_per_s}.get(precision)
+    if peak is None:
+        return None
+    limits = [
+        limit_s(
+            flop=flop,
+            num_bytes=num_bytes,
+            flop_per_s=flop_while_probe / each_s * peak.median / fp32,
+            bytes_per_s=peaks.read_gb_per_s.median * 1e9,
+            precision=precision,
+            cache_bytes=cache_bytes,
+        )
+        for each_s in probe_s
+    ]
+    names = [limit.name for limit in limits]
+    share = ratio_interval([limit.seconds for limit in limits], samples_s)
+    return share, max(names, key=names.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a data sheet promises, without sparsity."""
+
+    name: str
+    fp16_tflop_per_s: float
+    """Of the tensor cores, dense."""
+    read_gb_per_s: float
+    source: str
+
+
+GPUS = (
+    Gpu(
+        name="L4",
+        fp16_tflop_per_s=121.0,
+        read_gb_per_s=300.0,
+        source="NVIDIA L4 data sheet, https://www.nvidia.com/en-us/data-center/l4/",
+    ),
+    Gpu(
+        name="A10",
+        fp16_tflop_per_s=125.0,
+        read_gb_per_s=600.0,
+        source="NVIDIA A10 data sheet, https://www.nvidia.com/en-us/data-center/products/a10-gpu/",
+    ),
+    Gpu(
+        name="A100 SXM 80 GB",
+        fp16_tflop_per_s=312.0,
+        read_gb_per_s=2039.0,
+        source="NVIDIA A100 data sheet, https://www.nvidia.com/en-us/data-center/a100/",
+    ),
+    Gpu(
+        name="H100 SXM",
+        fp16_tflop_per_s=989.0,
+        read_gb_per_s=3350.0,
+        source="NVIDIA H100 data sheet, https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+)
+"""Figures of tensor cores that a sheet gives with sparsity are halved, such as 242 and 1,979."""
+CEILING_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "ViT-H/14")
+CEILING_ITEMS = 64
+"""Images or texts in a call; with fewer, reading the weights takes longer than the products."""
+
+
+def ceilings(
+    models: Sequence[str] = CEILING_MODELS, *, text_length: int = CONTEXT_LENGTH
+) -> list[Ceiling]:
+    """Compute the most that GPUs could do by their data sheets, in FP16. Nothing here is measured.
+
+    Sustained clocks of small cards are below those of the sheet, so nobody sees these rates.
+    """
+    found = []
+    for gpu in GPUS:
+        for model in models:
+            spec = MODELS[model]
+            image = _ceiling(gpu, flop_per_image(spec, is_pruned=True), spec, "image")
+            text = _ceiling(gpu, flop_per_text(spec, text_length, is_pruned=True), spec, "text")
+            names = dict.fromkeys((image.name, text.name))
+            found.append(
+                Ceiling(
+                    gpu=gpu.name,
+                    model=model,
+                    precision="fp16",
+                    images_per_s=CEILING_ITEMS / image.seconds,
+                    texts_per_s=CEILING_ITEMS / text.seconds,
+                    bound_by=(
+                        f"{', '.join(names)}; {CEILING_ITEMS} images or texts of {text_length} "
+                        "tokens a call"
+                    ),
+                    source=gpu.source,
+                )
+            )
+    return found
+
+
+def _ceiling(gpu: Gpu, flop_per_item: int, spec: ModelSpec, tower: Tower) -> Limit:
+    return limit_s(
+        flop=CEILING_ITEMS * flop_per_item,
+        num_bytes=weight_bytes(spec, tower, "fp16"),
+        flop_per_s=gpu.fp16_tflop_per_s * 1e12,
+        bytes_per_s=gpu.read_gb_per_s * 1e9,
+        precision="fp16",
+    )
+
+
+def _image_products(spec: ModelSpec, is_pruned: bool) -> list[Product]:
+    if isinstance(spec.image, ResNetSpec):
+        return _resnet_products(spec, spec.image)
+    return _vit_products(spec, spec.image, is_pruned)
+
+
+def _vit_products(spec: ModelSpec, vit: ViTSpec, is_pruned: bool) -> list[Product]:
+    patches = (spec.side_px // vit.patch_px) ** 2
+    mlp_width = vit.mlp_width or 4 * vit.width
+    return [
+        Product(rows=patches, terms=3 * vit.patch_px**2 * vit.width),
+        *_blocks(vit.layers, patches + 1, vit.width, mlp_width, is_pruned),
+        Product(rows=1, terms=vit.width * spec.embedding_dim),
+    ]
+
+
+def _text_products(spec: ModelSpec, length: int, is_pruned: bool) -> list[Product]:
+    text = spec.text
+    return [
+        *_blocks(text.layers, length, text.width, 4 * text.width, is_pruned),
+        Product(rows=1, terms=text.width * spec.embedding_dim),
+    ]
+
+
+def _blocks(
+    layers: int, length: int, width: int, mlp_width: int, is_pruned: bool
+) -> Iterable[Product]:
+    """Residual attention blocks; of the pruned last one all but keys and values are of one row."""
+    for layer in range(layers):
+        rows = 1 if is_pruned and layer == layers - 1 else length
+        yield Product(rows=rows, terms=width * width)  # queries
+        yield Product(rows=length, terms=2 * width * width)  # keys and values
+        yield Product(rows=2 * rows, terms=length * width, is_weight=False)  # logits and mean
+        yield Product(rows=rows, terms=width * width)  # out
+        yield Product(rows=rows, terms=2 * width * mlp_width)
+
+
+def _resnet_products(spec: ModelSpec, resnet: ResNetSpec) -> list[Product]:
+    width, side = resnet.width, spec.side_px // 2
+    products = [
+        Product(rows=side**2, terms=9 * 3 * (width // 2)),
+        Product(rows=side**2, terms=9 * (width // 2) ** 2),
+        Product(rows=side**2, terms=9 * (width // 2) * width),
+    ]
+    channels_in, side = width, side // 2
+    for stage, num_blocks in enumerate(resnet.layers):
+        channels = width * 2**stage
+        for block in range(num_blocks):
+            side_out = side // 2 if stage > 0 and block == 0 else side
+            channels_out = channels * resnet.expansion
+            products += [
+                Product(rows=side**2, terms=channels_in * channels),
+                Product(rows=side**2, terms=9 * channels**2),
+                Product(rows=side_out**2, terms=channels * channels_out),
+            ]
+            if side_out != side or channels_in != channels_out:
+                products.append(Product(rows=side_out**2, terms=channels_in * channels_out))
+            channels_in, side = channels_out, side_out
+    length = (spec.side_px // resnet.cell_px) ** 2 + 1
+    return [
+        *products,
+        Product(rows=1, terms=channels_in**2),  # the query
+        Product(rows=length, terms=2 * channels_in**2),  # keys and values
+        Product(rows=2, terms=length * channels_in, is_weight=False),
+        Product(rows=1, terms=channels_in * spec.embedding_dim),
+    ]

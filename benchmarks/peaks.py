@@ -1,0 +1,306 @@
+"""What this machine can do at most, measured in a process of its own; see `machine.Probe`.
+
+    python -m benchmarks.peaks NUM_THREADS BUDGET_S
+
+reads requests, one JSON a line, and answers each with one: "peaks" first, then "time" as often as
+rounds are made. It ends when nobody can ask any more. The libraries that multiply matrices are
+tried against each other, because none is the fastest on every processor, and a limit that was
+measured with a slow one would be passed. Matrices are as ViT-B/32 has them at 32 images, and one
+larger, whose product is also the probe of every round.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.intervals import inverse, ratio_interval
+from benchmarks.turns import Way, take_turns
+from clip_rt.specs import MODELS, ViTSpec
+
+
+class Shape(NamedTuple):
+    """Of a product of matrices, (m, k) times (k, n)."""
+
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flop(self) -> int:
+        """Operations, a multiplication and an addition each for 2."""
+        return 2 * self.m * self.k * self.n
+
+
+def _vit_shapes(model: str, num_images: int) -> tuple[Shape, ...]:
+    spec = MODELS[model]
+    assert isinstance(spec.image, ViTSpec)
+    width = spec.image.width
+    rows = num_images * ((spec.side_px // spec.image.patch_px) ** 2 + 1)
+    pairs = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    return tuple(Shape(rows, k, n) for k, n in pairs)
+
+
+PROBE_SHAPE = Shape(2048, 2048, 2048)
+SHAPES = (PROBE_SHAPE, *_vit_shapes("ViT-B/32", 32))
+READ_BYTES = 768 * 2**20
+"""More than any cache holds."""
+CHOICE_SHARE = 0.4
+"""Of the budget, for finding the fastest library."""
+TURN_S = 0.05
+MAX_ROUNDS = 15
+
+Array = NDArray[Any]
+Call = Callable[[], object]
+
+
+def _numpy(a: Array, b: Array, num_threads: int) -> Call:
+    return functools.partial(np.matmul, a, b, out=np.empty((len(a), b.shape[1]), np.float32))
+
+
+def _torch(a: Array, b: Array, num_threads: int) -> Call:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    out = torch.empty(len(a), b.shape[1])
+    return functools.partial(torch.mm, torch.from_numpy(a), torch.from_numpy(b), out=out)
+
+
+def _openvino(a: Array, b: Array, num_threads: int) -> Call:
+    from openvino import opset13
+
+    left = opset13.parameter(a.shape, np.float32)
+    product = opset13.matmul(left, opset13.constant(b), False, False)
+    return _openvino_call(product, left, a, num_threads)
+
+
+def _openvino_call(product: Any, left: Any, a: Array, num_threads: int) -> Call:
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": num_threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    model = openvino.Core().compile_model(openvino.Model([product], [left]), "CPU", options)
+    request = model.create_infer_request()
+    request.set_input_tensor(openvino.Tensor(a))
+    return request.infer
+
+
+def _onnxruntime(a: Array, b: Array, num_threads: int) -> Call:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["c"])],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT, a.shape)],
+        [helper.make_tensor_value_info("c", TensorProto.FLOAT, (len(a), b.shape[1]))],
+        [numpy_helper.from_array(b, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return functools.partial(session.run, None, {"a": a})
+
+
+LIBRARIES: dict[str, Callable[[Array, Array, int], Call]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+}
+"""Each makes a call that multiplies two float32 matrices; the second is a constant, as weights."""
+
+
+def _products(library: str, num_threads: int) -> dict[Shape, Call]:
+    """Return the product of every shape by one library.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    rng = np.random.default_rng(0)
+    return {
+        shape: LIBRARIES[library](
+            rng.random((shape.m, shape.k), np.float32),
+            rng.random((shape.k, shape.n), np.float32),
+            num_threads,
+        )
+        for shape in SHAPES
+    }
+
+
+def _torch_int8(shape: Shape, num_threads: int) -> Call:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    a = torch.randint(-127, 128, (shape.m, shape.k), dtype=torch.int8)
+    b = torch.randint(-127, 128, (shape.k, shape.n), dtype=torch.int8)
+    return functools.partial(torch._int_mm, a, b)
+
+
+def _openvino_int8(shape: Shape, num_threads: int) -> Call:
+    """As a quantised model has it: float32 comes in, is rounded to INT8, and goes out."""
+    from openvino import opset13
+
+    rng = np.random.default_rng(0)
+    left = opset13.parameter((shape.m, shape.k), np.float32)
+    low, high = np.float32(-1), np.float32(127 / 128)
+    rounded = opset13.fake_quantize(left, low, high, low, high, 256)
+    weight = opset13.constant(rng.integers(-127, 128, (shape.n, shape.k), np.int8))
+    scale = opset13.constant(np.full((shape.n, 1), 1 / 127, np.float32))
+    right = opset13.multiply(opset13.convert(weight, np.float32), scale)
+    product = opset13.matmul(rounded, right, False, True)
+    a = rng.uniform(-1, 1, (shape.m, shape.k)).astype(np.float32)
+    return _openvino_call(product, left, a, num_threads)
+
+
+INT8_LIBRARIES: dict[str, Callable[[Shape, int], Call]] = {
+    "torch": _torch_int8,
+    "openvino": _openvino_int8,
+}
+"""Each makes a call that multiplies INT8 matrices and adds the products up in INT32."""
+
+
+def _int8_products(num_threads: int) -> dict[tuple[str, Shape], Call]:
+    """Return the INT8 products of all shapes by each library that has them."""
+    calls: dict[tuple[str, Shape], Call] = {}
+    for library, make in INT8_LIBRARIES.items():
+        try:
+            made = {(library, shape): make(shape, num_threads) for shape in SHAPES}
+            made[library, PROBE_SHAPE]()
+        except (ImportError, AttributeError, RuntimeError):  # torch's is not everywhere
+            continue
+        calls |= made
+    return calls
+
+
+def _reader(num_threads: int) -> Call:
+    """Return a call that reads `READ_BYTES` with all cores; a maximum waits for memory only."""
+    part = np.ones(READ_BYTES // 8 // num_threads, np.int64)
+    parts = [part, *(part.copy() for _ in range(num_threads - 1))]
+    pool = ThreadPoolExecutor(num_threads)
+    return lambda: list(pool.map(np.max, parts))
+
+
+def _way(call: Call) -> Way:
+    def time_calls(num_calls: int) -> list[float]:
+        times_s = []
+        for _ in range(num_calls):
+            start_s = time.perf_counter()
+            call()
+            times_s.append(time.perf_counter() - start_s)
+        return times_s
+
+    return time_calls
+
+
+class Peaks:
+    """The measurements, and the product that stays as the probe."""
+
+    def __init__(self, num_threads: int, budget_s: float) -> None:
+        self._num_threads = num_threads
+        self._budget_s = budget_s
+        self._probe: Way | None = None
+
+    def measure(self) -> dict[str, Any]:
+        """Choose the fastest library, then measure it, INT8 and memory by turns."""
+        by_library = {}
+        for library in LIBRARIES:
+            try:
+                by_library[library] = _products(library, self._num_threads)
+            except ImportError:
+                continue
+        choice = take_turns(
+            {library: _way(_all_of(calls)) for library, calls in by_library.items()},
+            budget_s=CHOICE_SHARE * self._budget_s,
+            min_rounds=3,
+            min_turn_s=TURN_S,
+            max_rounds=MAX_ROUNDS,
+        )
+        library = min(choice, key=lambda name: choice[name].interval_s.median)
+        products = by_library.pop(library)
+        int8_products = _int8_products(self._num_threads)
+        self._probe = _way(products[PROBE_SHAPE])
+        ways = {_name("fp32", library, shape): _way(call) for shape, call in products.items()}
+        ways |= {_name("int8", *key): _way(call) for key, call in int8_products.items()}
+        ways["read"] = _way(_reader(self._num_threads))
+        turns = take_turns(
+            ways,
+            budget_s=(1 - CHOICE_SHARE) * self._budget_s,
+            min_turn_s=TURN_S,
+            max_rounds=MAX_ROUNDS,
+        )
+
+        probe_s = turns[_name("fp32", library, PROBE_SHAPE)].samples_s
+
+        def speed(precision: str, library: str, shape: Shape) -> float:
+            """In rates of the probe in the same rounds, so that a slow moment decides nothing."""
+            samples_s = turns[_name(precision, library, shape)].samples_s
+            return ratio_interval(probe_s, samples_s).median * shape.flop / PROBE_SHAPE.flop
+
+        def rate(precision: str, library: str, shape: Shape) -> dict[str, float]:
+            time_s = turns[_name(precision, library, shape)].interval_s
+            return asdict(inverse(time_s, shape.flop / 1e9))
+
+        best = max(products, key=lambda shape: speed("fp32", library, shape))
+        best_int8 = max(int8_products, key=lambda key: speed("int8", *key), default=None)
+        return {
+            "library": _with_version(library),
+            "int8_library": _with_version(best_int8[0]) if best_int8 else None,
+            "gemm_fp32_gflop_per_s": rate("fp32", library, best),
+            "gemm_int8_gop_per_s": rate("int8", *best_int8) if best_int8 else None,
+            "read_gb_per_s": asdict(inverse(turns["read"].interval_s, READ_BYTES / 1e9)),
+            "flop_while_probe": PROBE_SHAPE.flop * speed("fp32", library, best),
+        }
+
+    def time(self, num_calls: int) -> list[float]:
+        """Return the seconds of each of so many probes."""
+        assert self._probe is not None, "peaks come first"
+        return self._probe(num_calls)
+
+
+def _name(precision: str, library: str, shape: Shape) -> str:
+    return f"{precision} {library} {shape}"
+
+
+def _with_version(library: str) -> str:
+    version: str = sys.modules[library].__version__
+    return f"{library} {version.partition('-')[0]}"
+
+
+def _all_of(calls: dict[Shape, Call]) -> Call:
+    return lambda: [call() for call in calls.values()]
+
+
+def main() -> None:
+    """Answer requests from standard input until it ends."""
+    # Libraries may print; what goes to the other side is only what is written here.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    peaks = Peaks(num_threads=int(sys.argv[1]), budget_s=float(sys.argv[2]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: object
+        answer = peaks.measure() if request == "peaks" else peaks.time(int(request))
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

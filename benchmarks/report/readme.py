@@ -1,0 +1,189 @@
+"""The tables of the README that come from results, and the check that they still do.
+
+python -m benchmarks.report.readme benchmarks/results/2026-11-28_run.json    # writes them
+python -m benchmarks.report.readme --check                                   # exit code 1 if stale
+
+A block stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->`, where NAME is the
+name of the result without its date. It links to its result, which is how `--check` finds it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.findings import Row, Run
+from benchmarks.record import read_run
+from benchmarks.report import answers, words
+from clip_rt.errors import InputError
+
+README = Path(__file__).parents[2] / "README.md"
+MAX_CASES = 8
+
+
+def update(readme: Path, run: Run, result_path: Path) -> bool:
+    """Write the block of a result into a README.
+
+    Args:
+        readme: File with the block's markers.
+        run: What the result holds.
+        result_path: The result, in the README's folder or below; its page and picture (.html, .png)
+            are linked where they lie beside it.
+
+    Returns:
+        Whether the file has changed.
+
+    Raises:
+        InputError: The README has no block of that name, or the result is not below it.
+    """
+    text = readme.read_text(encoding="utf-8")
+    new = _replaced(text, readme, run, result_path)
+    if new != text:
+        readme.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def check(readme: Path, run: Run, result_path: Path) -> bool:
+    """Return whether the block of a result says what `update` would write.
+
+    Raises:
+        InputError: As `update`.
+    """
+    text = readme.read_text(encoding="utf-8")
+    return _replaced(text, readme, run, result_path) == text
+
+
+def results_of(readme: Path) -> list[Path]:
+    """Return the result that each block of a README links to.
+
+    Raises:
+        InputError: A block links to none.
+    """
+    text = readme.read_text(encoding="utf-8")
+    paths = []
+    for name, block in re.findall(
+        r"<!-- benchmarks:([\w-]+) -->(.*?)<!-- /benchmarks:\1 -->", text, re.DOTALL
+    ):
+        link = re.search(r"\]\(([^()\s]+\.json)\)", block)
+        if link is None:
+            raise InputError(
+                f"{readme}: the block benchmarks:{name} links to no result. Write it with "
+                "python -m benchmarks.report.readme RESULT.json."
+            )
+        paths.append(readme.parent / link[1])
+    return paths
+
+
+def block(run: Run, links: dict[str, str]) -> str:
+    """Return the markdown of a run: a sentence, a table, where it comes from.
+
+    Args:
+        run: What to write about.
+        links: Paths from the README to the run's files by "json", "html" and "png"; the last two
+            may lack.
+    """
+    names = {"FP32": answers.ours(run, "fp32"), "INT8": answers.ours(run, "int8")}
+    columns = {head: name for head, name in names.items() if name and name != run.baseline}
+    what = {"served": "client, Triton and engine", "runtime": "the engine called directly"}
+    kinds = dict.fromkeys(each.kind for each in run.contenders if each.name in columns.values())
+    roads = words.listed([what[kind] for kind in kinds if kind in what] or ["nothing of ours"])
+    intro = (
+        f"{_cell(run.model)} with the same weights, by turns in one run, on "
+        f"{_cell(answers.machine(run))}. Ours is {roads}; in bold, how many times as fast as "
+        f"{_cell(run.baseline)}:"
+    )
+    lines = [
+        intro,
+        "",
+        "| "
+        + " | ".join(["", _cell(run.baseline), *(f"clip_rt {head}" for head in columns)])
+        + " |",
+        "|---" + "|--:" * (1 + len(columns)) + "|",
+    ]
+    is_noisy = False
+    for case in answers.key_cases(run, MAX_CASES):
+        rows = [case.of(run.baseline), *(case.of(name) for name in columns.values())]
+        if any(row is not None for row in rows[1:]):
+            is_noisy |= any(row is not None and row.is_noisy for row in rows)
+            cells = [_figures(row, is_baseline=not place) for place, row in enumerate(rows)]
+            lines.append(f"| {_cell(case.title)} | " + " | ".join(cells) + " |")
+    source = [f"[all figures]({links['json']})"]
+    if "html" in links:
+        source.append(f"[the report]({links['html']})")
+    noise = "; ~ is less certain than was asked for" if is_noisy else ""
+    end = f"Time of a call, median over rounds{noise}. {run.date}, {_code(run.command)}: "
+    lines += ["", f"{end}{words.listed(source)}."]
+    if run.failures:
+        lines.insert(0, f"**The run failed and is not to be believed: {_cell(run.failures[0])}**\n")
+    if "png" in links:
+        alt = f"{run.model}: times as fast as {run.baseline}, and under load"
+        lines += ["", f"![{_cell(alt)}]({links['png']})"]
+    return "\n".join(lines)
+
+
+def _figures(row: Row | None, *, is_baseline: bool) -> str:
+    if row is None:
+        return "cannot" if is_baseline else ""
+    noise = " ~" if row.is_noisy else ""
+    ratio = f", **{words.times(row.speed.median)}**" if row.speed and not is_baseline else ""
+    return f"{words.duration(row.time_ms.median)}{ratio}{noise}"
+
+
+def _cell(text: str) -> str:
+    """Escape what would end a cell or begin a tag."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
+
+
+def _replaced(text: str, readme: Path, run: Run, result_path: Path) -> str:
+    result = result_path.resolve()
+    name = re.sub(r"^\d{4}-\d\d-\d\d_", "", result.stem)
+    begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise InputError(f"{readme} has no block {begin} ... {end}. Put these two lines into it.")
+    folder = readme.resolve().parent
+    if not result.is_relative_to(folder):
+        raise InputError(f"{result} is not below {folder}, so {readme} cannot link to it.")
+    links = {"json": result.relative_to(folder).as_posix()}
+    for kind in ("html", "png"):
+        if result.with_suffix(f".{kind}").is_file():
+            links[kind] = result.with_suffix(f".{kind}").relative_to(folder).as_posix()
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    return f"{before}{begin}\n{block(run, links)}\n{after}"
+
+
+def main(
+    result: Annotated[Path | None, typer.Argument(help="JSON of benchmarks/run.py.")] = None,
+    is_check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 where a block is stale.")
+    ] = False,
+    readme: Annotated[Path, typer.Option(help="File with the blocks.")] = README,
+) -> None:
+    """Write the README's block of RESULT, or check it; --check alone checks all blocks."""
+    try:
+        paths = [result] if result else results_of(readme)
+        if not (result or is_check):
+            raise InputError("Name the result to write from, or --check.")
+        for path in paths:
+            run = read_run(path)
+            if not is_check:
+                changed = "updated" if update(readme, run, path) else "already says so"
+                typer.echo(f"{readme}: {changed}")
+            elif not check(readme, run, path):
+                raise InputError(
+                    f"{readme} does not say what {path} found. "
+                    f"Run python -m benchmarks.report.readme {path}."
+                )
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,282 @@
+"""A run, and a comparison of two, as tables in the terminal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.compare import Change, Comparison
+from benchmarks.findings import Row, Run
+from benchmarks.report import answers, words
+from benchmarks.report.answers import CaseRows
+
+_LEFT = (
+    "suite",
+    "case",
+    "contender",
+    "why it is absent",
+    "what",
+    "stages, ms",
+    "call",
+    "GPU",
+    "precision",
+    "note",
+)
+"""Columns of text; all others are figures, set to the right."""
+
+
+def show(run: Run, console: Console) -> None:
+    """Print all that a run found; why it is not to be believed comes last, in red."""
+    for sentence in answers.headline(run):
+        console.print(Text(sentence, style="bold"))
+    console.print(Text(f"{answers.machine(run)}; {run.date}; {run.command}", style="dim"))
+    for suite in answers.suites(run):
+        console.print(_suite_table(run, suite))
+    for table in (
+        _load_table(run),
+        _stage_table(run),
+        _accuracy_table(run),
+        _startup_table(run),
+        _duration_table(run),
+        _peak_table(run),
+        _ceiling_table(run),
+        _absent_table(run),
+        _bar_table(run),
+    ):
+        if table.row_count:
+            console.print(table)
+    _print_remarks(run, console)
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """Print what became slower or faster in the later of two runs, and what makes it doubtful."""
+    table = _table("Against the older run", "suite", "case", "contender", "time, new / old")
+    for name in ("old", "new"):
+        table.add_column(name, justify="right")
+    table.add_column("within noise", justify="right")
+    table.add_column("")
+    order = {"slower": 0, "faster": 1, "same": 2}
+    for change in sorted(comparison.changes, key=lambda each: order[each.verdict]):
+        look = {"slower": "bold red", "faster": "green", "same": "dim"}[change.verdict]
+        table.add_row(
+            *map(escape, (change.suite, change.case, change.contender)),
+            words.times(change.ratio),
+            _in_unit(change, change.old.median),
+            _in_unit(change, change.new.median),
+            f"± {100 * change.noise:.1f} %",
+            change.verdict if change.verdict != "same" else "same within noise",
+            style=look,
+        )
+    if table.row_count:
+        console.print(table)
+    for what, keys in (("Only in the older run", comparison.gone), ("New", comparison.added)):
+        if keys:
+            console.print(
+                Text(f"{what}: {'; '.join(', '.join(key) for key in keys)}.", style="dim")
+            )
+    for warning in comparison.warnings:
+        console.print(Text(f"Careful: {warning}", style="yellow"))
+    slower, faster = len(comparison.regressions), len(comparison.improvements)
+    same = len(comparison.changes) - slower - faster
+    text = f"{slower} slower, {faster} faster, {same} the same within noise."
+    console.print(Text(text, style="bold red" if slower else "bold"))
+
+
+def _suite_table(run: Run, suite: str) -> Table:
+    cases = answers.cases(run, suite)
+    unit = cases[0].rows[0].unit
+    heads = ["contender", "a call", "±", f"{unit}/s", f"times\n{run.baseline}"]
+    heads += ["of the\nlimit", "cosine", "top-1"]
+    cells = {id(row): _row_cells(run, case, row) for case in cases for row in case.rows}
+    # Columns that this suite has nothing for would only take room.
+    used = [place for place in range(len(heads)) if any(own[place] for own in cells.values())]
+    table = _table(words.suite(suite), *(heads[place] for place in used))
+    for case in cases:
+        table.add_section()
+        table.add_row(Text(case.name, style="bold blue"))
+        for row in case.rows:
+            table.add_row(*(cells[id(row)][place] for place in used))
+    return table
+
+
+def _row_cells(run: Run, case: CaseRows, row: Row) -> list[Text]:
+    facts = answers.contender(run, row.contender)
+    look = "bold" if facts is not None and facts.kind == "served" else ""
+    top1 = answers.top1(run, row.contender)
+    share = row.share_of_limit
+    cells = [
+        f"  {row.contender}",
+        words.duration(row.time_ms.median),
+        words.plus_minus(row.time_ms) + (" ~" if row.is_noisy else ""),
+        words.number(row.per_s.median),
+        words.times(row.speed.median) if row.speed else "",
+        words.percent(share.median) if share else "",
+        words.cosine(row.min_cosine) if row.min_cosine is not None else "",
+        f"{100 * top1:.1f} %" if top1 is not None else "",
+    ]
+    texts = [Text(cell, style=look) for cell in cells]
+    if row.is_noisy:
+        texts[2].stylize("yellow")
+    if row is case.rows[0]:
+        texts[3].stylize("green")
+    return texts
+
+
+def _load_table(run: Run) -> Table:
+    table = _table(
+        "Under load",
+        *("contender", "call", "clients", "offered/s", "answered/s"),
+        *("p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "failed"),
+    )
+    last = None
+    for level in run.levels:
+        group = (level.contender, level.call, level.items, level.num_clients is None)
+        if last not in (None, group):
+            table.add_section()
+        last = group
+        offered = words.number(level.offered_per_s) if level.offered_per_s is not None else ""
+        table.add_row(
+            escape(level.contender),
+            f"{level.items} {level.call}",
+            str(level.num_clients) if level.num_clients is not None else "",
+            offered + (" knee" if level.is_knee else ""),
+            words.number(level.answered_per_s),
+            *map(words.number, (level.p50_ms, level.p95_ms, level.p99_ms, level.p999_ms)),
+            Text(str(level.num_failed), style="red" if level.num_failed else ""),
+            style="bold" if level.is_knee else "",
+        )
+    return table
+
+
+def _stage_table(run: Run) -> Table:
+    table = _table("Where the time goes", "contender", "what", "all, ms", "missing", "stages, ms")
+    for each in run.stages:
+        stages = ", ".join(f"{name} {words.number(ms)}" for name, ms in each.stages_ms.items())
+        table.add_row(
+            escape(each.contender),
+            escape(each.what),
+            words.number(each.total_ms),
+            f"{100 * each.missing_ms / each.total_ms:.1f} %",
+            escape("\n".join(filter(None, (stages, each.note)))),
+        )
+    return table
+
+
+def _accuracy_table(run: Run) -> Table:
+    table = _table(
+        "Accuracy", "contender", "precision", "top-1", "pictures", "worst cosine", "median cosine"
+    )
+    for each in run.accuracy:
+        table.add_row(
+            escape(each.contender),
+            each.precision,
+            f"{100 * each.top1:.1f} %" if each.top1 is not None else "",
+            f"{each.num_images:,}",
+            words.cosine(each.min_cosine),
+            words.cosine(each.median_cosine),
+        )
+    return table
+
+
+def _startup_table(run: Run) -> Table:
+    table = _table("From nothing", "contender", "ready", "first answer", "memory", "at most")
+    for each in run.contenders:
+        if each.startup:
+            table.add_row(
+                escape(each.name),
+                f"{words.number(each.startup.ready_s)} s",
+                f"{words.number(each.startup.first_answer_s)} s",
+                f"{words.number(each.startup.rss_mib)} MiB",
+                f"{words.number(each.startup.peak_rss_mib)} MiB",
+            )
+    return table
+
+
+def _duration_table(run: Run) -> Table:
+    table = _table("Done now and then", "what", "time", "most memory", "note")
+    for each in run.durations:
+        memory = f"{words.number(each.peak_rss_mib)} MiB" if each.peak_rss_mib is not None else ""
+        table.add_row(
+            escape(each.what), f"{words.number(each.seconds)} s", memory, escape(each.note)
+        )
+    return table
+
+
+def _peak_table(run: Run) -> Table:
+    table = _table("What this machine can do", "what", "measured", "95 % interval")
+    for what, unit, found in (
+        ("FP32 matrix products", "GFLOP/s", run.peaks.gemm_fp32_gflop_per_s),
+        ("INT8 matrix products", "GOP/s", run.peaks.gemm_int8_gop_per_s),
+        ("reading memory", "GB/s", run.peaks.read_gb_per_s),
+    ):
+        if found:
+            table.add_row(what, f"{words.number(found.median)} {unit}", words.low_to_high(found))
+    return table
+
+
+def _ceiling_table(run: Run) -> Table:
+    """Of the model that was measured; those of others are in the page."""
+    title = f"Ceilings of GPUs for {run.model}: computed, not measured"
+    table = _table(title, "GPU", "precision", "images/s", "texts/s", "note")
+    for each in run.ceilings:
+        if each.model == run.model:
+            table.add_row(
+                escape(each.gpu),
+                each.precision,
+                words.number(each.images_per_s),
+                words.number(each.texts_per_s),
+                escape(f"bound by {each.bound_by}"),
+            )
+    return table
+
+
+def _absent_table(run: Run) -> Table:
+    table = _table("Not measured", "contender", "why it is absent")
+    for each in run.contenders:
+        if each.absent:
+            table.add_row(escape(each.name), escape(each.absent))
+    return table
+
+
+def _bar_table(run: Run) -> Table:
+    table = _table("Bars", "what", "figure", "bar", "")
+    for bar in run.bars:
+        table.add_row(
+            escape(bar.what),
+            words.number(bar.value),
+            f"{bar.side} {words.number(bar.limit)}",
+            Text("met", style="green") if bar.is_met else Text("missed", style="bold red"),
+        )
+    return table
+
+
+def _print_remarks(run: Run, console: Console) -> None:
+    remarks = answers.remarks(run)
+    for level, look in (("warn", "yellow"), ("bad", "bold red")):
+        for remark in remarks:
+            if remark.level == level:
+                console.print(Text(remark.text, style=look))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=f"\n{escape(title)}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column in _LEFT else "right"
+        table.add_column(escape(column), justify=justify, no_wrap=column in ("contender", "±"))
+    return table
+
+
+def _in_unit(change: Change, value: float) -> str:
+    return words.duration(value) if change.unit == "ms" else f"{words.number(value)} probes"

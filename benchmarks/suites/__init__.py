@@ -1,0 +1,1 @@
+"""What `benchmarks/run.py` measures: `plan` names the suites, `bench` is what they measure with."""

@@ -1,0 +1,84 @@
+"""What a run is held to, where it measured it: ViT-B/32 on a processor, through the whole stack.
+
+The stack is the client, Triton and the engine that Triton is given by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.findings import Bar, CallKind, Level, Row
+
+MODEL = "ViT-B/32"
+BASELINE = "open_clip"
+FP32, INT8, INFINITY = "triton openvino", "triton int8", "infinity"
+WHAT = {FP32: "FP32", INT8: "INT8"}
+CLIENTS = 8
+
+SPEEDS: Sequence[tuple[str, str, str, float]] = (
+    ("image", "batch 1", FP32, 1.4),
+    ("image", "batch 8", FP32, 1.05),
+    ("image", "batch 32", FP32, 1.05),
+    ("image", "batch 1", INT8, 3.0),
+    ("image", "batch 8", INT8, 3.0),
+    ("image", "batch 32", INT8, 3.0),
+    ("image", "batch 64", INT8, 3.0),
+    ("jpeg", "1 of 640x480", FP32, 1.05),
+    ("jpeg", "64 of 640x480", FP32, 1.05),
+    ("jpeg", "1 of 640x480", INT8, 2.5),
+    ("jpeg", "64 of 640x480", INT8, 2.5),
+    ("classifier", "20 classes x 80, cold", FP32, 10.0),
+    ("classifier", "20 classes x 80, cold", INT8, 25.0),
+    ("text", "1 of 8 tokens", FP32, 4.0),
+)
+"""Suite, case, contender, and how many times as fast as open_clip it shall be at least."""
+RATES: Sequence[tuple[str, CallKind, int, str, float]] = (
+    ("single JPEGs", "jpegs", 1, FP32, 1.6),
+    ("single JPEGs", "jpegs", 1, INT8, 4.0),
+    ("32 short texts", "texts", 32, FP32, 1.2),
+)
+"""What, call, items, contender, and how many times infinity's rate it shall answer at least."""
+SHARE_OF_LIMIT = 0.90
+
+
+def find_bars(
+    *, model: str, baseline: str, rows: Iterable[Row], levels: Iterable[Level]
+) -> list[Bar]:
+    """Hold a run to the bars whose figures it has.
+
+    Args:
+        model: Architecture that was measured; others than `MODEL` have no bars.
+        baseline: Contender that `Row.speed` is relative to.
+        rows: Of the run.
+        levels: Of the run.
+    """
+    if model != MODEL:
+        return []
+    found = {(row.suite, row.case, row.contender): row for row in rows}
+    bars = []
+    for suite, case, contender, limit in SPEEDS:
+        row = found.get((suite, case, contender))
+        if baseline == BASELINE and row is not None and row.speed is not None:
+            what = f"{suite}, {case}, {WHAT[contender]}: times {BASELINE}"
+            bars.append(Bar(what=what, value=row.speed.median, limit=limit, side="at least"))
+    answered = {
+        (level.contender, level.call, level.items): level.answered_per_s
+        for level in levels
+        if level.num_clients == CLIENTS
+    }
+    for name, call, items, contender, limit in RATES:
+        ours, theirs = (answered.get((each, call, items)) for each in (contender, INFINITY))
+        if ours is not None and theirs:
+            what = f"{name}, {CLIENTS} clients, {WHAT[contender]}: times {INFINITY}"
+            bars.append(Bar(what=what, value=ours / theirs, limit=limit, side="at least"))
+    batch = found.get(("image", "batch 32", FP32))
+    if batch is not None and batch.share_of_limit is not None:
+        bars.append(
+            Bar(
+                what="image, batch 32, FP32: share of the FP32 GEMM rate",
+                value=batch.share_of_limit.median,
+                limit=SHARE_OF_LIMIT,
+                side="at least",
+            )
+        )
+    return bars

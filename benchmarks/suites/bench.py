@@ -1,0 +1,133 @@
+"""What a run is measured with, and what it has found so far.
+
+Whoever takes part in a case must answer right first: `Bench.admit` holds the answers of all against
+those of torch in FP32, and nobody else is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.contenders.process import Contestant
+from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
+from benchmarks.machine import Probe
+from benchmarks.suites.cases import Case, Pictures
+from benchmarks.suites.progress import Progress
+from clip_rt.specs import ModelSpec
+
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
+"""Of every answer with that of torch in FP32; below, it is a wrong one."""
+
+Embeddings = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured, and how well."""
+
+    is_full: bool
+    target: float
+    """Half-width of the interval of a median that is enough, as a share."""
+    budget_s: float
+    """For the turns of one case."""
+    level_s: float = 5.0
+    """One turn of a contender under load."""
+    level_rounds: int = 3
+    arrivals_s: float = 20.0
+    """How long calls arrive at one rate."""
+    num_stage_calls: int = 21
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What a run is measured with, and what it has found."""
+
+    model: str
+    """Architecture."""
+    weights: str
+    spec: ModelSpec
+    settings: Settings
+    contestants: Mapping[str, Contestant]
+    """In the order in which they are shown."""
+    baseline: str
+    """Whose times are the measure of `Row.speed`."""
+    probe: Probe
+    pictures: Pictures
+    progress: Progress
+    reference: Callable[[Case], Embeddings]
+    """What FP32 answers."""
+    write_items: Callable[[Case], Path]
+    served: Mapping[str, tuple[Path, str]]
+    """Of those that the embedded Triton serves: the model repository, and the model's name."""
+    probe_s: list[float] = field(default_factory=list)
+    """Seconds of the probe in all rounds."""
+    rows: list[Row] = field(default_factory=list)
+    levels: list[Level] = field(default_factory=list)
+    stages: list[Stages] = field(default_factory=list)
+    accuracy: list[Accuracy] = field(default_factory=list)
+    durations: list[Duration] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was not measured, and why; no failures."""
+    failures: list[str] = field(default_factory=list)
+    _admitted: dict[str, dict[str, float]] = field(default_factory=dict)
+    _reference: dict[str, Embeddings] = field(default_factory=dict)
+
+    def admit(self, case: Case) -> dict[str, float]:
+        """Give everyone who can do it the items of a case, and check what they answer.
+
+        Returns:
+            The worst cosine with the reference, by the names of those whose answers are right. The
+            others are among `failures`; each is named once for each case.
+        """
+        if case.key not in self._admitted:
+            file = self.write_items(case)
+            self.progress.say(f"{case.key}: reference")
+            expected = self.reference(case)
+            self._reference[case.key] = expected
+            self._admitted[case.key] = {}
+            for name, contestant in self.contestants.items():
+                if case.call not in contestant.calls:
+                    continue
+                self.progress.say(f"{case.key}: answers of {name}")
+                try:
+                    contestant.load(case.key, case.call, file)
+                    cosines = row_cosines(contestant.answer(case.key), expected)
+                except Exception as error:  # The others are still worth their time.
+                    self.failures.append(f"{case.key}: {name} raised {error!r}")
+                    continue
+                limit = MIN_COSINE[contestant.facts.precision]
+                worst = float(cosines.min())
+                if worst >= limit:
+                    self._admitted[case.key][name] = worst
+                else:
+                    self.failures.append(
+                        f"{case.key}: the answers of {name} are wrong and have no speed: the "
+                        f"cosine with FP32 is {worst:.5f} at worst, below {limit}"
+                    )
+        return self._admitted[case.key]
+
+    def cosines(self, case: Case, name: str) -> NDArray[np.float64]:
+        """Return the cosine of each answer to an admitted case with the reference."""
+        return row_cosines(self.contestants[name].answer(case.key), self._reference[case.key])
+
+
+def row_cosines(found: Embeddings, expected: Embeddings) -> NDArray[np.float64]:
+    """Return the cosine of each row with its like; NaN where there is none.
+
+    Args:
+        found: (N, D).
+        expected: (N, D).
+    """
+    if found.shape != expected.shape:
+        return np.full(max(1, len(expected)), np.nan)
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines: NDArray[np.float64] = (a * b).sum(1) / (
+            np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        )
+    return cosines

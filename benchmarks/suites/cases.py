@@ -1,0 +1,195 @@
+"""The cases of each suite: which items go into a call. The same for every contender and run.
+
+Pictures are of `benchmarks.photos`; encoding them takes a while, so the files are kept. Texts are
+sentences of everyday words, made so that they have the number of tokens that a case is named for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import clip_rt
+from benchmarks import photos
+from benchmarks.contenders.implementation import TEMPLATES
+from benchmarks.findings import CallKind
+from clip_rt import prompts, tokenizer
+
+SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
+NUM_LABELS = 100
+"""Of zero_shot; they are known already when the time is taken."""
+NOUNS = tuple(
+    "cat dog horse cow sheep pig goat duck bird fish bear lion tiger wolf fox deer mouse rabbit "
+    "frog snake boat ship train car bus truck bike plane house church bridge tower chair table "
+    "bed lamp clock phone book pen cup plate bowl spoon knife fork bottle glass apple banana "
+    "orange lemon cherry peach bread cheese cake pizza soup salad tree flower grass leaf rose "
+    "sun moon star cloud rain snow storm beach river lake island mountain hill forest desert "
+    "road street park garden farm city village castle school shop market kitchen hat shirt shoe "
+    "dress coat ring watch ball guitar piano drum".split()
+)
+"""One token each, so that "a photo of a {}." has 8."""
+ADJECTIVES = tuple(
+    "red green blue black white yellow old new small large tall happy sad wet dry bright dark "
+    "quiet wooden round".split()
+)
+PLACES = ("near", "behind", "under", "above", "beside", "with", "on", "in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a row is about."""
+
+    suite: str
+    name: str
+    call: CallKind
+    items: Any
+    """pixels: uint8 (N, S, S, 3); jpegs: N files as bytes; texts: N strings; classifier: labels;
+    zero_shot: (N files as bytes, labels)."""
+    unit: Literal["images", "texts", "classes"]
+    is_quick: bool = False
+    """Whether it is among those of a quick run."""
+
+    @property
+    def num_items(self) -> int:
+        """How many of `unit` one call answers."""
+        return len(self.items[0]) if self.call == "zero_shot" else len(self.items)
+
+    @property
+    def key(self) -> str:
+        """What a contender knows its items by."""
+        return f"{self.suite}: {self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """JPEG files that are encoded once and then kept.
+
+    Args:
+        folder: Where.
+    """
+
+    folder: Path
+
+    def jpegs(self, size_px: tuple[int, int], num: int) -> list[bytes]:
+        """Return the first `num` files of a width and height."""
+        return [self._jpeg(size_px, index) for index in range(num)]
+
+    def pixels(self, side_px: int, num: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return small pictures as a model reads them, uint8 (num, S, S, 3)."""
+        return np.stack(list(clip_rt.preprocess(self.jpegs(SMALL_PX, num), side_px=side_px)))
+
+    def _jpeg(self, size_px: tuple[int, int], index: int) -> bytes:
+        wide, high = size_px
+        file = self.folder / f"{wide}x{high}_{photos.JPEG_QUALITY}_{index}.jpg"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all, whoever else makes it at the same time.
+            part = file.with_suffix(f".{id(self)}.part")
+            part.write_bytes(photos.jpeg(size_px, index))
+            part.replace(file)
+        return file.read_bytes()
+
+
+def image_cases(pictures: Pictures, side_px: int) -> Iterable[Case]:
+    """Make the cases of the suite `image`: pixels in batches."""
+    pixels = pictures.pixels(side_px, 64)
+    for rows in (1, 8, 32, 64):
+        yield Case(
+            suite="image",
+            name=f"batch {rows}",
+            call="pixels",
+            items=pixels[:rows],
+            unit="images",
+            is_quick=rows <= 32,
+        )
+
+
+def text_cases() -> Iterable[Case]:
+    """Make the cases of the suite `text`: strings of few and many tokens."""
+    short = short_texts(32)
+    for name, texts, is_quick in (
+        ("1 of 8 tokens", short[:1], True),
+        ("32 of 8 tokens", short, True),
+        ("32 of up to 16 tokens", texts_of(range(9, 17), 32), False),
+        ("32 of 17 to 32 tokens", texts_of(range(17, 33), 32), False),
+        ("8 of 77 tokens", texts_of(range(77, 78), 8), True),
+    ):
+        yield Case(
+            suite="text", name=name, call="texts", items=texts, unit="texts", is_quick=is_quick
+        )
+
+
+def jpeg_cases(pictures: Pictures, *, with_large: bool) -> Iterable[Case]:
+    """Make the cases of the suite `jpeg`: encoded files in, embeddings out."""
+    sizes = [(SMALL_PX, 1, True), (SMALL_PX, 64, True)]
+    if with_large:
+        sizes.append((LARGE_PX, 8, False))
+    for (wide, high), num, is_quick in sizes:
+        yield Case(
+            suite="jpeg",
+            name=f"{num} of {wide}x{high}",
+            call="jpegs",
+            items=pictures.jpegs((wide, high), num),
+            unit="images",
+            is_quick=is_quick,
+        )
+
+
+def zero_shot_cases(pictures: Pictures) -> Iterable[Case]:
+    """Make the cases of the suite `zero_shot`: encoded files against labels that are known."""
+    for num in (1, 32):
+        yield Case(
+            suite="zero_shot",
+            name=f"{num} of 640x480, {NUM_LABELS} labels",
+            call="zero_shot",
+            items=(pictures.jpegs(SMALL_PX, num), list(NOUNS[:NUM_LABELS])),
+            unit="images",
+            is_quick=num == 1,
+        )
+
+
+def classifier_case(labels: Sequence[str], num_classes: int) -> Case:
+    """Make a case of the suite `classifier`: `num_classes` of the labels, from all over the list.
+
+    Their prompts are as long as those of the list, so its whole takes in proportion as long.
+    """
+    chosen = np.linspace(0, len(labels), num_classes, endpoint=False, dtype=int)
+    return Case(
+        suite="classifier",
+        name=f"{num_classes} classes x {len(prompts.find_templates(TEMPLATES))}, cold",
+        call="classifier",
+        items=[labels[row] for row in chosen],
+        unit="classes",
+    )
+
+
+def short_texts(num: int) -> list[str]:
+    """Return `num` different texts of 8 tokens each, start and end included."""
+    if num > len(NOUNS):
+        raise ValueError(f"{num} short texts; there are {len(NOUNS)}.")
+    return [f"a photo of a {noun}." for noun in NOUNS[:num]]
+
+
+def texts_of(lengths: range, num: int) -> list[str]:
+    """Return `num` different texts whose numbers of tokens are spread over `lengths`."""
+    rng = np.random.default_rng(0)
+    texts = []
+    for number in range(num):
+        wanted = lengths[number * len(lengths) // num]
+        words = ["a", "photo", "of"]
+        while len(words) < wanted:
+            if len(words) > 3:
+                words.append(str(rng.choice(PLACES)))
+            words += ["a", str(rng.choice(ADJECTIVES)), str(rng.choice(NOUNS))]
+        # Every word is one token; two more are the start and the end.
+        texts.append(" ".join(words[: wanted - 2]))
+    return texts
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Return the tokens of each text, start and end included, without padding."""
+    return [len(ids) for ids in tokenizer.encode(list(texts))]

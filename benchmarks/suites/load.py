@@ -1,0 +1,217 @@
+"""Served contenders under load: clients that wait for their answers, and calls that do not wait.
+
+The first kind finds how much a server can do; it goes easy on a slow one, since nobody sends a call
+before the last is answered. The second is what users are: calls arrive when they arrive, and the
+time of each counts from then, however long it had to wait to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from benchmarks.contenders.process import Contestant, LoadResult
+from benchmarks.findings import Level
+from benchmarks.suites.bars import INFINITY
+from benchmarks.suites.bench import Bench
+from benchmarks.suites.cases import Case
+
+NUM_CLIENTS = (1, 2, 4, 8, 16, 32)
+BATCH_TEXTS = 32
+NUM_CLIENTS_OF_BATCHES = (1, 8)
+OFFERED_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+"""Of the capacity."""
+KEEPS_UP = 0.95
+"""Of what is offered, so much must be answered while it is offered and just after."""
+WARM_UP_S = 1.0
+PERCENTILES = (50, 95, 99, 99.9)
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """All rounds of one level."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    num_failed: int = 0
+    rates_per_s: list[float] = field(default_factory=list)
+
+    def add(self, result: LoadResult) -> None:
+        self.latencies_s += result.latencies_s
+        self.num_failed += result.num_failed
+        self.rates_per_s.append(len(result.latencies_s) / result.elapsed_s)
+
+
+def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
+    """Load everyone who is served with more and more clients, by turns.
+
+    Args:
+        bench: Gets the levels.
+        images: Sent one in a call.
+        texts: Sent one in a call, and `BATCH_TEXTS` in a call.
+    """
+    sweeps = (
+        (images, 1, NUM_CLIENTS),
+        (texts, 1, NUM_CLIENTS),
+        (texts, BATCH_TEXTS, NUM_CLIENTS_OF_BATCHES),
+    )
+    bench.progress.plan(sum(len(clients) for _, _, clients in sweeps))
+    for case, items, clients in sweeps:
+        takers = served(bench, case)
+        for num_clients in clients:
+            what = f"{items} x {case.key}, {num_clients} clients"
+            bench.progress.step(what)
+
+            def load(
+                contestant: Contestant,
+                duration_s: float,
+                key: str = case.key,
+                num_clients: int = num_clients,
+                items: int = items,
+            ) -> LoadResult:
+                return contestant.run_clients(key, num_clients, duration_s, items_per_call=items)
+
+            for name, seen in _by_turns(bench, takers, load, what).items():
+                bench.levels.append(
+                    _level(name, case, items, seen, num_clients=num_clients, offered_per_s=None)
+                )
+            bench.progress.done()
+
+
+def _by_turns(
+    bench: Bench,
+    names: Sequence[str],
+    load: Callable[[Contestant, float], LoadResult],
+    what: str,
+) -> dict[str, _Seen]:
+    """Load each in turn, in rounds that begin with another each time."""
+    seen = {name: _Seen() for name in names}
+    for name in names:
+        load(bench.contestants[name], WARM_UP_S)
+    for round_ in range(bench.settings.level_rounds):
+        first = round_ % max(1, len(names))
+        for name in [*names[first:], *names[:first]]:
+            bench.progress.say(f"{what}: round {round_ + 1}, {name}")
+            seen[name].add(load(bench.contestants[name], bench.settings.level_s))
+    return {name: each for name, each in seen.items() if _is_usable(bench, name, each, what)}
+
+
+def measure_arrivals(bench: Bench, case: Case) -> None:
+    """Let single items arrive at shares of what each was seen to be capable of.
+
+    Args:
+        bench: Its closed loops tell the capacity; where there are none they are run with 8 clients.
+        case: Its items are sent one in a call.
+    """
+    takers = served(bench, case)
+    capacity_per_s = {name: _capacity(bench, name, case) for name in takers}
+    bench.progress.plan(len(OFFERED_SHARES))
+    found: dict[str, list[Level]] = {name: [] for name in takers}
+    for number, share in enumerate(OFFERED_SHARES):
+        bench.progress.step(f"arrivals of {case.key}, {share:.0%} of the capacity")
+        first = number % max(1, len(takers))
+        for name in takers[first:] + takers[:first]:
+            bench.progress.say(f"arrivals of {case.key}, {share:.0%} of the capacity, {name}")
+            offered_per_s = share * capacity_per_s[name]
+            due_at_s = arrival_times(offered_per_s, bench.settings.arrivals_s, seed=number)
+            seen = _Seen()
+            seen.add(bench.contestants[name].run_arrivals(case.key, due_at_s))
+            if _is_usable(bench, name, seen, f"arrivals at {offered_per_s:.1f}/s"):
+                # As many as did arrive, which by chance are a few more or less.
+                arrived_per_s = len(due_at_s) / bench.settings.arrivals_s
+                level = _level(name, case, 1, seen, num_clients=None, offered_per_s=arrived_per_s)
+                found[name].append(level)
+        bench.progress.done()
+    for levels in found.values():
+        bench.levels += mark_knee(levels)
+
+
+def arrival_times(rate_per_s: float, duration_s: float, *, seed: int) -> list[float]:
+    """Draw when calls arrive as a Poisson process, one at least; seconds from the start, rising."""
+    rng = np.random.default_rng(seed)
+    times_s: list[float] = []
+    now_s = float(rng.exponential(1 / rate_per_s))
+    while now_s < duration_s or not times_s:
+        times_s.append(now_s)
+        now_s += float(rng.exponential(1 / rate_per_s))
+    return times_s
+
+
+def mark_knee(levels: Sequence[Level]) -> list[Level]:
+    """Mark the highest offered rate that is kept up with, as all below it are.
+
+    Kept up with means: nothing failed, and `KEEPS_UP` of the rate was answered.
+
+    Args:
+        levels: Of one contender, of arrivals.
+
+    Returns:
+        The same in the order of their rates, one of them marked; none if it never kept up.
+    """
+    ordered = sorted(levels, key=lambda level: level.offered_per_s or 0.0)
+    knee = -1
+    for row, level in enumerate(ordered):
+        if level.num_failed or level.answered_per_s < KEEPS_UP * (level.offered_per_s or 0.0):
+            break
+        knee = row
+    return [replace(level, is_knee=row == knee) for row, level in enumerate(ordered)]
+
+
+def served(bench: Bench, case: Case) -> list[str]:
+    """Return who is served and answers a case right."""
+    return [
+        name
+        for name in bench.admit(case)
+        if bench.contestants[name].facts.kind == "served" or name == INFINITY
+    ]
+
+
+def _capacity(bench: Bench, name: str, case: Case) -> float:
+    """Return the calls of one item that a contender was seen to answer each second, at best."""
+    seen_per_s = [
+        level.answered_per_s
+        for level in bench.levels
+        if (level.contender, level.call, level.items) == (name, case.call, 1)
+        and level.num_clients is not None
+    ]
+    if not seen_per_s:
+        result = bench.contestants[name].run_clients(case.key, 8, bench.settings.level_s)
+        seen_per_s = [len(result.latencies_s) / result.elapsed_s]
+    return max(seen_per_s)
+
+
+def _is_usable(bench: Bench, name: str, seen: _Seen, what: str) -> bool:
+    """Note failures; without a single answer there is no level."""
+    if seen.num_failed:
+        bench.failures.append(
+            f"{what}: {seen.num_failed} of {seen.num_failed + len(seen.latencies_s)} calls of "
+            f"{name} failed"
+        )
+    return bool(seen.latencies_s)
+
+
+def _level(
+    name: str,
+    case: Case,
+    items: int,
+    seen: _Seen,
+    *,
+    num_clients: int | None,
+    offered_per_s: float | None,
+) -> Level:
+    p50_ms, p95_ms, p99_ms, p999_ms = 1e3 * np.percentile(seen.latencies_s, PERCENTILES)
+    return Level(
+        contender=name,
+        call=case.call,
+        items=items,
+        num_clients=num_clients,
+        offered_per_s=offered_per_s,
+        answered_per_s=float(np.median(seen.rates_per_s)),
+        num_calls=len(seen.latencies_s) + seen.num_failed,
+        num_failed=seen.num_failed,
+        p50_ms=float(p50_ms),
+        p95_ms=float(p95_ms),
+        p99_ms=float(p99_ms),
+        p999_ms=float(p999_ms),
+    )

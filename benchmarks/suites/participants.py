@@ -1,0 +1,336 @@
+"""Who takes part in a run: makes what they read, starts them, and ends them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+import clip_rt
+from benchmarks import contenders, findings
+from benchmarks.contenders import REFERENCE, AbsentError
+from benchmarks.contenders.items import save_items
+from benchmarks.contenders.kit import Form, Kit, Need, make_kit
+from benchmarks.contenders.plant import Plant
+from benchmarks.contenders.process import Contestant
+from benchmarks.suites.cases import Case
+from clip_rt.errors import InputError
+from clip_rt.specs import Tower, find_spec, image_model, text_model
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("openvino", "triton openvino", "triton int8", "open_clip")
+"""Who takes part in a quick run: little to start, and what a reader wants to know first."""
+BASELINES = ("open_clip", "transformers", "onnxruntime", "openvino")
+"""The first of them that takes part is the measure of the others."""
+SERVED_FORMS: Mapping[str, Form] = {
+    "triton onnxruntime": "onnxruntime",
+    "triton openvino": "openvino",
+    "triton int8": "int8",
+}
+OF_A_REPOSITORY = ("onnxruntime", "openvino", "triton onnxruntime", "triton openvino")
+"""Who can run a model that is exported already: its ONNX files are all there is."""
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """Who shall take part, and with which model."""
+
+    contenders: tuple[str, ...]
+    """Of `contenders.NAMES`."""
+    model: str
+    weights: str
+    repository: Path | None = None
+    """Of models that are exported already; then `name` is measured, instead of `model`."""
+    name: str = ""
+    url: str | None = None
+    """Of a Triton somewhere, host:port, which takes part too."""
+    remote_model: str | None = None
+    infinity: str | None = None
+    plants: Mapping[str, Plant] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All who shall take part, in the order in which they are shown."""
+        known = tuple(name for name in contenders.NAMES if name in self.contenders)
+        return known if self.url is None else (*known, f"{contenders.REMOTE}{self.url}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedKit(Kit):
+    """A kit of a model that was exported by others, whose served version may be any."""
+
+    def tower(self, form: Form, tower: Tower, file: str = "model.onnx") -> Path:
+        """Return a file of the version of a tower that is served."""
+        name = image_model(self.name) if tower == "image" else text_model(self.name)
+        return _served_folder(self.repository(form) / name) / file
+
+
+class Participants:
+    """Those who take part; a context manager, which ends them.
+
+    Args:
+        wishes: Who shall.
+        cache: Folder of what is made once.
+        say: Told what happens.
+
+    Attributes:
+        kit: The forms of the model.
+        contestants: Those who started, by name.
+
+    Raises:
+        InputError: the model or the weights cannot be used.
+    """
+
+    kit: Kit
+
+    def __init__(self, wishes: Wishes, *, cache: Path, say: Callable[[str], None]) -> None:
+        self.contestants: dict[str, Contestant] = {}
+        self._wishes = wishes
+        self._cache = cache
+        self._say = say
+        self._absent: dict[str, findings.Contender] = {}
+        self._reference: Contestant | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Participants:
+        with self._stack:
+            self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            self.kit = self._make_kit()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start everyone, one after another, each of them alone at it.
+
+        Raises:
+            InputError: nobody can take part; says why.
+        """
+        for name in [name for name in self._wishes.names if name not in self._absent]:
+            self._say(f"start {name}")
+            try:
+                self.contestants[name] = self._start(name, self._wishes.plants.get(name))
+            except AbsentError as error:
+                self._absent[name] = error.contender
+        if not self.contestants:
+            reasons = "; ".join(f"{name}: {each.absent}" for name, each in self._absent.items())
+            raise InputError(f"nobody can take part: {reasons}.")
+
+    @property
+    def baseline(self) -> str:
+        """Whose times are the measure of the others."""
+        return next(name for name in (*BASELINES, *self.contestants) if name in self.contestants)
+
+    @property
+    def facts(self) -> list[findings.Contender]:
+        """All who were to take part, the absent among them; after `close` with their memory."""
+        started = {name: each.facts for name, each in self.contestants.items()}
+        found = started | self._absent
+        return [found[name] for name in self._wishes.names if name in found]
+
+    @property
+    def served(self) -> dict[str, tuple[Path, str]]:
+        """Repository and name of the model, of those that the embedded Triton serves."""
+        return {
+            name: (self.kit.repository(form), self.kit.name)
+            for name, form in SERVED_FORMS.items()
+            if name in self.contestants
+        }
+
+    def reference(self, case: Case) -> NDArray[np.float32]:
+        """Return what FP32 torch answers; for a model that is exported already, ONNX Runtime.
+
+        Raises:
+            AbsentError: it cannot be started.
+        """
+        if self._reference is None:
+            name = REFERENCE.name if self._wishes.repository is None else "onnxruntime"
+            self._reference = self._start(name, None)
+        self._reference.load(case.key, case.call, self.write_items(case))
+        answer = self._reference.answer(case.key)
+        self._reference.forget(case.key)
+        return answer
+
+    def write_items(self, case: Case) -> Path:
+        """Write the items of a case for the processes of the contenders."""
+        folder = self._scratch / re.sub(r"\W+", "_", case.key)
+        if not folder.is_dir():
+            folder.mkdir()
+            return save_items(folder / "items", case.call, case.items)
+        return next(folder.iterdir())
+
+    def close(self) -> None:
+        """End everyone."""
+        self._stack.close()
+
+    def _start(self, name: str, plant: Plant | None) -> Contestant:
+        return self._stack.enter_context(
+            contenders.start(
+                name,
+                self.kit,
+                plant=plant,
+                infinity=self._wishes.infinity,
+                model=self._wishes.remote_model,
+            )
+        )
+
+    def _make_kit(self) -> Kit:
+        wishes = self._wishes
+        if wishes.repository is not None:
+            return self._copy_repository(wishes.repository, wishes.name)
+        spec = find_spec(wishes.model)
+        needs = contenders.find_needs(wishes.names, spec, infinity=wishes.infinity)
+        return _make_elsewhere(wishes.model, wishes.weights, self._cache, needs, self._say)
+
+    def _copy_repository(self, source: Path, name: str) -> Kit:
+        """Make a kit of a model that is exported, without changing the repository it is in."""
+        for each in self._wishes.names:
+            if each in contenders.NAMES and each not in OF_A_REPOSITORY:
+                reason = "a repository has the exported model only, not what this one reads"
+                self._absent[each] = replace(contenders.find(each).facts, absent=reason)
+        with clip_rt.Client(
+            repository=source, model=name, start_timeout_s=START_TIMEOUT_S
+        ) as client:
+            manifest = client.manifest
+        if manifest.precision not in ("fp32", "fp16_weights"):
+            raise InputError(
+                f"{name!r} in {source} is {manifest.precision}; there is nothing in FP32 to hold "
+                "its answers against. Name an FP32 model, or measure with --model and --weights."
+            )
+        kit = ExportedKit(
+            folder=self._scratch / "kit",
+            spec=find_spec(manifest.architecture),
+            name=name,
+            logit_scale=manifest.logit_scale,
+            logit_bias=manifest.logit_bias,
+        )
+        # Those that are called directly read the files of the first.
+        forms: set[Form] = {"onnxruntime"}
+        forms |= {
+            SERVED_FORMS[each]
+            for each in self._wishes.names
+            if each in OF_A_REPOSITORY and each in SERVED_FORMS
+        }
+        for form in forms:
+            for tower in (image_model(name), text_model(name)):
+                shutil.copytree(source / tower, kit.repository(form) / tower, copy_function=_link)
+            if f"triton {form}" in self._wishes.names:
+                self._set_runtime(kit.repository(form), name, form)
+        return kit
+
+    @staticmethod
+    def _set_runtime(repository: Path, name: str, runtime: str) -> None:
+        """Let the embedded Triton run a model by a runtime, with the command that anyone would use.
+
+        Raises:
+            InputError: it cannot.
+        """
+        command = ["--repository", str(repository), "--name", name, "--runtime", runtime]
+        done = subprocess.run(
+            [sys.executable, "-m", "export.repository", *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise InputError(f"{name!r} cannot be served by {runtime}: {done.stderr[-500:]}")
+
+
+def _make_elsewhere(
+    model: str, weights: str, cache: Path, needs: Sequence[Need], say: Callable[[str], None]
+) -> Kit:
+    """Do as `make_kit` does in a process of its own, since that imports torch.
+
+    Raises:
+        InputError: the weights cannot be used.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_make, args=(theirs, model, weights, cache, needs))
+    process.start()
+    theirs.close()
+    is_first = True
+    try:
+        while True:
+            what, value = ours.recv()
+            if what == "kit":
+                kit: Kit = value
+                return kit
+            if what == "error":
+                raise InputError(value)
+            if is_first:
+                say("What is measured has to be made once, which takes some minutes.")
+                is_first = False
+            say(value)
+    except EOFError:
+        process.join()
+        raise InputError(
+            f"making the forms of {model} ended with exit code {process.exitcode}."
+        ) from None
+    finally:
+        ours.close()
+        process.join(END_TIMEOUT_S)
+        process.terminate()
+        process.join()
+
+
+def _make(pipe: Connection, model: str, weights: str, cache: Path, needs: Sequence[Need]) -> None:
+    """Be the other process of `_make_elsewhere`."""
+    try:
+        kit = make_kit(model, weights, cache, needs, say=lambda line: pipe.send(("line", line)))
+    except InputError as error:
+        pipe.send(("error", str(error)))
+    else:
+        pipe.send(("kit", kit))
+
+
+def describe_all(wishes: Wishes) -> list[findings.Contender]:
+    """Say who there is, and why one could not take part here, as far as that is seen at once."""
+    spec = find_spec(wishes.model)
+    found = []
+    for name in contenders.NAMES:
+        facts = contenders.find(name).facts
+        absent = contenders.why_absent(name, spec, infinity=wishes.infinity)
+        found.append(replace(facts, absent=absent))
+    return found
+
+
+def _served_folder(tower: Path) -> Path:
+    """Return the version of a tower that Triton loads: what its configuration says, or the last."""
+    named = re.search(r"versions:\s*(\d+)", (tower / "config.pbtxt").read_text("utf-8"))
+    numbers = [int(path.name) for path in tower.iterdir() if path.name.isdigit()]
+    return tower / (named[1] if named else str(max(numbers)))
+
+
+def _link(source: str, target: str) -> None:
+    """Link weights, which nobody changes, and copy the rest; copy all across file systems."""
+    if Path(source).name.startswith("model.onnx"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    shutil.copy2(source, target)

@@ -1,0 +1,76 @@
+"""Where the time of one call through the whole stack goes, as the client itself tells it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from benchmarks.findings import Stages
+from benchmarks.suites.bench import Bench
+from benchmarks.suites.cases import Case
+from clip_rt.telemetry import STAGES, TOTAL
+
+MAX_MISSING = 0.05
+SERVER_STAGES = ("server_queue", "server_compute")
+NETWORK = "network"
+
+
+def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
+    """Note where the time of each case goes, with each way through Triton."""
+    bench.progress.plan(len(cases))
+    for case in cases:
+        bench.progress.step(f"stages of {case.key}")
+        for name in bench.admit(case):
+            if bench.contestants[name].facts.kind != "served":
+                continue
+            calls = bench.contestants[name].stages(case.key, bench.settings.num_stage_calls)
+            bench.stages.append(
+                summarise(calls, contender=name, what=case.key, is_single=case.num_items == 1)
+            )
+        bench.progress.done()
+
+
+def summarise(
+    calls: Sequence[Mapping[str, float]], *, contender: str, what: str, is_single: bool
+) -> Stages:
+    """Take the means of the calls in the middle half, so that what adds up in each adds up.
+
+    Args:
+        calls: Seconds by the names of `clip_rt.telemetry.STAGES`, and `total`. What they call
+            `network` holds the server's own stages; here it does not.
+        contender: Whose.
+        what: The case.
+        is_single: Whether a call has one item, whose stages follow each other. Those of many
+            run side by side, so they may be more than the total.
+    """
+    ordered = sorted(calls, key=lambda call: call[TOTAL])
+    cut = len(ordered) // 4
+    middle = ordered[cut : len(ordered) - cut]
+    means_ms = {
+        name: 1e3 * statistics.fmean(call.get(name, 0.0) for call in middle)
+        for name in (*STAGES, TOTAL)
+    }
+    total_ms = means_ms.pop(TOTAL)
+    # Servers count each request of a call; side by side they may be longer than it.
+    means_ms[NETWORK] -= sum(means_ms[name] for name in SERVER_STAGES)
+    stages_ms = {name: value for name, value in means_ms.items() if value > 0}
+    missing_ms = total_ms - sum(stages_ms.values())
+    note = ""
+    if not is_single and missing_ms < 0:
+        note = (
+            f"stages ran side by side: together they are {total_ms - missing_ms:.1f} ms of work in "
+            f"{total_ms:.1f} ms"
+        )
+    elif abs(missing_ms) > MAX_MISSING * total_ms:
+        note = (
+            f"{missing_ms:.2f} ms are in no stage: the client's own work between them, and waiting "
+            "for a thread to run"
+        )
+    return Stages(
+        contender=contender,
+        what=what,
+        total_ms=total_ms,
+        stages_ms=stages_ms,
+        missing_ms=missing_ms,
+        note=note,
+    )

