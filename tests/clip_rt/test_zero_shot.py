@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 import clip_rt
+from clip_rt import zero_shot
 from clip_rt.zero_shot import classify, pool
 
 
@@ -111,3 +114,30 @@ def test_one_label_is_certain():
 def test_shapes_that_do_not_fit_are_refused(images, classes, labels):
     with pytest.raises(clip_rt.InputError, match="do not fit"):
         classify(images, classes, labels, logit_scale=1.0)
+
+
+def test_small_and_large_products_are_the_same_and_small_ones_wake_no_thread() -> None:
+    rng = np.random.default_rng(0)
+    classes = rng.standard_normal((400, 512)).astype(np.float32)
+    images = rng.standard_normal((40, 512)).astype(np.float32)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+
+    def ask(some: np.ndarray) -> np.ndarray:
+        names = [str(n) for n in range(400)]
+        return zero_shot.classify(some, classes, names, logit_scale=1.0).logits
+
+    assert images.size * len(classes) > zero_shot.MAX_SMALL_PRODUCT > images[:8].size * 400
+    np.testing.assert_allclose(ask(images)[:8], ask(images[:8]), atol=1e-6)
+    np.testing.assert_allclose(ask(images), images.astype(np.float64) @ classes.T, atol=1e-6)
+
+    def spent_s() -> float:
+        # Of all threads, for a while: BLAS's work without an end to it.
+        before_s = time.process_time()
+        for _ in range(5):
+            ask(images[:8])
+            time.sleep(0.02)
+        return time.process_time() - before_s
+
+    time.sleep(0.2)  # Those of the large product go to sleep.
+    assert spent_s() < 0.05
