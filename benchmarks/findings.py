@@ -166,6 +166,9 @@ class Peaks:
     """What this machine can do, measured in the run."""
 
     gemm_fp32_gflop_per_s: Interval
+    """At the shape and with the library that do most: a limit that nothing may pass."""
+    gemm_fp32_model_gflop_per_s: Interval
+    """Of the four products of a layer of ViT-B/32 at 32 images, one after another."""
     gemm_int8_gop_per_s: Interval | None
     read_gb_per_s: Interval
     how: str

@@ -230,10 +230,12 @@ class Probe:
         self.flop_while_probe: float = found["flop_while_probe"]
         self.peaks = Peaks(
             gemm_fp32_gflop_per_s=Interval(**found["gemm_fp32_gflop_per_s"]),
+            gemm_fp32_model_gflop_per_s=Interval(**found["gemm_fp32_model_gflop_per_s"]),
             gemm_int8_gop_per_s=Interval(**int8) if int8 else None,
             read_gb_per_s=Interval(**found["read_gb_per_s"]),
             how=(
-                f"{num_threads} threads; the fastest here: FP32 by {found['library']}, INT8 by "
+                f"{num_threads} threads; the fastest here: FP32 by {found['library']}, those "
+                f"of ViT-B/32 by {found['model_library']}, INT8 by "
                 f"{found['int8_library'] or 'none'}"
             ),
         )

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.intervals import inverse, ratio_interval
+from benchmarks.findings import Interval
+from benchmarks.intervals import inverse, median_interval, ratio_interval
 from benchmarks.turns import Way, take_turns
 from clip_rt.specs import MODELS, ViTSpec
 
@@ -52,11 +53,13 @@ def _vit_shapes(model: str, num_images: int) -> tuple[Shape, ...]:
 
 
 PROBE_SHAPE = Shape(2048, 2048, 2048)
-SHAPES = (PROBE_SHAPE, *_vit_shapes("ViT-B/32", 32))
+MODEL_SHAPES = _vit_shapes("ViT-B/32", 32)
+"""Of the four products that each layer has."""
+SHAPES = (PROBE_SHAPE, *MODEL_SHAPES)
 READ_BYTES = 768 * 2**20
 """More than any cache holds."""
 CHOICE_SHARE = 0.4
-"""Of the budget, for finding the fastest library."""
+"""Of the budget, for finding the fastest libraries."""
 TURN_S = 0.05
 MAX_ROUNDS = 15
 
@@ -219,25 +222,37 @@ class Peaks:
         self._probe: Way | None = None
 
     def measure(self) -> dict[str, Any]:
-        """Choose the fastest library, then measure it, INT8 and memory by turns."""
+        """Choose the fastest library, then measure it, INT8 and memory by turns.
+
+        The products of the model have a library of their own where another is faster at these.
+        """
         by_library = {}
         for library in LIBRARIES:
             try:
                 by_library[library] = _products(library, self._num_threads)
             except ImportError:
                 continue
+        choice_ways = {}
+        for library, calls in by_library.items():
+            choice_ways[library] = _way(_all_of(calls.values()))
+            choice_ways[f"model {library}"] = _way(_all_of(calls[each] for each in MODEL_SHAPES))
         choice = take_turns(
-            {library: _way(_all_of(calls)) for library, calls in by_library.items()},
+            choice_ways,
             budget_s=CHOICE_SHARE * self._budget_s,
             min_rounds=3,
             min_turn_s=TURN_S,
             max_rounds=MAX_ROUNDS,
         )
-        library = min(choice, key=lambda name: choice[name].interval_s.median)
-        products = by_library.pop(library)
+        library = min(by_library, key=lambda name: choice[name].interval_s.median)
+        model_library = min(by_library, key=lambda name: choice[f"model {name}"].interval_s.median)
+        products = {(library, shape): call for shape, call in by_library[library].items()}
+        products |= {
+            (model_library, each): by_library[model_library][each] for each in MODEL_SHAPES
+        }
+        by_library.clear()
         int8_products = _int8_products(self._num_threads)
-        self._probe = _way(products[PROBE_SHAPE])
-        ways = {_name("fp32", library, shape): _way(call) for shape, call in products.items()}
+        self._probe = _way(products[library, PROBE_SHAPE])
+        ways = {_name("fp32", *key): _way(call) for key, call in products.items()}
         ways |= {_name("int8", *key): _way(call) for key, call in int8_products.items()}
         ways["read"] = _way(_reader(self._num_threads))
         turns = take_turns(
@@ -258,21 +273,35 @@ class Peaks:
             time_s = turns[_name(precision, library, shape)].interval_s
             return asdict(inverse(time_s, shape.flop / 1e9))
 
-        best = max(products, key=lambda shape: speed("fp32", library, shape))
+        model_s = [turns[_name("fp32", model_library, each)].samples_s for each in MODEL_SHAPES]
+        best = max(products, key=lambda key: speed("fp32", *key))
         best_int8 = max(int8_products, key=lambda key: speed("int8", *key), default=None)
         return {
-            "library": _with_version(library),
+            "library": _with_version(best[0]),
+            "model_library": _with_version(model_library),
             "int8_library": _with_version(best_int8[0]) if best_int8 else None,
-            "gemm_fp32_gflop_per_s": rate("fp32", library, best),
+            "gemm_fp32_gflop_per_s": rate("fp32", *best),
+            "gemm_fp32_model_gflop_per_s": asdict(model_rate(model_s)),
             "gemm_int8_gop_per_s": rate("int8", *best_int8) if best_int8 else None,
             "read_gb_per_s": asdict(inverse(turns["read"].interval_s, READ_BYTES / 1e9)),
-            "flop_while_probe": PROBE_SHAPE.flop * speed("fp32", library, best),
+            "flop_while_probe": PROBE_SHAPE.flop * speed("fp32", *best),
         }
 
     def time(self, num_calls: int) -> list[float]:
         """Return the seconds of each of so many probes."""
         assert self._probe is not None, "peaks come first"
         return self._probe(num_calls)
+
+
+def model_rate(samples_s: Sequence[Sequence[float]]) -> Interval:
+    """Return the GFLOP/s of the model's products one after another, each weighing as its work does.
+
+    Args:
+        samples_s: Of each of `MODEL_SHAPES`, its times in the same rounds.
+    """
+    rounds_s = [sum(times_s) for times_s in zip(*samples_s, strict=True)]
+    gflop = sum(shape.flop for shape in MODEL_SHAPES) / 1e9
+    return inverse(median_interval(rounds_s), gflop)
 
 
 def _name(precision: str, library: str, shape: Shape) -> str:
@@ -284,8 +313,9 @@ def _with_version(library: str) -> str:
     return f"{library} {version.partition('-')[0]}"
 
 
-def _all_of(calls: dict[Shape, Call]) -> Call:
-    return lambda: [call() for call in calls.values()]
+def _all_of(calls: Iterable[Call]) -> Call:
+    calls = list(calls)
+    return lambda: [call() for call in calls]
 
 
 def main() -> None:

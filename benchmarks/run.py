@@ -143,7 +143,11 @@ def measure(
         durations=bench.durations,
         ceilings=ceilings(),
         bars=find_bars(
-            model=bench.model, baseline=bench.baseline, rows=bench.rows, levels=bench.levels
+            model=bench.model,
+            baseline=bench.baseline,
+            peaks=probe.peaks,
+            rows=bench.rows,
+            levels=bench.levels,
         ),
         failures=bench.failures + _above_limit(bench),
     )

@@ -8,11 +8,12 @@ Weights are random, since speed does not depend on them; the command of every ex
 into a repository that is removed at the end. Everything is measured on one machine in one run, the
 ways that are compared by turns, and what they answer is compared before anything is timed.
 
-The measure of the client is ONNX Runtime called directly: a process of its own loads the same file
-with the options that the server uses, so with the same number of threads, which spin for a moment
-only. A process of its own, because its threads must not be counted among the client's; and never at
-work while the client is, because they would share the cores. With ONNX Runtime's own default, whose
-threads spin for long, it is measured as well: a server that did would take the cores of its client.
+The measure of the client is a runtime called directly: ONNX Runtime, and OpenVINO, which runs the
+FP32 models of the server. A process of its own loads the same file with the options that the server
+uses, so with the same number of threads, which spin for a moment only. A process of its own,
+because its threads must not be counted among the client's; and never at work while the client is,
+because they would share the cores. With ONNX Runtime's own default, whose threads spin for long, it
+is measured as well: a server that did would take the cores of its client.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from unittest.mock import patch
 
 import numpy as np
-import onnxruntime
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
@@ -46,6 +46,7 @@ from rich.table import Table
 
 import clip_rt
 from benchmarks import photos
+from benchmarks.findings import Bar
 from benchmarks.record import save
 from clip_rt import lane, prompts, zero_shot
 from clip_rt.client import CACHE_VARIABLE, CHECKOUT_REPOSITORY
@@ -79,30 +80,8 @@ MAX_DIFFERENCE = 1e-4
 console = Console()
 Array = NDArray[Any]
 Found = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A figure and what it is held to."""
-
-    what: str
-    value: float
-    limit: float
-    side: Literal["at least", "at most"]
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the figure is on the right side of the limit; NaN never is."""
-        return self.value >= self.limit if self.side == "at least" else self.value <= self.limit
-
-    def to_json(self) -> Found:
-        """Return what a result keeps of it."""
-        return {
-            "what": self.what,
-            "value": round(self.value, 4),
-            self.side.replace(" ", "_"): self.limit,
-            "met": self.is_met,
-        }
+Runtime = Literal["onnxruntime", "onnxruntime, its default", "openvino"]
+"""What `BareRuntime` can be; the second is ONNX Runtime whose threads spin as it likes best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +126,7 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 def by_turns(
     ways: Mapping[str, Callable[[], float]], num_rounds: int, what: str
 ) -> dict[str, list[float]]:
-    """Time every way once in each round.
+    """Time every way once in each round, and begin each round with another.
 
     Args:
         ways: Each returns its time in seconds.
@@ -155,10 +134,32 @@ def by_turns(
         what: Said beside the progress.
     """
     times_s: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in track(range(num_rounds), description=what, console=console, transient=True):
-        for name, way in ways.items():
-            times_s[name].append(way())
+    names = list(ways)
+    for n in track(range(num_rounds), description=what, console=console, transient=True):
+        first = n % len(names)
+        for name in names[first:] + names[:first]:
+            times_s[name].append(ways[name]())
     return times_s
+
+
+def one_by_one(
+    call: Callable[[int], float], num_items: int, latencies_s: list[float]
+) -> Callable[[], float]:
+    """Make of a call for one item a turn of `SINGLES_A_TURN`, each going on where the last ended.
+
+    Args:
+        call: Gets the number of an item, and returns its time in seconds.
+        num_items: After the last comes the first again.
+        latencies_s: Gets the seconds of each call.
+    """
+    numbers = itertools.cycle(range(num_items))
+
+    def turn() -> float:
+        each_s = [call(n) for n in itertools.islice(numbers, SINGLES_A_TURN)]
+        latencies_s.extend(each_s)
+        return sum(each_s)
+
+    return turn
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
@@ -192,24 +193,24 @@ def check_equal(found: Array, expected: Array, what: str) -> float:
 
 
 class BareRuntime:
-    """ONNX Runtime on one tower in a process of its own, which works only when it is asked to.
+    """A runtime on one tower in a process of its own, which works only when it is asked to.
 
     Args:
-        file: The tower.
+        file: The tower, ONNX.
         inputs: Rows it may be asked for; saved to `scratch`.
         scratch: Folder.
-        is_default: Whether its threads spin while they wait as ONNX Runtime's default has it.
+        runtime: What runs it.
     """
 
     def __init__(
-        self, file: Path, inputs: Array, scratch: Path, *, is_default: bool = False
+        self, file: Path, inputs: Array, scratch: Path, *, runtime: Runtime = "onnxruntime"
     ) -> None:
         rows_file = scratch / f"{file.parents[1].name}_inputs.npy"
         np.save(rows_file, inputs)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_run_bare, args=(theirs, file, rows_file, is_default), daemon=True
+            target=_run_bare, args=(theirs, file, rows_file, runtime), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -230,9 +231,10 @@ class BareRuntime:
         """
         return self._ask(start, stop, BATCH_ROWS)
 
-    def encode_singly(self, start: int, stop: int) -> list[float]:
-        """Embed some rows, each alone, and return the seconds of each."""
-        return self._ask(start, stop, 1)[0]
+    def encode_one(self, row: int) -> float:
+        """Embed one row alone, and return the seconds it took over there."""
+        (time_s,), _ = self._ask(row, row + 1, 1)
+        return time_s
 
     def _ask(self, *order: int) -> tuple[list[float], NDArray[np.float32]]:
         self._pipe.send(order)
@@ -240,17 +242,16 @@ class BareRuntime:
         return answer
 
 
-def _run_bare(pipe: Connection, file: Path, rows_file: Path, is_default: bool) -> None:
+Encode = Callable[[Array], NDArray[np.float32]]
+
+
+def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:
     """Be the other process of `BareRuntime`, until its end of the pipe is closed."""
-    # The options of export/python_model.py.
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    options.inter_op_num_threads = 1
-    if not is_default:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    input_name, rows = session.get_inputs()[0].name, np.load(rows_file)
+    if runtime == "openvino":
+        encode = _load_openvino(file)
+    else:
+        encode = _load_onnxruntime(file, is_default=runtime != "onnxruntime")
+    rows = np.load(rows_file)
     pipe.send("ready")
     while True:
         try:
@@ -261,10 +262,50 @@ def _run_bare(pipe: Connection, file: Path, rows_file: Path, is_default: bool) -
         for first in range(start, stop, batch_rows):
             batch = rows[first : min(first + batch_rows, stop)]
             start_s = time.perf_counter()
-            (embeddings,) = session.run(None, {input_name: batch})
+            embeddings = encode(batch)
             times_s.append(time.perf_counter() - start_s)
             parts.append(embeddings)
         pipe.send((times_s, np.concatenate(parts)))
+
+
+# Both with the options of export/python_model.py, and each imported by its own process only.
+
+
+def _load_onnxruntime(file: Path, *, is_default: bool) -> Encode:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    if not is_default:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def encode(batch: Array) -> NDArray[np.float32]:
+        embeddings: NDArray[np.float32] = session.run(None, {name: batch})[0]
+        return embeddings
+
+    return encode
+
+
+def _load_openvino(file: Path) -> Encode:
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = openvino.Core().compile_model(str(file), "CPU", settings).create_infer_request()
+
+    def encode(batch: Array) -> NDArray[np.float32]:
+        embeddings: NDArray[np.float32] = request.infer({0: batch}, share_inputs=True)[0]
+        return embeddings
+
+    return encode
 
 
 def run_threads(
@@ -345,52 +386,77 @@ def preprocessed(bench: Bench, client: clip_rt.Client) -> list[Array]:
 
 
 def measure_overhead(bench: Bench) -> tuple[Found, list[Bar]]:
-    """Embed arrays in bulk and one at a time, through the client and without it."""
-    with bench.client() as client:
+    """Embed arrays in bulk and one at a time, through the client and by each runtime without it."""
+    with ExitStack() as stack:
+        client = stack.enter_context(bench.client())
         arrays = preprocessed(bench, client)
         file, inputs = bench.onnx_file(image_model(bench.model)), np.stack(arrays)
-        with (
-            BareRuntime(file, inputs, bench.scratch) as bare,
-            BareRuntime(file, inputs, bench.scratch, is_default=True) as by_default,
-        ):
-            expected = bare.encode(0, len(arrays))[1]
-            found = client.encode_images(arrays)
-            difference = check_equal(found, expected, "the client and ONNX Runtime")
-            times_s = by_turns(
-                {
-                    "client": timed(partial(client.encode_images, arrays)),
-                    "onnxruntime": lambda: sum(bare.encode(0, len(arrays))[0]),
-                    "onnxruntime, its default": lambda: sum(by_default.encode(0, len(arrays))[0]),
-                },
-                bench.num_rounds,
-                "overhead of batches",
-            )
-            singles_s: dict[str, list[float]] = {"client": [], "onnxruntime": []}
-            # By turns of ten: each way reads all the weights, and so leaves the caches of the
-            # processor to the other cold, which nobody finds who calls one of them all the time.
-            turns = range(0, NUM_SINGLE, SINGLES_A_TURN)
-            for first in track(turns, "overhead of one", console=console, transient=True):
-                numbers = [n % len(arrays) for n in range(first, first + SINGLES_A_TURN)]
-                for n in numbers:
-                    singles_s["client"].append(timed(partial(client.encode_images, arrays[n]))())
-                for n in numbers:
-                    singles_s["onnxruntime"] += bare.encode_singly(n, n + 1)
-    added_ms = 1e3 * (
-        statistics.median(singles_s["client"]) - statistics.median(singles_s["onnxruntime"])
-    )
-    share = ratio(times_s["onnxruntime"], times_s["client"])
+        bare: dict[Runtime, BareRuntime] = {
+            runtime: stack.enter_context(BareRuntime(file, inputs, bench.scratch, runtime=runtime))
+            for runtime in get_args(Runtime)
+        }
+        found = client.encode_images(arrays)
+        differences = {
+            runtime: check_equal(found, each.encode(0, len(arrays))[1], f"the client and {runtime}")
+            for runtime, each in bare.items()
+        }
+        # The same runtime gives the same numbers; the other one sums in another order.
+        served_by = min(differences, key=differences.__getitem__)
+        in_bulk: dict[str, Callable[[], float]] = {
+            runtime: partial(_in_bulk, each, len(arrays)) for runtime, each in bare.items()
+        }
+        times_s = by_turns(
+            {"client": timed(partial(client.encode_images, arrays)), **in_bulk},
+            bench.num_rounds,
+            "overhead of batches",
+        )
+        # By turns of ten: each way reads all the weights, and so leaves the caches of the
+        # processor to the next cold, which nobody finds who calls one of them all the time.
+        singly: dict[str, Callable[[int], float]] = {
+            "client": lambda n: timed(partial(client.encode_images, arrays[n]))(),
+            "onnxruntime": bare["onnxruntime"].encode_one,
+            "openvino": bare["openvino"].encode_one,
+        }
+        latencies_s: dict[str, list[float]] = {name: [] for name in singly}
+        by_turns(
+            {
+                name: one_by_one(call, len(arrays), latencies_s[name])
+                for name, call in singly.items()
+            },
+            NUM_SINGLE // SINGLES_A_TURN,
+            "overhead of one",
+        )
     document = {
         "num_images": len(arrays),
         "batch_rows": BATCH_ROWS,
-        "max_difference": difference,
+        "max_differences": differences,
+        "served_by": served_by,
         "bulk": rates(times_s, len(arrays), "images"),
         "share_of_default": round(ratio(times_s["onnxruntime, its default"], times_s["client"]), 4),
-        "single": {name: describe_latencies(each) for name, each in singles_s.items()},
+        "single": {name: describe_latencies(each) for name, each in latencies_s.items()},
     }
-    return document, [
-        Bar(what="bulk, of ONNX Runtime", value=share, limit=0.95, side="at least"),
-        Bar(what="one image, ms added", value=added_ms, limit=2.0, side="at most"),
-    ]
+    median_s = {name: statistics.median(each) for name, each in latencies_s.items()}
+    bars = []
+    names: dict[Runtime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    for runtime, name in names.items():
+        what = f"{name}, which serves it" if runtime == served_by else name
+        share = ratio(times_s[runtime], times_s["client"])
+        added_ms = 1e3 * (median_s["client"] - median_s[runtime])
+        bars += [
+            Bar(what=f"overhead: bulk, of {what}", value=share, limit=0.95, side="at least"),
+            Bar(
+                what=f"overhead: one image, ms added to {what}",
+                value=added_ms,
+                limit=2.0,
+                side="at most",
+            ),
+        ]
+    return document, bars
+
+
+def _in_bulk(bare: BareRuntime, num_rows: int) -> float:
+    """Embed all rows and return the seconds of it all."""
+    return sum(bare.encode(0, num_rows)[0])
 
 
 def measure_threads(bench: Bench) -> tuple[Found, list[Bar]]:
@@ -480,10 +546,10 @@ def measure_large_jpeg(bench: Bench) -> tuple[Found, list[Bar]]:
 @cache
 def class_names() -> tuple[str, ...]:
     """Return ImageNet's 1,000 classes as OpenAI names them."""
-    # Here, because it brings torch, which the processes of `BareRuntime` have no use for.
-    from benchmarks.training_step import import_open_clip
+    # Here, because of all that comes with it, which the processes of `BareRuntime` do not need.
+    from benchmarks.suites.plan import imagenet_names
 
-    return tuple(import_open_clip().IMAGENET_CLASSNAMES)
+    return tuple(imagenet_names())
 
 
 def padded_tokens(labels: Sequence[str]) -> NDArray[np.int32]:
@@ -713,6 +779,16 @@ def export(repository: Path, model: str, cache_folder: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True)
 
 
+def describe_bar(bar: Bar) -> Found:
+    """Return what a result keeps of a bar."""
+    return {
+        "what": bar.what,
+        "value": round(bar.value, 4),
+        bar.side.replace(" ", "_"): bar.limit,
+        "met": bar.is_met,
+    }
+
+
 def show(bars: Sequence[Bar]) -> None:
     """Print the table of the bars."""
     table = Table("bar", "measured", "limit", "")
@@ -773,7 +849,7 @@ def main(
         "num_threads": len(os.sched_getaffinity(0)),
         "num_rounds": num_rounds,
         "load_before": round(load_before, 2),
-        "bars": [bar.to_json() for bar in bars],
+        "bars": [describe_bar(bar) for bar in bars],
         "parts": parts,
     }
     packages = ("nvidia-pytriton", "onnxruntime", "openvino", "pillow", "tritonclient")

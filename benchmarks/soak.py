@@ -43,8 +43,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import clip_rt
 from benchmarks import photos
+from benchmarks.findings import Bar
 from benchmarks.record import save
-from benchmarks.serving import MAX_DIFFERENCE, START_TIMEOUT_S, Bar, borrowed, show
+from benchmarks.serving import (
+    MAX_DIFFERENCE,
+    START_TIMEOUT_S,
+    borrowed,
+    describe_bar,
+    show,
+)
 from clip_rt.client import CHECKOUT_REPOSITORY
 from clip_rt.errors import ServerError, ServerStartError
 from clip_rt.server import EmbeddedServer
@@ -564,7 +571,7 @@ def main(
         "model": MODEL,
         "num_threads": NUM_THREADS,
         "timeout_s": TIMEOUT_S,
-        "bars": [bar.to_json() for bar in bars],
+        "bars": [describe_bar(bar) for bar in bars],
         **parts,
     }
     packages = ("grpcio", "nvidia-pytriton", "onnxruntime", "tritonclient")

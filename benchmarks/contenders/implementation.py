@@ -62,6 +62,15 @@ class Staged(Protocol):
 
 
 @runtime_checkable
+class Profiled(Protocol):
+    """A contender whose engine counts how long each of its operators takes."""
+
+    def profile(self, call: CallKind, prepared: Any, num_calls: int) -> list[dict[str, float]]:
+        """Return for each of some runs the seconds by kind of operator, and `total`."""
+        ...
+
+
+@runtime_checkable
 class OnDevice(Protocol):
     """A contender on an accelerator that can be timed without the transfers."""
 

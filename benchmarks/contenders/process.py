@@ -211,8 +211,10 @@ class Contestant:
     def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
         """Run as `time` does; return for each call the seconds of each stage, and `total`.
 
+        Of a client the stages are those of `clip_rt.telemetry`; of an engine, kinds of operators.
+
         Raises:
-            ContenderError: it has no client that could tell.
+            ContenderError: it has neither a client nor an engine that could tell.
         """
         stages: list[dict[str, float]] = self._ask("stages", key, num_calls)
         return stages

@@ -30,6 +30,7 @@ import clip_rt
 from benchmarks.contenders.implementation import (
     Implementation,
     OnDevice,
+    Profiled,
     Staged,
     UnfitError,
 )
@@ -108,6 +109,8 @@ class Worker:
     def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
         """Take some runs apart."""
         loaded, implementation = self._loaded[key], self._inside()
+        if isinstance(implementation, Profiled):
+            return implementation.profile(loaded.call, loaded.prepared, num_calls)
         if not isinstance(implementation, Staged):
             raise TypeError("it has no client that could tell its stages.")
         found = []

@@ -50,7 +50,11 @@ _BY_KIND = {
 _STAGES = tuple(
     Colour(f"stage-{number}", colour, colour)
     for number, colour in enumerate(
-        ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#dddddd"), 1
+        (
+            *("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33"),
+            *("#dddddd", "#c2a5cf", "#d9a05b", "#a6dba0", "#f0c8f0", "#9fa8da", "#bcaaa4"),
+        ),
+        1,
     )
 )
 _ALL = (PAGE, INK, FAINT, GRID, ALARM, *_BY_CONTENDER.values(), *_BY_KIND.values(), *_STAGES)

@@ -38,7 +38,7 @@ class Settings:
     level_s: float = 5.0
     """One turn of a contender under load."""
     level_rounds: int = 3
-    arrivals_s: float = 20.0
+    arrivals_s: float = 15.0
     """How long calls arrive at one rate."""
     num_stage_calls: int = 21
 

@@ -116,7 +116,7 @@ def text_cases() -> Iterable[Case]:
         ("32 of 8 tokens", short, True),
         ("32 of up to 16 tokens", texts_of(range(9, 17), 32), False),
         ("32 of 17 to 32 tokens", texts_of(range(17, 33), 32), False),
-        ("8 of 77 tokens", texts_of(range(77, 78), 8), True),
+        ("8 of 77 tokens", texts_of(range(77, 78), 8), False),
     ):
         yield Case(
             suite="text", name=name, call="texts", items=texts, unit="texts", is_quick=is_quick
@@ -125,7 +125,7 @@ def text_cases() -> Iterable[Case]:
 
 def jpeg_cases(pictures: Pictures, *, with_large: bool) -> Iterable[Case]:
     """Make the cases of the suite `jpeg`: encoded files in, embeddings out."""
-    sizes = [(SMALL_PX, 1, True), (SMALL_PX, 64, True)]
+    sizes = [(SMALL_PX, 1, True), (SMALL_PX, 64, False)]
     if with_large:
         sizes.append((LARGE_PX, 8, False))
     for (wide, high), num, is_quick in sizes:

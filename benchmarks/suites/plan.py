@@ -14,13 +14,15 @@ from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case
 from benchmarks.suites.durations import measure_durations
 from benchmarks.suites.load import measure_arrivals, measure_concurrency
-from benchmarks.suites.stages import measure_stages
+from benchmarks.suites.stages import measure_inside, measure_stages
 from benchmarks.suites.timed import measure_cases, measure_classifier
 
 NUM_PHOTOGRAPHS = 64
 """That accuracy is measured on; fewer in a quick run."""
 NUM_LOAD_IMAGES, NUM_LOAD_TEXTS = 64, 96
 """Different ones, which clients send again and again."""
+NUM_INSIDE_IMAGES = 32
+"""In the batch that is taken apart inside the engine."""
 NAMES_TIMEOUT_S = 120.0
 
 
@@ -77,6 +79,8 @@ def _stages(bench: Bench) -> None:
     one, _ = cases.zero_shot_cases(bench.pictures)
     text, *_ = cases.text_cases()
     measure_stages(bench, [one, text, many])
+    images = cases.image_cases(bench.pictures, bench.spec.side_px)
+    measure_inside(bench, next(case for case in images if case.num_items == NUM_INSIDE_IMAGES))
 
 
 def _accuracy(bench: Bench) -> None:

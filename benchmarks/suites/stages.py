@@ -1,4 +1,4 @@
-"""Where the time of one call through the whole stack goes, as the client itself tells it."""
+"""Where the time of a call goes: the client tells of the whole stack, the engine of its inside."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from clip_rt.telemetry import STAGES, TOTAL
 MAX_MISSING = 0.05
 SERVER_STAGES = ("server_queue", "server_compute")
 NETWORK = "network"
+ENGINE = "openvino"
+NUM_INSIDE_CALLS = 3
+"""Operators take nearly the same each time, and a call of a large model takes seconds."""
 
 
 def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
@@ -28,6 +31,46 @@ def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
                 summarise(calls, contender=name, what=case.key, is_single=case.num_items == 1)
             )
         bench.progress.done()
+
+
+def measure_inside(bench: Bench, case: Case) -> None:
+    """Note which operators of the engine take the time of a case of pixels, where it takes part."""
+    if ENGINE not in bench.contestants:
+        return
+    bench.progress.plan(1)
+    bench.progress.step(f"inside the engine: {case.key}")
+    if ENGINE in bench.admit(case):
+        calls = bench.contestants[ENGINE].stages(case.key, NUM_INSIDE_CALLS)
+        what = f"inside the engine: {case.suite}, {case.name}"
+        bench.stages.append(summarise_inside(calls, contender=ENGINE, what=what))
+    bench.progress.done()
+
+
+def summarise_inside(calls: Sequence[Mapping[str, float]], *, contender: str, what: str) -> Stages:
+    """Take the means of all calls.
+
+    Args:
+        calls: Seconds by kind of operator, and `total`.
+        contender: Whose.
+        what: The case.
+    """
+    means_ms = {
+        name: 1e3 * statistics.fmean(call.get(name, 0.0) for call in calls)
+        for name in dict.fromkeys(name for call in calls for name in call)
+    }
+    total_ms = means_ms.pop(TOTAL)
+    missing_ms = total_ms - sum(means_ms.values())
+    note = ""
+    if abs(missing_ms) > MAX_MISSING * total_ms:
+        note = f"{missing_ms:.2f} ms are in no operator: the engine's own work between them"
+    return Stages(
+        contender=contender,
+        what=what,
+        total_ms=total_ms,
+        stages_ms=means_ms,
+        missing_ms=missing_ms,
+        note=note,
+    )
 
 
 def summarise(

@@ -21,7 +21,7 @@ from benchmarks.suites.cases import Case, classifier_case
 from benchmarks.suites.shares import find_share
 from benchmarks.turns import PROBE, Turns, Way, take_turns
 
-NUM_CLASSES = 20
+NUM_CLASSES = 8
 """Of the classifier that all make in every round."""
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9

@@ -49,6 +49,7 @@ def run(*rows: Row, **changes: Any) -> Run:
         ),
         peaks=Peaks(
             gemm_fp32_gflop_per_s=around(360.0),
+            gemm_fp32_model_gflop_per_s=around(340.0),
             gemm_int8_gop_per_s=around(1500.0),
             read_gb_per_s=around(30.0),
             how="2 threads",

@@ -96,6 +96,7 @@ def sure(median: float) -> Interval:
 
 PEAKS = Peaks(
     gemm_fp32_gflop_per_s=sure(400.0),
+    gemm_fp32_model_gflop_per_s=sure(380.0),
     gemm_int8_gop_per_s=sure(1600.0),
     read_gb_per_s=sure(20.0),
     how="by hand",
@@ -137,6 +138,7 @@ def test_the_share_of_reading_weights() -> None:
 def test_no_share_without_a_peak() -> None:
     unknown = Peaks(
         gemm_fp32_gflop_per_s=sure(400.0),
+        gemm_fp32_model_gflop_per_s=sure(380.0),
         gemm_int8_gop_per_s=None,
         read_gb_per_s=sure(20.0),
         how="by hand",

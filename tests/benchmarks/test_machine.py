@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import machine
 from benchmarks.machine import Probe, Watch, cache_bytes, describe, usable_cores
+from benchmarks.peaks import MODEL_SHAPES, model_rate
 
 
 def test_it_says_what_the_kernel_says() -> None:
@@ -126,11 +127,26 @@ def probe() -> Iterator[Probe]:
 def test_peaks_are_of_this_world(probe: Probe) -> None:
     peaks = probe.peaks
     assert 1 < peaks.gemm_fp32_gflop_per_s.median < 100_000
+    # What is nowhere passed: a budget of half a second leaves a few per cent of noise.
+    own, highest = peaks.gemm_fp32_model_gflop_per_s, peaks.gemm_fp32_gflop_per_s
+    assert 0.2 * highest.median < own.median < 1.1 * highest.median
     assert 0.1 < peaks.read_gb_per_s.median < 10_000
     assert peaks.gemm_int8_gop_per_s is not None
     assert peaks.gemm_int8_gop_per_s.median > 1
     assert f"{usable_cores()} threads" in peaks.how
     assert probe.flop_while_probe >= 2 * 2048**3
+
+
+def test_the_products_of_a_layer_weigh_as_their_work_does() -> None:
+    gflop = [shape.flop / 1e9 for shape in MODEL_SHAPES]
+    # ViT-B/32: 12 width^2 multiplications for each of 50 tokens of 32 images.
+    assert sum(gflop) == pytest.approx(2 * 12 * 768**2 * 50 * 32 / 1e9)
+    rates = [100.0, 200.0, 300.0, 400.0]
+    once_s = [work / rate for work, rate in zip(gflop, rates, strict=True)]
+    rounds = [1.0, 1.5, 1.0, 3.0, 1.0, 1.0, 1.0]
+    found = model_rate([[slowness * each for slowness in rounds] for each in once_s])
+    assert found.median == pytest.approx(sum(gflop) / sum(once_s))
+    assert found.low < found.median
 
 
 def test_the_probe_times_each_call(probe: Probe) -> None:

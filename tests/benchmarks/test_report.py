@@ -209,6 +209,7 @@ def make_run() -> Run:
         ),
         peaks=Peaks(
             gemm_fp32_gflop_per_s=gemm,
+            gemm_fp32_model_gflop_per_s=Interval(median=341, low=337, high=343),
             gemm_int8_gop_per_s=Interval(median=1512, low=1490, high=1530),
             read_gb_per_s=Interval(median=34.1, low=32.0, high=35.5),
             how="torch 2.13 (MKL), 2048 x 2048 x 2048, 2 threads",

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from benchmarks import photos, serving, soak
+from benchmarks.findings import Bar
 from clip_rt.errors import ServerUnavailableError
 
 
@@ -33,9 +35,11 @@ from clip_rt.errors import ServerUnavailableError
 )
 def test_a_bar_is_met_on_its_side_of_the_limit(side: str, value: float, is_met: bool) -> None:
     limit = 0.95 if side == "at least" else 2.0
-    bar = serving.Bar(what="x", value=value, limit=limit, side=side)  # type: ignore[arg-type]
+    bar = Bar(what="x", value=value, limit=limit, side=side)  # type: ignore[arg-type]
     assert bar.is_met is is_met
-    assert bar.to_json()["met"] is is_met
+    kept = serving.describe_bar(bar)
+    assert kept["met"] is is_met
+    assert kept[side.replace(" ", "_")] == limit
 
 
 def test_ways_take_turns() -> None:
@@ -47,9 +51,22 @@ def test_ways_take_turns() -> None:
 
     ways = {"a": lambda: way("a", 2.0), "b": lambda: way("b", 1.0)}
     times_s = serving.by_turns(ways, 3, "x")
-    assert order == ["a", "b"] * 3
+    assert order == ["a", "b", "b", "a", "a", "b"]
     assert times_s == {"a": [2.0] * 3, "b": [1.0] * 3}
     assert serving.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
+
+
+def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
+    asked, latencies_s = [], [7.0]
+
+    def call(n: int) -> float:
+        asked.append(n)
+        return float(n)
+
+    turn = serving.one_by_one(call, 12, latencies_s)
+    assert [turn(), turn()] == [sum(range(10)), sum([10, 11, *range(8)])]
+    assert asked == [*range(12), *range(8)]
+    assert latencies_s == [7.0, *asked]
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
@@ -91,7 +108,12 @@ def test_embeddings_of_another_item_stop_a_measurement() -> None:
         serving.check_equal(rows[:2], rows, "x")
 
 
-def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", get_args(serving.Runtime))
+def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(
+    runtime: serving.Runtime, tmp_path: Path
+) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
     file = tmp_path / "tower" / "1" / "model.onnx"
     file.parent.mkdir(parents=True)
     nodes = [
@@ -108,11 +130,16 @@ def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(tmp_path: Path) -> Non
     opsets = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
     inputs = np.arange(80, dtype=np.int32).reshape(40, 2)
-    with serving.BareRuntime(file, inputs, tmp_path) as bare:
+    with serving.BareRuntime(file, inputs, tmp_path, runtime=runtime) as bare:
         times_s, rows = bare.encode(3, 40)
         assert len(times_s) == 2  # of 32 and of 5
         np.testing.assert_array_equal(rows, 2 * inputs[3:40])
-        assert len(bare.encode_singly(3, 6)) == 3
+        # Each answer is its own: the next does not overwrite it.
+        np.testing.assert_array_equal(bare.encode(0, 3)[1], 2 * inputs[:3])
+        assert 0 < bare.encode_one(3) < 5
+        maps = Path(f"/proc/{bare._process.pid}/maps").read_text()
+        assert ("libopenvino" in maps) == (runtime == "openvino")
+        assert ("onnxruntime_pybind" in maps) == (runtime != "openvino")
 
 
 def test_pictures_are_distinct_and_come_back_the_same() -> None:
