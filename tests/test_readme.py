@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.record import read_run
+from benchmarks.report.readme import check, results_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,3 +29,11 @@ def test_every_figure_of_the_readme_is_in_a_result() -> None:
     known = {f"{float(number):.3f}" for number in re.findall(r"\d\.\d+(?:e-\d+)?", results)}
     assert len(figures) > 4
     assert not {figure for figure in figures if f"{float(figure):.3f}" not in known}
+
+
+def test_the_benchmark_tables_are_those_of_their_results():
+    readme = ROOT / "README.md"
+    paths = results_of(readme)
+    assert paths
+    for path in paths:
+        assert check(readme, read_run(path), path), f"python -m benchmarks.report.readme {path}"

@@ -82,7 +82,7 @@ class Bench:
 
         Returns:
             The worst cosine with the reference, by the names of those whose answers are right. The
-            others are among `failures`; each is named once for each case.
+            others are among `failures`, or `notes` if they are peers, once for each case.
         """
         if case.key not in self._admitted:
             file = self.write_items(case)
@@ -105,7 +105,9 @@ class Bench:
                 if worst >= limit:
                     self._admitted[case.key][name] = worst
                 else:
-                    self.failures.append(
+                    # What is wrong with somebody else's is worth knowing, and no fault of the run.
+                    is_peer = contestant.facts.kind == "peer"
+                    (self.notes if is_peer else self.failures).append(
                         f"{case.key}: the answers of {name} are wrong and have no speed: the "
                         f"cosine with FP32 is {worst:.5f} at worst, below {limit}"
                     )

@@ -22,6 +22,8 @@ from clip_rt import prompts, tokenizer
 SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
 NUM_LABELS = 100
 """Of zero_shot; they are known already when the time is taken."""
+NUM_CLASSES = 8
+"""Of the classifier that all make in every round."""
 NOUNS = tuple(
     "cat dog horse cow sheep pig goat duck bird fish bear lion tiger wolf fox deer mouse rabbit "
     "frog snake boat ship train car bus truck bike plane house church bridge tower chair table "

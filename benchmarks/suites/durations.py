@@ -50,7 +50,7 @@ def measure_durations(
             jobs.append(("export to INT8", note, ["export.onnx", *publish, *more]))
         else:
             yield "export to INT8: nncf and openvino are not installed"
-        if _has("tensorrt_rtx"):
+        if _has("tensorrt_rtx") or _has("tensorrt_rtx_bindings"):
             more = ["--runtime", "rtx", "--engines", f"{folder}/engines"]
             note = "both towers, compiled without a GPU, with the parity gate of their ONNX files"
             jobs.append(("TensorRT for RTX engines", note, ["export.trt", *more]))

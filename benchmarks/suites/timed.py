@@ -17,12 +17,10 @@ from benchmarks.contenders.process import ContenderError
 from benchmarks.findings import Duration, Row
 from benchmarks.intervals import half_width, inverse, median_interval, ratio_interval, scaled
 from benchmarks.suites.bench import Bench, row_cosines
-from benchmarks.suites.cases import Case, classifier_case
+from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case
 from benchmarks.suites.shares import find_share
 from benchmarks.turns import PROBE, Turns, Way, take_turns
 
-NUM_CLASSES = 8
-"""Of the classifier that all make in every round."""
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9
 WHOLE = ("triton openvino", "triton int8")

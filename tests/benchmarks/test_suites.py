@@ -123,6 +123,7 @@ def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
         nan=Answering(right * math.nan),
         short=Answering(right[:2]),
         broken=Answering(RuntimeError("no memory")),
+        peer=Answering(close, "peer"),
     )
     admitted = bench.admit(CASE)
     assert list(admitted) == ["right", "int8"]
@@ -131,6 +132,9 @@ def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
     assert len(bench.failures) == 5
     for name in ("close", "wrong", "nan", "short", "broken"):
         assert any(name in failure for failure in bench.failures)
+    # What is wrong with somebody else's is no fault of the run.
+    assert len(bench.notes) == 1
+    assert "peer are wrong" in bench.notes[0]
     bench.admit(CASE)
     assert len(bench.failures) == 5  # Asked once, however many measure the case.
 
@@ -242,7 +246,7 @@ def exactly(value: float) -> Interval:
     return Interval(median=value, low=value, high=value)
 
 
-def row(suite: str, case: str, contender: str, speed: float, share: float | None = None) -> Row:
+def row(suite: str, case: str, contender: str, speed: float, flop: float | None = None) -> Row:
     return Row(
         suite=suite,
         case=case,
@@ -254,7 +258,7 @@ def row(suite: str, case: str, contender: str, speed: float, share: float | None
         samples_ms=[1],
         per_s=exactly(1),
         speed=exactly(speed),
-        share_of_limit=None if share is None else exactly(share),
+        flop_per_item=flop,
     )
 
 
@@ -263,7 +267,7 @@ def test_bars_are_of_what_was_measured() -> None:
         row("image", "batch 1", "triton openvino", 1.5),
         row("image", "batch 1", "triton int8", 2.9),
         row("image", "batch 1", "openvino", 0.1),
-        row("image", "batch 32", "triton openvino", 1.06, share=0.80),
+        row("image", "batch 32", "triton openvino", 1.06, flop=176e9),  # one each second
     ]
     peaks = Peaks(
         gemm_fp32_gflop_per_s=exactly(220.0),
@@ -299,7 +303,9 @@ def test_bars_are_of_what_was_measured() -> None:
 
 def test_every_bar_is_about_a_case_that_there_is(tmp_path: Path) -> None:
     known = {(case.suite, case.name) for case in cases.text_cases()}
-    known.add(("classifier", cases.classifier_case([str(n) for n in range(1000)], 20).name))
+    known.add(
+        ("classifier", cases.classifier_case([str(n) for n in range(1000)], cases.NUM_CLASSES).name)
+    )
     known |= {("image", f"batch {rows}") for rows in (1, 8, 32, 64)}
     known |= {
         (case.suite, case.name)
