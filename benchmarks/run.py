@@ -1,6 +1,6 @@
 r"""How fast this is on your machine, where the time goes, how it compares with what else there is.
 
-    python benchmarks/run.py                          # within 3 minutes, once everything is made
+    python benchmarks/run.py                          # some minutes, once everything is made
     python benchmarks/run.py --full                   # all suites, all contenders: an hour or two
     python benchmarks/run.py --suite image,text --contender "triton openvino,open_clip"
     python benchmarks/run.py --compare benchmarks/results/OLD_run.json    # what became slower?
@@ -266,7 +266,7 @@ def main(
     ] = [],  # noqa: B006
     contender: Annotated[list[str], typer.Option(help="Contenders, in the same way.")] = [],  # noqa: B006
     full: Annotated[
-        bool, typer.Option("--full/--quick", help="Everything, or what takes 3 minutes.")
+        bool, typer.Option("--full/--quick", help="Everything, or what takes minutes.")
     ] = False,
     model: Annotated[str, typer.Option(help="Architecture.")] = "ViT-B/32",
     weights: Annotated[

@@ -242,15 +242,17 @@ class BareRuntime:
         return answer
 
 
-Encode = Callable[[Array], NDArray[np.float32]]
-
-
 def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:
     """Be the other process of `BareRuntime`, until its end of the pipe is closed."""
+    # Here, so that each is loaded only where it is run.
     if runtime == "openvino":
-        encode = _load_openvino(file)
+        from benchmarks.contenders import openvino
+
+        encode = openvino.load(file)
     else:
-        encode = _load_onnxruntime(file, is_default=runtime != "onnxruntime")
+        from benchmarks.contenders import onnxruntime
+
+        encode = onnxruntime.load(file, is_default=runtime != "onnxruntime")
     rows = np.load(rows_file)
     pipe.send("ready")
     while True:
@@ -269,43 +271,6 @@ def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -
 
 
 # Both with the options of export/python_model.py, and each imported by its own process only.
-
-
-def _load_onnxruntime(file: Path, *, is_default: bool) -> Encode:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    options.inter_op_num_threads = 1
-    if not is_default:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def encode(batch: Array) -> NDArray[np.float32]:
-        embeddings: NDArray[np.float32] = session.run(None, {name: batch})[0]
-        return embeddings
-
-    return encode
-
-
-def _load_openvino(file: Path) -> Encode:
-    import openvino
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
-        "ENABLE_CPU_PINNING": False,
-    }
-    request = openvino.Core().compile_model(str(file), "CPU", settings).create_infer_request()
-
-    def encode(batch: Array) -> NDArray[np.float32]:
-        embeddings: NDArray[np.float32] = request.infer({0: batch}, share_inputs=True)[0]
-        return embeddings
-
-    return encode
 
 
 def run_threads(

@@ -15,18 +15,24 @@ from benchmarks.contenders.kit import Kit
 
 def make(kit: Kit) -> Bare:
     """Load both towers."""
-    image, text = (_load(kit.tower("onnxruntime", tower)) for tower in ("image", "text"))
+    image, text = (load(kit.tower("onnxruntime", tower)) for tower in ("image", "text"))
     return Bare(kit, image, text, installed("onnxruntime"))
 
 
-def _load(file: Path) -> Encode:
-    # The options of export/python_model.py.
+def load(file: Path, *, is_default: bool = False) -> Encode:
+    """Load a tower with the options of export/python_model.py.
+
+    Args:
+        file: ONNX.
+        is_default: Its threads spin while they wait as ONNX Runtime has it by default, for long.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = count_cores()
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if not is_default:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

@@ -45,7 +45,7 @@ class OpenVINO(Bare):
 
     def __init__(self, kit: Kit, files: tuple[Path, Path]) -> None:
         self._image_file, text_file = files
-        image, text = _load(self._image_file), _load(text_file)
+        image, text = load(self._image_file), load(text_file)
         super().__init__(kit, image, text, installed("openvino"))
 
     def profile(self, call: CallKind, prepared: Any, num_calls: int) -> list[dict[str, float]]:
@@ -102,7 +102,6 @@ def _spent_s(request: openvino.InferRequest, num_runs: int) -> Counter[str]:
 
 
 def _compile(file: Path, *, is_counting: bool) -> openvino.InferRequest:
-    # The options of export/python_model.py.
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -113,13 +112,12 @@ def _compile(file: Path, *, is_counting: bool) -> openvino.InferRequest:
     return openvino.Core().compile_model(str(file), "CPU", settings).create_infer_request()
 
 
-def _load(file: Path) -> Encode:
+def load(file: Path) -> Encode:
+    """Load a tower, ONNX or OpenVINO's own, with the settings of export/python_model.py."""
     request = _compile(file, is_counting=False)
 
     def encode(batch: NDArray[np.generic]) -> NDArray[np.float32]:
-        embeddings: NDArray[np.float32] = request.infer(
-            {0: batch}, share_inputs=True, share_outputs=True
-        )[0]
+        embeddings: NDArray[np.float32] = request.infer({0: batch}, share_inputs=True)[0]
         return embeddings
 
     return encode
