@@ -38,6 +38,11 @@ class Change:
     """What the ratio could be off by, as a share, for the intervals to meet."""
     verdict: Verdict
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the intervals meet."""
+        return self.old.low <= self.new.high and self.new.low <= self.old.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -55,6 +60,11 @@ class Comparison:
     def regressions(self) -> list[Change]:
         """Rows that became slower."""
         return [change for change in self.changes if change.verdict == "slower"]
+
+    @property
+    def agreeing(self) -> list[Change]:
+        """Rows whose intervals meet: all, but for one in some hundred, of runs of the same code."""
+        return [change for change in self.changes if change.agrees]
 
     @property
     def improvements(self) -> list[Change]:

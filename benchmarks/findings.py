@@ -71,6 +71,8 @@ class Row:
     time_ms: Interval
     samples_ms: list[float]
     """One for each round, in order: the mean of the calls of that turn."""
+    rounds: list[int] = field(default_factory=list)
+    """How many of the samples are of each start of the contender."""
     per_s: Interval
     """Items each second."""
     speed: Interval | None = None

@@ -8,13 +8,16 @@ based on interpolated order statistics", Statistics & Probability Letters 4). Of
 and exponential samples they held the median in 94.4 to 95.5 % of 4,000 trials, for 6 to 50 rounds;
 the percentile bootstrap, which promises the same, in 87 % with 7 rounds, 91 to 94 % with 8 to 15.
 
-Both take rounds for independent. A host that slows down for minutes breaks that, for which there
-are ratios of the same rounds.
+Both take rounds for independent. Two things break that. A host slows down for minutes, for which
+there are ratios of the same rounds. And a process that is started anew may be faster or slower than
+the one before for all its life, which its own rounds do not show; so the rounds of several starts
+are given apart, and the interval reaches as far as that of any start.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -31,35 +34,31 @@ STEADY_WITHIN = 0.05
 STEADY_TURNS = 3
 
 
-def median_interval(samples: Sequence[float]) -> Interval:
-    """Return the median and where it lies with 95 % confidence.
+def median_interval(*starts: Sequence[float]) -> Interval:
+    """Return the median of all samples and where it lies with 95 % confidence.
 
     Of fewer than `MIN_SAMPLES` samples the interval is all they span, which holds the median with
     1 - 2^(1 - n) only: 94 % of 5, 75 % of 3, and nothing is known of 1. Whoever uses it says so.
 
     Args:
-        samples: One for each round, any order, finite.
+        starts: The samples of each start, one for each round, any order, finite. Of several starts
+            the interval is from the lowest end of any to the highest.
 
     Raises:
         InputError: no samples, or one that is not finite.
     """
-    if not samples or not all(map(math.isfinite, samples)):
-        raise InputError(f"an interval needs finite samples; these are {list(samples)}.")
-    ordered = sorted(samples)
-    median = statistics.median(ordered)
-    num = len(ordered)
-    if num < MIN_SAMPLES:
-        return Interval(median=median, low=ordered[0], high=ordered[-1])
-    k, inward = _bounds(num)
+    if not all(starts) or not starts or not all(map(math.isfinite, itertools.chain(*starts))):
+        raise InputError(f"an interval needs finite samples; these are {[*map(list, starts)]}.")
+    bounds = [_bounds(sorted(samples)) for samples in starts]
     return Interval(
-        median=median,
-        low=(1 - inward) * ordered[k - 1] + inward * ordered[k],
-        high=(1 - inward) * ordered[-k] + inward * ordered[-k - 1],
+        median=statistics.median(itertools.chain(*starts)),
+        low=min(low for low, _ in bounds),
+        high=max(high for _, high in bounds),
     )
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Return the median of the ratios of the same rounds, and its interval.
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratios of the same rounds, for `median_interval`.
 
     Args:
         numerators: One for each round, in order.
@@ -73,7 +72,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
             f"ratios need the same rounds and no zero below; there are {len(numerators)} "
             f"numerators and the denominators {list(denominators)}."
         )
-    return median_interval([a / b for a, b in zip(numerators, denominators, strict=True)])
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def inverse(interval: Interval, numerator: float) -> Interval:
@@ -98,9 +97,9 @@ def half_width(interval: Interval) -> float:
     return farther / abs(interval.median) if interval.median else math.inf
 
 
-def is_narrow(samples: Sequence[float], target: float) -> bool:
+def is_narrow(*starts: Sequence[float], target: float) -> bool:
     """Return whether the median of the samples is known to ±`target`, a share, with 95 %."""
-    return len(samples) >= MIN_SAMPLES and half_width(median_interval(samples)) <= target
+    return sum(map(len, starts)) >= MIN_SAMPLES and half_width(median_interval(*starts)) <= target
 
 
 def is_steady(last_samples: Sequence[float]) -> bool:
@@ -109,8 +108,20 @@ def is_steady(last_samples: Sequence[float]) -> bool:
     return len(last) == STEADY_TURNS and max(last) < (1 + STEADY_WITHIN) * min(last)
 
 
+def _bounds(ordered: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the interval of one start."""
+    num = len(ordered)
+    if num < MIN_SAMPLES:
+        return ordered[0], ordered[-1]
+    k, inward = _places(num)
+    return (
+        (1 - inward) * ordered[k - 1] + inward * ordered[k],
+        (1 - inward) * ordered[-k] + inward * ordered[-k - 1],
+    )
+
+
 @functools.cache
-def _bounds(num: int) -> tuple[int, float]:
+def _places(num: int) -> tuple[int, float]:
     """Return which sample from either end is a bound, and how far inward of it the bound lies.
 
     The k-th is the farthest inward with enough confidence, the next has not enough; the second

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Ceiling, Interval, Peaks
-from benchmarks.intervals import ratio_interval
+from benchmarks.intervals import median_interval, ratios
 from clip_rt.specs import CONTEXT_LENGTH, MODELS, ModelSpec, ResNetSpec, Tower, ViTSpec
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -99,8 +99,8 @@ def limit_s(
 
 
 def share_of_limit(
-    samples_s: Sequence[float],
-    probe_s: Sequence[float],
+    samples_s: Sequence[Sequence[float]],
+    probe_s: Sequence[Sequence[float]],
     *,
     flop: float,
     num_bytes: float,
@@ -115,7 +115,7 @@ def share_of_limit(
     The memory rate is that of `peaks`.
 
     Args:
-        samples_s: Seconds of a call, one for each round.
+        samples_s: For each start, seconds of a call, one for each round.
         probe_s: Seconds of the probe in the same rounds.
         flop: Operations of the call: of all its items.
         num_bytes: `weight_bytes` of the tower.
@@ -133,19 +133,25 @@ def share_of_limit(
     if peak is None:
         return None
     limits = [
-        limit_s(
-            flop=flop,
-            num_bytes=num_bytes,
-            flop_per_s=flop_while_probe / each_s * peak.median / fp32,
-            bytes_per_s=peaks.read_gb_per_s.median * 1e9,
-            precision=precision,
-            cache_bytes=cache_bytes,
-        )
-        for each_s in probe_s
+        [
+            limit_s(
+                flop=flop,
+                num_bytes=num_bytes,
+                flop_per_s=flop_while_probe / each_s * peak.median / fp32,
+                bytes_per_s=peaks.read_gb_per_s.median * 1e9,
+                precision=precision,
+                cache_bytes=cache_bytes,
+            )
+            for each_s in start_s
+        ]
+        for start_s in probe_s
     ]
-    names = [limit.name for limit in limits]
-    share = ratio_interval([limit.seconds for limit in limits], samples_s)
-    return share, max(names, key=names.count)
+    names = [limit.name for start in limits for limit in start]
+    shares = [
+        ratios([limit.seconds for limit in start], start_s)
+        for start, start_s in zip(limits, samples_s, strict=True)
+    ]
+    return median_interval(*shares), max(names, key=names.count)
 
 
 @dataclass(frozen=True, kw_only=True)

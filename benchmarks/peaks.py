@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.findings import Interval
-from benchmarks.intervals import inverse, median_interval, ratio_interval
+from benchmarks.intervals import inverse, median_interval, ratios
 from benchmarks.turns import Way, take_turns
 from clip_rt.specs import MODELS, ViTSpec
 
@@ -267,7 +267,9 @@ class Peaks:
         def speed(precision: str, library: str, shape: Shape) -> float:
             """In rates of the probe in the same rounds, so that a slow moment decides nothing."""
             samples_s = turns[_name(precision, library, shape)].samples_s
-            return ratio_interval(probe_s, samples_s).median * shape.flop / PROBE_SHAPE.flop
+            return (
+                median_interval(ratios(probe_s, samples_s)).median * shape.flop / PROBE_SHAPE.flop
+            )
 
         def rate(precision: str, library: str, shape: Shape) -> dict[str, float]:
             time_s = turns[_name(precision, library, shape)].interval_s
@@ -288,8 +290,12 @@ class Peaks:
         }
 
     def time(self, num_calls: int) -> list[float]:
-        """Return the seconds of each of so many probes."""
+        """Return the seconds of each of so many probes, once one more has woken the threads.
+
+        Others have had the processor meanwhile; the limit is what it can do at its best.
+        """
         assert self._probe is not None, "peaks come first"
+        self._probe(1)
         return self._probe(num_calls)
 
 

@@ -56,8 +56,9 @@ from benchmarks.suites.cases import Pictures
 from benchmarks.suites.participants import QUICK, Participants, Wishes, describe_all
 from benchmarks.suites.plan import SUITES
 from benchmarks.suites.progress import Progress
+from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
-from clip_rt.errors import ClipRTError
+from clip_rt.errors import ClipRTError, InputError
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 8.0, 60.0
 NUM_FIRST_PROBES = 3
@@ -116,7 +117,11 @@ def measure(
             probe_s=probe.time(NUM_FIRST_PROBES),
         )
         names = [name for name in SUITES if name in suites]
-        is_whole = _measure_suites([name for name in names if name != LAST], bench, console)
+        timed = [name for name in names if SUITES[name].is_timed]
+        is_whole = _measure_starts(timed, bench, participants, console)
+        make_rows(bench)
+        others = [name for name in names if name not in timed and name != LAST]
+        is_whole = is_whole and _measure_suites(others, bench, console)
         conditions = watch.conditions(bench.probe_s)
         participants.close()
         if is_whole and LAST in names:
@@ -133,6 +138,7 @@ def measure(
             "is_full": settings.is_full,
             "target": settings.target,
             "budget_s": settings.budget_s,
+            "num_starts": settings.num_starts,
             "plants": {name: asdict(each) for name, each in wishes.plants.items()},
         },
         model=bench.model,
@@ -166,6 +172,24 @@ def _versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def _measure_starts(
+    names: Sequence[str], bench: Bench, participants: Participants, console: Console
+) -> bool:
+    """Time cases in each start of the contenders; return whether the user let them all end."""
+    num_starts = bench.settings.num_starts if names else 1
+    for start in range(1, num_starts + 1):
+        if start > 1:
+            try:
+                participants.start()
+            except InputError as error:  # What the earlier starts gave is still worth something.
+                bench.failures.append(f"start {start}: {error}")
+                return True
+        bench.begin_start(is_last=start == num_starts)
+        if not _measure_suites(names, bench, console):
+            return False
+    return True
 
 
 def _measure_suites(names: Sequence[str], bench: Bench, console: Console) -> bool:
@@ -287,6 +311,9 @@ def main(
     budget_s: Annotated[
         float | None, typer.Option(help="Seconds for the turns of a case.", min=0.1)
     ] = None,
+    starts: Annotated[
+        int, typer.Option(help="How often everyone is started anew to be timed again.", min=1)
+    ] = Settings.num_starts,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS_DIR,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of what is made once; else below ~/.cache.")
@@ -346,6 +373,7 @@ def main(
                 is_full=full,
                 target=target,
                 budget_s=budget_s or (FULL_BUDGET_S if full else QUICK_BUDGET_S),
+                num_starts=starts,
             ),
             cache=cache or default_folder(),
             console=console,

@@ -58,7 +58,7 @@ class Turns:
     @property
     def is_noisy(self) -> bool:
         """Whether its median is not known as well as it was to be."""
-        return not is_narrow(self.samples_s, self.target)
+        return not is_narrow(self.samples_s, target=self.target)
 
 
 def take_turns(

@@ -65,7 +65,8 @@ class Client:
 
     Args:
         url: host:port of Triton's gRPC endpoint, or grpcs://host:port for TLS; or several, of
-            replicas that serve the same model. Without it: the embedded server over `repository`
+            replicas that serve the same model; dns:///name:port asks in turn all the servers that
+            a name stands for. Without it: the embedded server over `repository`
             if that is given, else the addresses in $CLIP_RT_URL, separated by commas, else the
             embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
         model: Name the model was exported under. Without it: the only one there is.

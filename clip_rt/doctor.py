@@ -323,9 +323,9 @@ def _check_encryption(url: str) -> Finding:
 
 
 def _is_loopback(url: str) -> bool:
-    from clip_rt.transport import parse_url
+    from clip_rt.transport import host_of, parse_url
 
-    host = parse_url(url)[0].removeprefix("dns:///").rpartition(":")[0].strip("[]")
+    host = host_of(parse_url(url)[0])
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

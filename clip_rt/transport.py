@@ -552,6 +552,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
+_DNS = r"dns://[^/\s@]*/"
+"""Before the name of many servers, as gRPC writes it: dns:///NAME, or dns://DNS_SERVER/NAME."""
 _ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
 
@@ -561,7 +563,7 @@ def parse_url(url: str) -> tuple[str, bool]:
     Raises:
         InputError: it is no host:port.
     """
-    pattern = r"(grpcs?://)?((?:dns:///)?[^/\s@]+:\d{1,5})"
+    pattern = rf"(grpcs?://)?((?:{_DNS})?[^/\s@]+:\d{{1,5}})"
     match = re.fullmatch(pattern, url) if isinstance(url, str) else None
     if match is None or int(match[2].rpartition(":")[2]) > 65535:
         raise InputError(
@@ -569,6 +571,11 @@ def parse_url(url: str) -> tuple[str, bool]:
             "or grpcs://host:port for TLS."
         )
     return match[2], match[1] == "grpcs://"
+
+
+def host_of(target: str) -> str:
+    """Return the host of what gRPC dials, without a DNS server that is named, port and brackets."""
+    return re.sub(f"^{_DNS}", "", target).rpartition(":")[0].strip("[]")
 
 
 def _read_pem(path: Path | str | None, name: str) -> bytes | None:
@@ -584,7 +591,7 @@ def _read_pem(path: Path | str | None, name: str) -> bytes | None:
 
 
 def _open_channel(target: str, *, tls: TLS | None) -> Any:
-    host = target.rpartition(":")[0].removeprefix("dns:///").strip("[]")
+    host = host_of(target)
     is_loopback = host in ("localhost", "::1") or host.startswith("127.")
     options: tuple[tuple[str, int | str], ...] = (
         ("grpc.max_send_message_length", MAX_SEND_BYTES),
@@ -595,7 +602,7 @@ def _open_channel(target: str, *, tls: TLS | None) -> Any:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", int(not is_loopback)),
     )
-    if target.startswith("dns:///"):
+    if target.startswith("dns://"):
         # One name for many servers: a connection to each, used in turn.
         options += (("grpc.service_config", _ROUND_ROBIN),)
     if tls is not None:

@@ -93,7 +93,7 @@ def block(run: Run, links: dict[str, str]) -> str:
     intro = (
         f"{_cell(run.model)} with the same weights, by turns in one run, on "
         f"{_cell(answers.machine(run))}. Ours is {roads}; in bold, how many times as fast as "
-        f"{_cell(run.baseline)}:"
+        f"{_cell(run.baseline)}, and where that lies with 95 %:"
     )
     lines = [
         intro,
@@ -103,18 +103,15 @@ def block(run: Run, links: dict[str, str]) -> str:
         + " |",
         "|---" + "|--:" * (1 + len(columns)) + "|",
     ]
-    is_noisy = False
     for case in answers.key_cases(run, MAX_CASES):
         rows = [case.of(run.baseline), *(case.of(name) for name in columns.values())]
         if any(row is not None for row in rows[1:]):
-            is_noisy |= any(row is not None and row.is_noisy for row in rows)
             cells = [_figures(row, is_baseline=not place) for place, row in enumerate(rows)]
             lines.append(f"| {_cell(case.title)} | " + " | ".join(cells) + " |")
     source = [f"[all figures]({links['json']})"]
     if "html" in links:
         source.append(f"[the report]({links['html']})")
-    noise = "; ~ is less certain than was asked for" if is_noisy else ""
-    end = f"Time of a call, median over rounds{noise}. {run.date}, {_code(run.command)}: "
+    end = f"Time of a call, median over rounds. {run.date}, {_code(run.command)}: "
     lines += ["", f"{end}{words.listed(source)}."]
     if run.failures:
         lines.insert(0, f"**The run failed and is not to be believed: {_cell(run.failures[0])}**\n")
@@ -127,9 +124,12 @@ def block(run: Run, links: dict[str, str]) -> str:
 def _figures(row: Row | None, *, is_baseline: bool) -> str:
     if row is None:
         return "cannot" if is_baseline else ""
-    noise = " ~" if row.is_noisy else ""
-    ratio = f", **{words.times(row.speed.median)}**" if row.speed and not is_baseline else ""
-    return f"{words.duration(row.time_ms.median)}{ratio}{noise}"
+    time = words.duration(row.time_ms.median)
+    if is_baseline:
+        return f"{time} {words.plus_minus(row.time_ms)}"
+    if row.speed is None:
+        return time
+    return f"{time}, **{words.times(row.speed.median)}** ({words.low_to_high(row.speed)})"
 
 
 def _cell(text: str) -> str:

@@ -83,7 +83,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         console.print(Text(f"Careful: {warning}", style="yellow"))
     slower, faster = len(comparison.regressions), len(comparison.improvements)
     same = len(comparison.changes) - slower - faster
-    text = f"{slower} slower, {faster} faster, {same} the same within noise."
+    text = f"{slower} slower, {faster} faster, {same} the same within noise; "
+    text += f"the intervals of {len(comparison.agreeing)} of {len(comparison.changes)} meet."
     console.print(Text(text, style="bold red" if slower else "bold"))
 
 

@@ -34,13 +34,26 @@ class Settings:
     target: float
     """Half-width of the interval of a median that is enough, as a share."""
     budget_s: float
-    """For the turns of one case."""
+    """For the turns of one case, in all starts together."""
+    num_starts: int = 2
+    """How often everyone is started anew to time the cases again."""
     level_s: float = 5.0
     """One turn of a contender under load."""
     level_rounds: int = 3
     arrivals_s: float = 15.0
     """How long calls arrive at one rate."""
     num_stage_calls: int = 21
+
+
+@dataclass(kw_only=True)
+class Taken:
+    """The turns of a case, in each start of the contenders that had it."""
+
+    case: Case
+    starts: list[dict[str, list[float]]] = field(default_factory=list)
+    """Seconds of a call, one for each round, by contender, and of the probe."""
+    min_cosine: dict[str, float] = field(default_factory=dict)
+    """Of each contender, the worst in any start."""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +79,10 @@ class Bench:
     """Of those that the embedded Triton serves: the model repository, and the model's name."""
     probe_s: list[float] = field(default_factory=list)
     """Seconds of the probe in all rounds."""
+    is_last_start: bool = True
+    """What is not repeated in each start is measured in the last."""
+    taken: dict[str, Taken] = field(default_factory=dict)
+    """By the key of the case; rows are made of it when all starts are over."""
     rows: list[Row] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
     stages: list[Stages] = field(default_factory=list)
@@ -77,6 +94,11 @@ class Bench:
     _admitted: dict[str, dict[str, float]] = field(default_factory=dict)
     _reference: dict[str, Embeddings] = field(default_factory=dict)
 
+    def begin_start(self, *, is_last: bool) -> None:
+        """Forget who is admitted: the contenders are new, and have none of the items."""
+        self.is_last_start = is_last
+        self._admitted.clear()
+
     def admit(self, case: Case) -> dict[str, float]:
         """Give everyone who can do it the items of a case, and check what they answer.
 
@@ -86,9 +108,10 @@ class Bench:
         """
         if case.key not in self._admitted:
             file = self.write_items(case)
-            self.progress.say(f"{case.key}: reference")
-            expected = self.reference(case)
-            self._reference[case.key] = expected
+            if case.key not in self._reference:
+                self.progress.say(f"{case.key}: reference")
+                self._reference[case.key] = self.reference(case)
+            expected = self._reference[case.key]
             self._admitted[case.key] = {}
             for name, contestant in self.contestants.items():
                 if case.call not in contestant.calls:
@@ -107,10 +130,13 @@ class Bench:
                 else:
                     # What is wrong with somebody else's is worth knowing, and no fault of the run.
                     is_peer = contestant.facts.kind == "peer"
-                    (self.notes if is_peer else self.failures).append(
+                    remarks = self.notes if is_peer else self.failures
+                    remark = (
                         f"{case.key}: the answers of {name} are wrong and have no speed: the "
                         f"cosine with FP32 is {worst:.5f} at worst, below {limit}"
                     )
+                    if remark not in remarks:  # since an earlier start
+                        remarks.append(remark)
         return self._admitted[case.key]
 
     def cosines(self, case: Case, name: str) -> NDArray[np.float64]:

@@ -123,11 +123,14 @@ class Participants:
         self.close()
 
     def start(self) -> None:
-        """Start everyone, one after another, each of them alone at it.
+        """Start everyone, one after another, each of them alone at it; end those of before.
 
         Raises:
             InputError: nobody can take part; says why.
         """
+        for contestant in self.contestants.values():
+            contestant.close()
+        self.contestants.clear()
         for name in [name for name in self._wishes.names if name not in self._absent]:
             self._say(f"start {name}")
             try:

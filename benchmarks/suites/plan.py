@@ -35,6 +35,8 @@ class Suite:
     measure: Callable[[Bench], None]
     is_quick: bool = False
     """Whether a quick run has it."""
+    is_timed: bool = False
+    """Whether it times cases by turns, in each start of the contenders."""
 
 
 def _image(bench: Bench) -> None:
@@ -78,7 +80,7 @@ def _stages(bench: Bench) -> None:
     _, many = cases.jpeg_cases(bench.pictures, with_large=False)
     one, _ = cases.zero_shot_cases(bench.pictures)
     text, *_ = cases.text_cases()
-    measure_stages(bench, [one, text, many])
+    measure_stages(bench, [one, text, many] if bench.settings.is_full else [one, text])
     images = cases.image_cases(bench.pictures, bench.spec.side_px)
     measure_inside(bench, next(case for case in images if case.num_items == NUM_INSIDE_IMAGES))
 
@@ -149,13 +151,23 @@ def _imagenet_names() -> list[str]:
 
 
 SUITES: Mapping[str, Suite] = {
-    "image": Suite(what="preprocessed images in batches", measure=_image, is_quick=True),
-    "text": Suite(what="strings of few and many tokens", measure=_text, is_quick=True),
-    "jpeg": Suite(what="JPEG files to embeddings", measure=_jpeg, is_quick=True),
-    "zero_shot": Suite(what="JPEG files against known labels", measure=_zero_shot, is_quick=True),
+    "image": Suite(
+        what="preprocessed images in batches", measure=_image, is_quick=True, is_timed=True
+    ),
+    "text": Suite(
+        what="strings of few and many tokens", measure=_text, is_quick=True, is_timed=True
+    ),
+    "jpeg": Suite(what="JPEG files to embeddings", measure=_jpeg, is_quick=True, is_timed=True),
+    "zero_shot": Suite(
+        what="JPEG files against known labels",
+        measure=_zero_shot,
+        is_quick=True,
+        is_timed=True,
+    ),
     "classifier": Suite(
         what="ImageNet's classes x 80 templates: cold, from disk, from memory",
         measure=_classifier,
+        is_timed=True,
     ),
     "concurrency": Suite(
         what="1 to 32 clients of each server that wait for their answers", measure=_concurrency

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks import contenders
 from benchmarks.contenders.implementation import prompts_of
 from benchmarks.findings import Interval
 from benchmarks.limits import flop_per_image, flop_per_text, share_of_limit, weight_bytes
@@ -48,7 +49,11 @@ class Share:
 
 
 def find_share(
-    bench: Bench, case: Case, name: str, samples_s: Sequence[float], probe_s: Sequence[float]
+    bench: Bench,
+    case: Case,
+    name: str,
+    samples_s: Sequence[Sequence[float]],
+    probe_s: Sequence[Sequence[float]],
 ) -> Share | None:
     """Hold the times of a contender against what this machine could do.
 
@@ -56,7 +61,7 @@ def find_share(
         bench: Knows the machine and the model.
         case: What was called.
         name: Who was called.
-        samples_s: Seconds of a call, one for each round.
+        samples_s: For each start, seconds of a call, one for each round.
         probe_s: Seconds of the probe in the same rounds.
 
     Returns:
@@ -65,7 +70,7 @@ def find_share(
     if name in ELSEWHERE:
         return None
     flop_per_item, tower = _work(bench, case, name)
-    precision = bench.contestants[name].facts.precision
+    precision = contenders.find(name).precision
     found = share_of_limit(
         samples_s,
         probe_s,

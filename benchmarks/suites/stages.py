@@ -14,6 +14,8 @@ MAX_MISSING = 0.05
 SERVER_STAGES = ("server_queue", "server_compute")
 NETWORK = "network"
 ENGINE = "openvino"
+NUM_CALLS_OF_MANY = 5
+"""Of a call with many items, which are as many samples."""
 NUM_INSIDE_CALLS = 3
 """Operators take nearly the same each time, and a call of a large model takes seconds."""
 
@@ -26,9 +28,11 @@ def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
         for name in bench.admit(case):
             if bench.contestants[name].facts.kind != "served":
                 continue
-            calls = bench.contestants[name].stages(case.key, bench.settings.num_stage_calls)
+            is_single = case.num_items == 1
+            num_calls = bench.settings.num_stage_calls if is_single else NUM_CALLS_OF_MANY
+            calls = bench.contestants[name].stages(case.key, num_calls)
             bench.stages.append(
-                summarise(calls, contender=name, what=case.key, is_single=case.num_items == 1)
+                summarise(calls, contender=name, what=case.key, is_single=is_single)
             )
         bench.progress.done()
 

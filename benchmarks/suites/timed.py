@@ -1,7 +1,12 @@
-"""Calls of fixed items, timed by turns: the suites image, text, jpeg, zero_shot and classifier."""
+"""Calls of fixed items, timed by turns: the suites image, text, jpeg, zero_shot and classifier.
+
+In each start of the contenders all cases are timed; what a start does to their speed is then part
+of the intervals of the rows, which are made at the end.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -15,11 +20,19 @@ import clip_rt
 from benchmarks.contenders.implementation import TEMPLATES
 from benchmarks.contenders.process import ContenderError
 from benchmarks.findings import Duration, Row
-from benchmarks.intervals import half_width, inverse, median_interval, ratio_interval, scaled
-from benchmarks.suites.bench import Bench, row_cosines
+from benchmarks.intervals import (
+    MIN_SAMPLES,
+    half_width,
+    inverse,
+    is_narrow,
+    median_interval,
+    ratios,
+    scaled,
+)
+from benchmarks.suites.bench import Bench, Taken, row_cosines
 from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case
 from benchmarks.suites.shares import find_share
-from benchmarks.turns import PROBE, Turns, Way, take_turns
+from benchmarks.turns import PROBE, Way, take_turns
 
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9
@@ -42,7 +55,7 @@ def measure_cases(bench: Bench, cases: Iterable[Case]) -> None:
 
 
 def measure_case(bench: Bench, case: Case) -> None:
-    """Time one case and add its rows.
+    """Time one case in this start of the contenders, and keep it for `make_rows`.
 
     Raises:
         ContenderError: a contender raised; says which.
@@ -58,14 +71,21 @@ def measure_case(bench: Bench, case: Case) -> None:
     turns = take_turns(
         ways | {PROBE: bench.probe.time},
         target=bench.settings.target,
-        budget_s=bench.settings.budget_s,
+        budget_s=bench.settings.budget_s / bench.settings.num_starts,
+        min_rounds=math.ceil(MIN_SAMPLES / bench.settings.num_starts),
         on_round=tell,
     )
-    probe = turns.pop(PROBE)
-    bench.probe_s += probe.samples_s
-    base = turns.get(bench.baseline)
-    for name, taken in turns.items():
-        bench.rows.append(_row(bench, case, name, taken, probe, base, cosines[name]))
+    bench.probe_s += turns[PROBE].samples_s
+    taken = bench.taken.setdefault(case.key, Taken(case=case))
+    taken.starts.append({name: each.samples_s for name, each in turns.items()})
+    for name, cosine in cosines.items():
+        taken.min_cosine[name] = min(cosine, taken.min_cosine.get(name, 1.0))
+
+
+def make_rows(bench: Bench) -> None:
+    """Add a row for each contender of each case, of the rounds of all starts."""
+    for taken in bench.taken.values():
+        bench.rows += [_row(bench, taken, name) for name in taken.min_cosine]
 
 
 def _way(bench: Bench, case: Case, name: str) -> Way:
@@ -78,17 +98,15 @@ def _way(bench: Bench, case: Case, name: str) -> Way:
     return take
 
 
-def _row(
-    bench: Bench,
-    case: Case,
-    name: str,
-    turns: Turns,
-    probe: Turns,
-    base: Turns | None,
-    min_cosine: float,
-) -> Row:
-    time_s = turns.interval_s
-    share = find_share(bench, case, name, turns.samples_s, probe.samples_s)
+def _row(bench: Bench, taken: Taken, name: str) -> Row:
+    case = taken.case
+    starts = [start for start in taken.starts if name in start]
+    samples_s = [start[name] for start in starts]
+    probe_s = [start[PROBE] for start in starts]
+    with_base = [start for start in starts if bench.baseline in start]
+    speeds = [ratios(start[bench.baseline], start[name]) for start in with_base]
+    time_s = median_interval(*samples_s)
+    share = find_share(bench, case, name, samples_s, probe_s)
     return Row(
         suite=case.suite,
         case=case.name,
@@ -97,15 +115,16 @@ def _row(
         items=case.num_items,
         unit=case.unit,
         time_ms=scaled(time_s, 1e3),
-        samples_ms=[1e3 * each for each in turns.samples_s],
+        samples_ms=[1e3 * each_s for start_s in samples_s for each_s in start_s],
+        rounds=[len(start_s) for start_s in samples_s],
         per_s=inverse(time_s, case.num_items),
-        speed=None if base is None else ratio_interval(base.samples_s, turns.samples_s),
-        steadied=ratio_interval(turns.samples_s, probe.samples_s),
+        speed=median_interval(*speeds) if speeds else None,
+        steadied=median_interval(*map(ratios, samples_s, probe_s)),
         flop_per_item=None if share is None else share.flop_per_item,
         share_of_limit=None if share is None else share.share,
         limit=None if share is None else share.name,
-        min_cosine=min_cosine,
-        is_noisy=turns.is_noisy,
+        min_cosine=taken.min_cosine[name],
+        is_noisy=not is_narrow(*samples_s, target=bench.settings.target),
     )
 
 
@@ -113,7 +132,7 @@ def measure_classifier(bench: Bench, labels: Sequence[str]) -> None:
     """Make classifiers cold; and once all of it, then from the cache on disk and in memory.
 
     Args:
-        bench: Full runs only make all of it.
+        bench: Full runs only make all of it, in the last start.
         labels: ImageNet's classes.
     """
     bench.progress.plan(1)
@@ -121,7 +140,7 @@ def measure_classifier(bench: Bench, labels: Sequence[str]) -> None:
     bench.progress.step(case.key)
     measure_case(bench, case)
     bench.progress.done()
-    if not bench.settings.is_full:
+    if not (bench.settings.is_full and bench.is_last_start):
         return
     names = [name for name in WHOLE if name in bench.served and name in bench.admit(case)]
     bench.progress.plan(len(names))

@@ -13,7 +13,7 @@ from benchmarks.intervals import (
     is_narrow,
     is_steady,
     median_interval,
-    ratio_interval,
+    ratios,
     scaled,
 )
 from clip_rt.errors import InputError
@@ -45,14 +45,41 @@ def test_it_is_what_the_tables_say() -> None:
 def test_few_samples_span_the_interval_and_are_never_narrow() -> None:
     found = median_interval([3.0, 1.0, 2.0])
     assert (found.low, found.median, found.high) == (1.0, 2.0, 3.0)
-    assert not is_narrow([1.0] * (MIN_SAMPLES - 1), 0.03)
-    assert is_narrow([1.0] * MIN_SAMPLES, 0.03)
+    assert not is_narrow([1.0] * (MIN_SAMPLES - 1), target=0.03)
+    assert is_narrow([1.0] * MIN_SAMPLES, target=0.03)
 
 
 def test_one_slow_round_of_twelve_does_not_widen_it() -> None:
     quiet = [1.0, 1.01, 0.99, 1.0, 1.005, 0.995, 1.0, 1.0, 1.01, 0.99, 1.0]
-    assert is_narrow([*quiet, 5.0], 0.03)
-    assert not is_narrow([1.0, 1.2] * 6, 0.03)
+    assert is_narrow([*quiet, 5.0], target=0.03)
+    assert not is_narrow([1.0, 1.2] * 6, target=0.03)
+
+
+def test_the_interval_reaches_as_far_as_those_of_all_starts() -> None:
+    fast, slow = [1.0, 1.01, 0.99, 1.0, 1.0, 1.0], [1.2, 1.21, 1.19, 1.2, 1.2, 1.2]
+    found = median_interval(fast, slow)
+    assert found.median == pytest.approx(1.1)
+    assert found.low == median_interval(fast).low
+    assert found.high == median_interval(slow).high
+    assert not is_narrow(fast, slow, target=0.03)
+    assert is_narrow(fast[:3], fast[3:], target=0.03)
+
+
+def test_runs_agree_that_are_told_apart_by_their_starts_only() -> None:
+    """Each start is up to 10 % faster or slower for all its life, its rounds 1 %."""
+    rng = np.random.default_rng(0)
+
+    def run(num_starts: int, num_rounds: int) -> list[list[float]]:
+        lives = rng.choice([0.95, 1.05], num_starts)
+        return [(life * rng.normal(1.0, 0.01, num_rounds)).tolist() for life in lives]
+
+    def meet(a: list[list[float]], b: list[list[float]]) -> bool:
+        first, second = median_interval(*a), median_interval(*b)
+        return first.low <= second.high and second.low <= first.high
+
+    apart = {num: sum(not meet(run(num, 12), run(num, 12)) for _ in range(1000)) for num in (1, 2)}
+    assert 400 < apart[1] < 600
+    assert apart[2] < 200
 
 
 @pytest.mark.parametrize("samples", [[], [1.0, math.nan], [math.inf] * 8])
@@ -66,7 +93,7 @@ def test_ratios_of_the_same_rounds_do_not_see_a_slower_hour() -> None:
     host = np.repeat([1.0, 1.6, 1.2], 8)
     a = host * rng.normal(2.0, 0.01, 24)
     b = host * rng.normal(1.0, 0.01, 24)
-    ratio = ratio_interval(a.tolist(), b.tolist())
+    ratio = median_interval(ratios(a.tolist(), b.tolist()))
     assert ratio.low <= 2.0 <= ratio.high
     assert half_width(ratio) < 0.02 < half_width(median_interval(a.tolist()))
 
@@ -74,7 +101,7 @@ def test_ratios_of_the_same_rounds_do_not_see_a_slower_hour() -> None:
 @pytest.mark.parametrize("below", [[1.0], [1.0, 0.0], [1.0, 1.0, 1.0]])
 def test_ratios_need_the_same_rounds(below: list[float]) -> None:
     with pytest.raises(InputError, match="same rounds"):
-        ratio_interval([1.0, 2.0], below)
+        ratios([1.0, 2.0], below)
 
 
 def test_the_inverse_swaps_the_ends() -> None:

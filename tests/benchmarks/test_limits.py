@@ -112,7 +112,7 @@ def share(samples_s: list[float], probe_s: list[float], **changes: object) -> tu
         "flop_while_probe": 20e9,
         "cache_bytes": 0,
     }
-    found = share_of_limit(samples_s, probe_s, **(options | changes))  # type: ignore[arg-type]
+    found = share_of_limit([samples_s], [probe_s], **(options | changes))  # type: ignore[arg-type]
     assert found is not None
     return found
 

@@ -411,6 +411,7 @@ def test_text_of_a_run_does_no_harm(run: Run, old: str, tmp_path: Path) -> None:
     block = readme.block(hostile, {"json": "run.json"})
     assert "<script" not in re.sub("`[^`]*`", "", block)
     rows = [line for line in block.splitlines() if line.startswith("|")]
+    assert len(rows) > 2
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -12,9 +13,11 @@ from rich.console import Console
 from benchmarks.contenders.process import Contestant, LoadResult
 from benchmarks.findings import Contender, Interval, Level, Peaks, Row
 from benchmarks.suites import bars, cases, load, stages
-from benchmarks.suites.bench import Bench, Settings, row_cosines
+from benchmarks.suites.bench import Bench, Settings, Taken, row_cosines
 from benchmarks.suites.cases import Case, Pictures
 from benchmarks.suites.progress import Progress
+from benchmarks.suites.timed import make_rows
+from benchmarks.turns import PROBE
 from clip_rt.specs import find_spec
 
 
@@ -107,6 +110,17 @@ def make_bench(tmp_path: Path, **contestants: Answering) -> Bench:
     )
 
 
+def exactly(value: float) -> Interval:
+    return Interval(median=value, low=value, high=value)
+
+
+PEAKS = Peaks(
+    gemm_fp32_gflop_per_s=exactly(220.0),
+    gemm_fp32_model_gflop_per_s=exactly(200.0),
+    gemm_int8_gop_per_s=None,
+    read_gb_per_s=exactly(20.0),
+    how="by hand",
+)
 CASE = Case(suite="text", name="3", call="texts", items=["a", "b", "c"], unit="texts")
 
 
@@ -137,6 +151,44 @@ def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
     assert "peer are wrong" in bench.notes[0]
     bench.admit(CASE)
     assert len(bench.failures) == 5  # Asked once, however many measure the case.
+
+
+def test_contenders_that_are_started_anew_answer_anew(tmp_path: Path) -> None:
+    changing = Answering(np.eye(3, 8, dtype=np.float32))
+    peer = Answering(np.roll(np.eye(3, 8, dtype=np.float32), 1, axis=0), "peer")
+    bench = make_bench(tmp_path, changing=changing, peer=peer)
+    assert list(bench.admit(CASE)) == ["changing"]
+    changing.given = changing.given[:2]
+    assert list(bench.admit(CASE)) == ["changing"]
+    bench.begin_start(is_last=False)
+    assert list(bench.admit(CASE)) == []
+    assert len(bench.failures) == 1
+    assert len(bench.notes) == 1  # Said once, though it was wrong in both.
+
+
+def test_a_row_is_made_of_all_starts(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, **{name: Answering(None) for name in ("open_clip", "openvino")})
+    seconds = {
+        1: {"open_clip": [2.0, 2.2, 2.1], "openvino": [1.0, 1.1, 1.05], PROBE: [0.5] * 3},
+        2: {"open_clip": [2.4, 2.4, 2.4, 2.4], "openvino": [1.2] * 4, PROBE: [0.5] * 4},
+        # It did not start again, and nobody can say what the other is against it.
+        3: {"openvino": [3.0], PROBE: [0.5]},
+    }
+    bench.taken[CASE.key] = Taken(
+        case=CASE, starts=list(seconds.values()), min_cosine={"open_clip": 1.0, "openvino": 0.9999}
+    )
+    bench.probe = cast(Any, SimpleNamespace(peaks=PEAKS, flop_while_probe=1e11))
+    make_rows(bench)
+    peer, ours = bench.rows
+    assert (peer.rounds, ours.rounds) == ([3, 4], [3, 4, 1])
+    assert len(ours.samples_ms) == 8
+    assert (ours.time_ms.low, ours.time_ms.median, ours.time_ms.high) == (1000.0, 1200.0, 3000.0)
+    assert ours.speed is not None
+    assert (ours.speed.low, ours.speed.high) == (2.0, 2.0)
+    assert ours.steadied is not None
+    assert (ours.steadied.low, ours.steadied.high) == (2.0, 6.0)
+    assert ours.share_of_limit is not None
+    assert ours.min_cosine == 0.9999
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -242,10 +294,6 @@ def test_operators_add_up_to_the_time_of_the_engine() -> None:
     assert "100.00 ms are in no operator" in lost.note
 
 
-def exactly(value: float) -> Interval:
-    return Interval(median=value, low=value, high=value)
-
-
 def row(suite: str, case: str, contender: str, speed: float, flop: float | None = None) -> Row:
     return Row(
         suite=suite,
@@ -269,19 +317,12 @@ def test_bars_are_of_what_was_measured() -> None:
         row("image", "batch 1", "openvino", 0.1),
         row("image", "batch 32", "triton openvino", 1.06, flop=176e9),  # one each second
     ]
-    peaks = Peaks(
-        gemm_fp32_gflop_per_s=exactly(220.0),
-        gemm_fp32_model_gflop_per_s=exactly(200.0),
-        gemm_int8_gop_per_s=None,
-        read_gb_per_s=exactly(20.0),
-        how="by hand",
-    )
     clients = [
         replace(level(0, rate), contender=name, num_clients=8, offered_per_s=None)
         for name, rate in (("triton openvino", 17.0), ("infinity", 10.0))
     ]
     found = bars.find_bars(
-        model="ViT-B/32", baseline="open_clip", peaks=peaks, rows=rows, levels=clients
+        model="ViT-B/32", baseline="open_clip", peaks=PEAKS, rows=rows, levels=clients
     )
     assert [(bar.value, bar.limit, bar.is_met) for bar in found] == [
         (1.5, 1.4, True),
@@ -292,10 +333,10 @@ def test_bars_are_of_what_was_measured() -> None:
     ]
     assert len({bar.what for bar in found}) == len(found)
     assert not bars.find_bars(
-        model="ViT-L/14", baseline="open_clip", peaks=peaks, rows=rows, levels=clients
+        model="ViT-L/14", baseline="open_clip", peaks=PEAKS, rows=rows, levels=clients
     )
     others = bars.find_bars(
-        model="ViT-B/32", baseline="onnxruntime", peaks=peaks, rows=rows, levels=[]
+        model="ViT-B/32", baseline="onnxruntime", peaks=PEAKS, rows=rows, levels=[]
     )
     assert [bar.value for bar in others] == [pytest.approx(0.88)]
     assert others[0].what.endswith("at its own shapes")

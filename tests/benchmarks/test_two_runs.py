@@ -13,7 +13,7 @@ from findings_made_up import around, row, run
 from benchmarks import record
 from benchmarks.compare import compare
 from benchmarks.findings import Bar, Interval, Level, Row, StartUp
-from benchmarks.intervals import median_interval, ratio_interval
+from benchmarks.intervals import median_interval, ratios
 from clip_rt.errors import InputError
 
 OLD = around(18.0, 0.02)
@@ -35,6 +35,8 @@ def test_slower_is_apart_and_more_than_5_percent(new: Interval, verdict: str) ->
     (change,) = found.changes
     assert change.verdict == verdict
     assert change.ratio == pytest.approx(new.median / 18.0)
+    assert change.agrees is (new.low <= OLD.high and new.high >= OLD.low)
+    assert len(found.agreeing) == change.agrees
     assert change.unit == "probes"
     assert len(found.regressions) == (verdict == "slower")
     assert len(found.improvements) == (verdict == "faster")
@@ -45,7 +47,7 @@ def measured(rng: np.random.Generator, time_s: float, host: np.ndarray) -> Row:
     probe_s = 0.05 * host * rng.normal(1.0, 0.01, len(host))
     return row(
         time_ms=median_interval((1e3 * samples_s).tolist()),
-        steadied=ratio_interval(samples_s.tolist(), probe_s.tolist()),
+        steadied=median_interval(ratios(samples_s.tolist(), probe_s.tolist())),
     )
 
 

@@ -67,14 +67,14 @@ Fault = Stall | Delay | Drip | Corrupt | CutAfter
 
 
 class FaultProxy:
-    """Forwards TCP connections of a free port of 127.0.0.1 to `target`, host:port."""
+    """Forwards TCP connections of a port of `host`, free unless named, to `target`, host:port."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.target = target
         self.fault: Fault | None = None
         self.num_accepted = 0
         self.num_bytes_to_server = 0
-        self._port = 0
+        self._host, self._port = host, port
         self._listener: socket.socket | None = None
         self._connections: set[_Connection] = set()
         self._lock = threading.Lock()
@@ -89,7 +89,7 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
 
     @property
     def num_open(self) -> int:
@@ -98,7 +98,7 @@ class FaultProxy:
     def listen(self) -> None:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self._port))
+        listener.bind((self._host, self._port))
         listener.listen(128)
         self._port = listener.getsockname()[1]
         self._listener = listener

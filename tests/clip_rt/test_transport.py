@@ -233,6 +233,7 @@ def test_the_server_counts_what_it_did(real):
         ("grpc://10.0.0.1:8001", ("10.0.0.1:8001", False)),
         ("grpcs://triton.example.com:443", ("triton.example.com:443", True)),
         ("dns:///triton.svc:8001", ("dns:///triton.svc:8001", False)),
+        ("grpcs://dns://10.0.0.53:53/triton:443", ("dns://10.0.0.53:53/triton:443", True)),
         ("[::1]:8001", ("[::1]:8001", False)),
     ],
 )
