@@ -603,7 +603,7 @@ def test_the_terminal_shows_what_became_slower_first(run: Run) -> None:
     text = printed(lambda console: terminal.show_comparison(compare(run, later), console))
     lines = [line for line in text.splitlines() if "noise" in line or "slower" in line]
     assert re.search(r"image +batch 32 +triton int8 +1\.20× .* slower", lines[1])
-    assert f"1 slower, 0 faster, {len(run.rows) - 1} the same within noise." in text
+    assert f"1 slower, 0 faster, {len(run.rows) - 1} the same within noise; " in text
 
 
 @pytest.fixture
