@@ -255,6 +255,21 @@ def test_a_budget_refills_with_what_is_sent():
     assert [budget.spend() for _ in range(3)] == [True, True, False]
 
 
+def test_a_pause_that_ends_too_late_leaves_the_failure_before_it(monkeypatch):
+    """A busy machine wakes a thread late; then there is no time for another try."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda pause_s: sleep(pause_s + 0.4))
+    tries = []
+
+    def attempt():
+        tries.append(time.monotonic())
+        raise clip_rt.ServerUnavailableError("nobody is there")
+
+    with pytest.raises(clip_rt.ServerUnavailableError, match="nobody"):
+        RetryPolicy(first_pause_s=0.01).call(attempt, Deadline.after(0.3))
+    assert len(tries) == 1
+
+
 def test_pauses_double_within_a_bound_and_differ():
     policy = RetryPolicy(first_pause_s=0.1, max_pause_s=1.0)
     for num_failures, most_s in ((1, 0.1), (2, 0.2), (3, 0.4), (9, 1.0), (10_000, 1.0)):
