@@ -267,9 +267,8 @@ class Peaks:
         def speed(precision: str, library: str, shape: Shape) -> float:
             """In rates of the probe in the same rounds, so that a slow moment decides nothing."""
             samples_s = turns[_name(precision, library, shape)].samples_s
-            return (
-                median_interval(ratios(probe_s, samples_s)).median * shape.flop / PROBE_SHAPE.flop
-            )
+            times = median_interval(ratios(probe_s, samples_s)).median
+            return times * shape.flop / PROBE_SHAPE.flop
 
         def rate(precision: str, library: str, shape: Shape) -> dict[str, float]:
             time_s = turns[_name(precision, library, shape)].interval_s

@@ -17,6 +17,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 if TYPE_CHECKING:
     from clip_rt import telemetry, testing
     from clip_rt.async_client import AsyncClient
+    from clip_rt.channel import TLS
     from clip_rt.client import Client
     from clip_rt.encoded import Encoded
     from clip_rt.errors import (
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from clip_rt.specs import MODELS, ModelSpec
     from clip_rt.telemetry import Timings, measure
     from clip_rt.tokenizer import tokenize
-    from clip_rt.transport import TLS
     from clip_rt.zero_shot import Scores
 
 __all__ = [
@@ -107,7 +107,7 @@ _MODULE_BY_NAME = {
     "ModelSpec": "specs",
     "Probe": "probe",
     "Scores": "zero_shot",
-    "TLS": "transport",
+    "TLS": "channel",
     "Timings": "telemetry",
     "measure": "telemetry",
     "preprocess": "images",

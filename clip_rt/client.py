@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from clip_rt import batching, dispatch, prompts, telemetry, tokenizer, zero_shot
 from clip_rt.cache import Key, PromptCache
+from clip_rt.channel import TLS, parse_url
 from clip_rt.connection import Connection, Model
 from clip_rt.deadline import START_TIMEOUT_S, Deadline
 from clip_rt.decoding import Decode, check_decode
@@ -39,7 +40,6 @@ from clip_rt.lane import Lane
 from clip_rt.manifest import Manifest
 from clip_rt.probe import Probe
 from clip_rt.specs import slug
-from clip_rt.transport import TLS, parse_url
 from clip_rt.zero_shot import Scores
 
 URL_VARIABLE = "CLIP_RT_URL"
@@ -66,9 +66,9 @@ class Client:
     Args:
         url: host:port of Triton's gRPC endpoint, or grpcs://host:port for TLS; or several, of
             replicas that serve the same model; dns:///name:port asks in turn all the servers that
-            a name stands for. Without it: the embedded server over `repository`
-            if that is given, else the addresses in $CLIP_RT_URL, separated by commas, else the
-            embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
+            a name stands for. Without it: the embedded server over `repository` if that is given,
+            else the addresses in $CLIP_RT_URL, separated by commas, else the embedded server over
+            $CLIP_RT_REPOSITORY or the checkout's model_repository.
         model: Name the model was exported under. Without it: the only one there is.
         repository: Folder of models for the embedded server.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.

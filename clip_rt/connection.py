@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_rt import telemetry
+from clip_rt.channel import TLS
 from clip_rt.contract import Towers, check_towers, find_differences
 from clip_rt.deadline import START_TIMEOUT_S, Deadline, RetryBudget, RetryPolicy
 from clip_rt.endpoint import Endpoint, Place, dial
@@ -33,7 +34,7 @@ from clip_rt.errors import (
 from clip_rt.lane import Lane
 from clip_rt.manifest import Manifest
 from clip_rt.specs import image_model, text_model
-from clip_rt.transport import GRACE_S, TLS, ServedModel, Transport
+from clip_rt.transport import GRACE_S, ServedModel, Transport
 
 OTHERS_S = 0.25
 """How long the first answer of several servers is held back for those of the others."""

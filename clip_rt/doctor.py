@@ -313,7 +313,7 @@ def _check_version(transport: Transport, name: str, deadline: Deadline) -> Findi
 
 
 def _check_encryption(url: str) -> Finding:
-    from clip_rt.transport import parse_url
+    from clip_rt.channel import parse_url
 
     _, is_secure = parse_url(url)
     if is_secure or _is_loopback(url):
@@ -323,7 +323,7 @@ def _check_encryption(url: str) -> Finding:
 
 
 def _is_loopback(url: str) -> bool:
-    from clip_rt.transport import host_of, parse_url
+    from clip_rt.channel import host_of, parse_url
 
     host = host_of(parse_url(url)[0])
     try:

@@ -9,12 +9,10 @@ additions in triton-inference-server/common `protobuf/grpc_service.proto`.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -22,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from clip_rt.channel import TLS, open_channel, parse_url
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
     ClipRTError,
     ContractError,
     InferenceError,
-    InputError,
     MessageTooLongError,
     NonFiniteEmbeddingError,
     ProtocolError,
@@ -41,9 +39,6 @@ from clip_rt.errors import (
 from clip_rt.manifest import Manifest
 from clip_rt.specs import EMBEDDINGS, NORM_TOLERANCE
 
-MAX_SEND_BYTES = 256 * 1024**2
-MAX_RECEIVE_BYTES = 64 * 1024**2
-"""Largest answer read: 16 million numbers, where a batch of 32 has some 32 thousand."""
 CLOSE_TIMEOUT_S = 1.0
 MIN_NORM = 1e-6
 GRACE_S = 0.05
@@ -129,35 +124,6 @@ class ServerStatistics:
     """Spent waiting, summed over the requests."""
     compute_s: float
     """Spent in the model, summed over the requests."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TLS:
-    """How a server is trusted and a client shows who it is; PEM files.
-
-    Raises:
-        InputError: a file cannot be read, or is no PEM.
-    """
-
-    root_certificates: Path | str | None = None
-    """Whom to trust; None is whom this system trusts."""
-    certificate_chain: Path | str | None = None
-    """The client's own, for servers that ask for one."""
-    private_key: Path | str | None = None
-    """Of `certificate_chain`."""
-
-    def __post_init__(self) -> None:
-        if (self.certificate_chain is None) != (self.private_key is None):
-            raise InputError("certificate_chain and private_key belong together; pass both.")
-        self.read()
-
-    def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """Return root certificates, private key and certificate chain, as gRPC wants them."""
-        return (
-            _read_pem(self.root_certificates, "root_certificates"),
-            _read_pem(self.private_key, "private_key"),
-            _read_pem(self.certificate_chain, "certificate_chain"),
-        )
 
 
 class Transport:
@@ -501,7 +467,7 @@ class Transport:
             if self._is_closed:
                 raise ClientClosedError("the client is closed. Make a new one.")
             if self._channel is None:
-                self._channel = _open_channel(
+                self._channel = open_channel(
                     self._target, tls=self._tls if self._is_secure else None
                 )
                 self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -550,64 +516,6 @@ def _forget_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
-
-
-_DNS = r"dns://[^/\s@]*/"
-"""Before the name of many servers, as gRPC writes it: dns:///NAME, or dns://DNS_SERVER/NAME."""
-_ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
-
-
-def parse_url(url: str) -> tuple[str, bool]:
-    """Split a url into what gRPC dials and whether it is TLS.
-
-    Raises:
-        InputError: it is no host:port.
-    """
-    pattern = rf"(grpcs?://)?((?:{_DNS})?[^/\s@]+:\d{{1,5}})"
-    match = re.fullmatch(pattern, url) if isinstance(url, str) else None
-    if match is None or int(match[2].rpartition(":")[2]) > 65535:
-        raise InputError(
-            f"url {url!r:.80} is not host:port. Name Triton's gRPC endpoint, like localhost:8001, "
-            "or grpcs://host:port for TLS."
-        )
-    return match[2], match[1] == "grpcs://"
-
-
-def host_of(target: str) -> str:
-    """Return the host of what gRPC dials, without a DNS server that is named, port and brackets."""
-    return re.sub(f"^{_DNS}", "", target).rpartition(":")[0].strip("[]")
-
-
-def _read_pem(path: Path | str | None, name: str) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error}.") from error
-    if b"-----BEGIN " not in content:
-        raise InputError(f"{name}, {str(path)!r}, is no PEM file.")
-    return content
-
-
-def _open_channel(target: str, *, tls: TLS | None) -> Any:
-    host = host_of(target)
-    is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-    options: tuple[tuple[str, int | str], ...] = (
-        ("grpc.max_send_message_length", MAX_SEND_BYTES),
-        ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-        # Or closing one client's connection would be felt by another's.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_http_proxy", int(not is_loopback)),
-    )
-    if target.startswith("dns://"):
-        # One name for many servers: a connection to each, used in turn.
-        options += (("grpc.service_config", _ROUND_ROBIN),)
-    if tls is not None:
-        return grpc.secure_channel(target, grpc.ssl_channel_credentials(*tls.read()), options)
-    return grpc.insecure_channel(target, options)
 
 
 def _code(error: object) -> Any:

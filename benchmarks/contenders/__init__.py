@@ -149,7 +149,7 @@ _ENTRIES = (
     ),
     Entry(
         name="infinity",
-        what="infinity's server over HTTP on loopback, torch in FP32",
+        what="infinity's server over HTTP on loopback, torch in FP32; cuts texts to 20 tokens",
         kind="peer",
         module="infinity",
         needs=("hub",),

@@ -13,7 +13,13 @@ also bring a second, CUDA torch; the least that serves CLIP over HTTP is
 
 where pip takes a CPU build of torch if an index offers one. torchvision goes where its wheel was
 built for the CUDA torch and cannot be imported beside another; transformers then prepares images
-with Pillow. It is found by the option of `make`, else by $CLIP_RT_INFINITY, else as `infinity_emb`
+with Pillow.
+
+Longer texts than 20 tokens get wrong answers, and so no speed: 0.0.78 cuts texts at the
+`max_length` of the model's configuration (`infinity_emb/transformer/vision/torch_vision.py`), and
+transformers 4 says 20 where the configuration of a CLIP model says nothing.
+
+It is found by the option of `make`, else by $CLIP_RT_INFINITY, else as `infinity_emb`
 on the PATH or beside this Python.
 """
 

@@ -91,6 +91,8 @@ class Bench:
     notes: list[str] = field(default_factory=list)
     """What was not measured, and why; no failures."""
     failures: list[str] = field(default_factory=list)
+    refused: set[tuple[str, str]] = field(default_factory=set)
+    """Case and contender whose answers were wrong in any start; they have no row."""
     _admitted: dict[str, dict[str, float]] = field(default_factory=dict)
     _reference: dict[str, Embeddings] = field(default_factory=dict)
 
@@ -128,6 +130,7 @@ class Bench:
                 if worst >= limit:
                     self._admitted[case.key][name] = worst
                 else:
+                    self.refused.add((case.key, name))
                     # What is wrong with somebody else's is worth knowing, and no fault of the run.
                     is_peer = contestant.facts.kind == "peer"
                     remarks = self.notes if is_peer else self.failures

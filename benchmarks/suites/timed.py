@@ -84,8 +84,9 @@ def measure_case(bench: Bench, case: Case) -> None:
 
 def make_rows(bench: Bench) -> None:
     """Add a row for each contender of each case, of the rounds of all starts."""
-    for taken in bench.taken.values():
-        bench.rows += [_row(bench, taken, name) for name in taken.min_cosine]
+    for key, taken in bench.taken.items():
+        names = [name for name in taken.min_cosine if (key, name) not in bench.refused]
+        bench.rows += [_row(bench, taken, name) for name in names]
 
 
 def _way(bench: Bench, case: Case, name: str) -> Way:

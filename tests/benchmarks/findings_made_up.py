@@ -12,6 +12,21 @@ def around(median: float, width: float = 0.01) -> Interval:
     return Interval(median=median, low=median * (1 - width), high=median * (1 + width))
 
 
+def exactly(value: float) -> Interval:
+    return Interval(median=value, low=value, high=value)
+
+
+def peaks(fp32: float, model: float, int8: float | None = None) -> Peaks:
+    """Rates in GFLOP/s: at the best shape, at the model's, and of INT8; it reads 20 GB/s."""
+    return Peaks(
+        gemm_fp32_gflop_per_s=exactly(fp32),
+        gemm_fp32_model_gflop_per_s=exactly(model),
+        gemm_int8_gop_per_s=None if int8 is None else exactly(int8),
+        read_gb_per_s=exactly(20.0),
+        how="by hand",
+    )
+
+
 def row(contender: str = "onnxruntime", case: str = "batch 32", **changes: Any) -> Row:
     made = Row(
         suite="image",

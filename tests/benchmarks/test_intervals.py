@@ -66,7 +66,7 @@ def test_the_interval_reaches_as_far_as_those_of_all_starts() -> None:
 
 
 def test_runs_agree_that_are_told_apart_by_their_starts_only() -> None:
-    """Each start is up to 10 % faster or slower for all its life, its rounds 1 %."""
+    """Each start is 5 % faster or slower for all its life; its rounds differ by 1 %."""
     rng = np.random.default_rng(0)
 
     def run(num_starts: int, num_rounds: int) -> list[list[float]]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from findings_made_up import peaks
 from tiny_clip import RESNET, VIT
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.findings import Interval, Peaks
+from benchmarks.findings import Interval
 from benchmarks.limits import (
     BYTES,
     CEILING_MODELS,
@@ -90,17 +91,7 @@ def test_the_roofline_has_two_sides() -> None:
     assert (cached.seconds, cached.name) == (0.1, "fp32 GEMM")
 
 
-def sure(median: float) -> Interval:
-    return Interval(median=median, low=median, high=median)
-
-
-PEAKS = Peaks(
-    gemm_fp32_gflop_per_s=sure(400.0),
-    gemm_fp32_model_gflop_per_s=sure(380.0),
-    gemm_int8_gop_per_s=sure(1600.0),
-    read_gb_per_s=sure(20.0),
-    how="by hand",
-)
+PEAKS = peaks(400.0, 380.0, 1600.0)
 
 
 def share(samples_s: list[float], probe_s: list[float], **changes: object) -> tuple[Interval, str]:
@@ -136,18 +127,12 @@ def test_the_share_of_reading_weights() -> None:
 
 
 def test_no_share_without_a_peak() -> None:
-    unknown = Peaks(
-        gemm_fp32_gflop_per_s=sure(400.0),
-        gemm_fp32_model_gflop_per_s=sure(380.0),
-        gemm_int8_gop_per_s=None,
-        read_gb_per_s=sure(20.0),
-        how="by hand",
-    )
+    unknown = peaks(400.0, 380.0)
     for precision in ("fp16", "int8"):
         assert (
             share_of_limit(
-                [0.1] * 6,
-                [0.1] * 6,
+                [[0.1] * 6],
+                [[0.1] * 6],
                 flop=1e9,
                 num_bytes=1e9,
                 precision=precision,  # type: ignore[arg-type]

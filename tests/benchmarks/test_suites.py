@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from findings_made_up import exactly, peaks
 from rich.console import Console
 
 from benchmarks.contenders.process import Contestant, LoadResult
-from benchmarks.findings import Contender, Interval, Level, Peaks, Row
+from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
 from benchmarks.suites.bench import Bench, Settings, Taken, row_cosines
 from benchmarks.suites.cases import Case, Pictures
@@ -110,17 +111,7 @@ def make_bench(tmp_path: Path, **contestants: Answering) -> Bench:
     )
 
 
-def exactly(value: float) -> Interval:
-    return Interval(median=value, low=value, high=value)
-
-
-PEAKS = Peaks(
-    gemm_fp32_gflop_per_s=exactly(220.0),
-    gemm_fp32_model_gflop_per_s=exactly(200.0),
-    gemm_int8_gop_per_s=None,
-    read_gb_per_s=exactly(20.0),
-    how="by hand",
-)
+PEAKS = peaks(220.0, 200.0)
 CASE = Case(suite="text", name="3", call="texts", items=["a", "b", "c"], unit="texts")
 
 
@@ -160,8 +151,13 @@ def test_contenders_that_are_started_anew_answer_anew(tmp_path: Path) -> None:
     assert list(bench.admit(CASE)) == ["changing"]
     changing.given = changing.given[:2]
     assert list(bench.admit(CASE)) == ["changing"]
+    bench.taken[CASE.key] = Taken(
+        case=CASE, starts=[{"changing": [1.0], PROBE: [0.5]}], min_cosine={"changing": 1.0}
+    )
     bench.begin_start(is_last=False)
     assert list(bench.admit(CASE)) == []
+    make_rows(bench)
+    assert bench.rows == []  # Fast in one start, wrong in the other: it has no speed.
     assert len(bench.failures) == 1
     assert len(bench.notes) == 1  # Said once, though it was wrong in both.
 

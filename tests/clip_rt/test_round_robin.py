@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -27,47 +28,42 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class NameServer:
-    """Answers every question about IPv4 with `addresses`, over UDP, on a free port (RFC 1035)."""
+class NameServer(socketserver.UDPServer):
+    """Answers every question about IPv4 with `ADDRESSES`, on a free port (RFC 1035)."""
 
     def __init__(self) -> None:
-        self.addresses = ADDRESSES
+        super().__init__(("127.0.0.1", 0), Question)
         self.num_asked = 0
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
 
-    def close(self) -> None:
-        self._socket.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                question, sender = self._socket.recvfrom(512)
-            except OSError:
-                return
-            self.num_asked += 1
-            self._socket.sendto(self._answer(question), sender)
+class Question(socketserver.DatagramRequestHandler):
+    """One datagram, and its answer."""
 
-    def _answer(self, message: bytes) -> bytes:
+    server: NameServer
+
+    def handle(self) -> None:
+        self.server.num_asked += 1
+        message = self.rfile.read()
         end = message.index(b"\0", 12) + 5  # Of the name, and of type and class behind it.
         (kind,) = struct.unpack("!H", message[end - 4 : end - 2])
-        addresses = self.addresses if kind == TYPE_A else ()
+        addresses = ADDRESSES if kind == TYPE_A else ()
         header = message[:2] + struct.pack("!5H", 0x8180, 1, len(addresses), 0, 0)
         records = [
             # 0xC00C: the name is the one at byte 12, where the question is.
             struct.pack("!3HIH", 0xC00C, TYPE_A, CLASS_IN, TTL_S, 4) + socket.inet_aton(address)
             for address in addresses
         ]
-        return header + message[12:end] + b"".join(records)
+        self.wfile.write(header + message[12:end] + b"".join(records))
 
 
 @pytest.fixture
 def names() -> Iterator[NameServer]:
-    server = NameServer()
-    yield server
-    server.close()
+    with NameServer() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -88,7 +84,7 @@ def test_calls_go_to_all_servers_of_a_name_and_to_the_others_when_one_is_gone(
 ) -> None:
     first, second, way = replicas
     port = first.url.rpartition(":")[2]
-    url = f"dns://127.0.0.1:{names.port}/{NAME}:{port}"
+    url = f"dns://127.0.0.1:{names.server_address[1]}/{NAME}:{port}"
     with clip_rt.Client(url=url, timeout_s=20.0) as client, ThreadPoolExecutor(4) as pool:
         expected = client.encode_images([*PIXELS])
 

@@ -23,9 +23,10 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import clip_rt
 from clip_rt import transport as transport_module
+from clip_rt.channel import TLS, parse_url
 from clip_rt.deadline import Deadline
 from clip_rt.server import EmbeddedServer
-from clip_rt.transport import ERROR_BY_CODE, TLS, ServedModel, Transport, parse_url
+from clip_rt.transport import ERROR_BY_CODE, ServedModel, Transport
 
 IMAGE = ServedModel(
     name="tiny_image",
@@ -328,10 +329,10 @@ def test_loopback_is_never_reached_through_a_proxy(server, monkeypatch):
 
 def test_threads_share_one_channel(real, monkeypatch):
     opened = []
-    open_channel = transport_module._open_channel
+    open_channel = transport_module.open_channel
     monkeypatch.setattr(
         transport_module,
-        "_open_channel",
+        "open_channel",
         lambda *args, **options: opened.append(1) or open_channel(*args, **options),
     )
     barrier = threading.Barrier(8)
