@@ -18,18 +18,13 @@ import contextlib
 import faulthandler
 import itertools
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,13 +40,9 @@ import clip_rt
 from benchmarks import photos
 from benchmarks.findings import Bar
 from benchmarks.record import save
-from benchmarks.serving import (
-    MAX_DIFFERENCE,
-    START_TIMEOUT_S,
-    borrowed,
-    describe_bar,
-    show,
-)
+from benchmarks.replicas import Replica, find_children, find_server, kill, port_of, replicas
+from benchmarks.resources import Resources, idle_mib
+from benchmarks.serving import MAX_DIFFERENCE, borrowed, describe_bar, show
 from clip_rt.client import CHECKOUT_REPOSITORY
 from clip_rt.errors import ServerError, ServerStartError
 from clip_rt.server import EmbeddedServer
@@ -66,11 +57,7 @@ TIMEOUT_S = 30.0
 GRACE_S = 1.0
 """A call that takes longer than its deadline and this hangs."""
 SAMPLE_S = 5.0
-WARM_UP_SHARE = 0.2
-"""Of the samples that do not count for growth."""
 MAX_GROWTH = 0.05
-DRAIN_TIMEOUT_S = 60.0
-POLL_S = 0.1
 LABELS = tuple(
     "anchor apple arrow banana bell bicycle bird book bus camera car cat chair clock cloud cup dog "
     "door drum eye fish flag flower folder guitar hammer hand heart horse house key lamp leaf lock "
@@ -94,44 +81,6 @@ class Kind:
     expected_NX: Array
     """What `call` answers for all items, a row for each."""
     tolerance: float
-
-
-class Resources:
-    """What this process holds, sampled over time."""
-
-    def __init__(self) -> None:
-        self.samples: list[dict[str, float]] = []
-
-    def sample(self, at_s: float, num_answered: int) -> None:
-        """Note memory, file descriptors and threads."""
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        self.samples.append(
-            {
-                "at_s": round(at_s, 1),
-                "answered": num_answered,
-                "rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 2),
-                "fds": len(os.listdir("/proc/self/fd")),
-                "threads": len(os.listdir("/proc/self/task")),
-            }
-        )
-
-    def growth(self) -> dict[str, float]:
-        """Return by how much of itself each grew after the warm-up."""
-        counted = self.samples[round(WARM_UP_SHARE * len(self.samples)) :]
-        at_s = [sample["at_s"] for sample in counted]
-        names = ("rss_mib", "fds", "threads")
-        return {name: growth(at_s, [sample[name] for sample in counted]) for name in names}
-
-
-def growth(at_s: Sequence[float], values: Sequence[float]) -> float:
-    """Return what a straight line through the values rises by, as a share of their mean.
-
-    NaN for fewer than three values, through which any line would pass.
-    """
-    if len(values) < 3:
-        return float("nan")
-    slope, _ = np.polyfit(at_s, values, 1)
-    return float(slope * (at_s[-1] - at_s[0]) / np.mean(values))
 
 
 def count_wrong(found_NX: Array, expected_NX: Array, tolerance: float) -> int:
@@ -256,106 +205,6 @@ class Load:
                 self.examples.setdefault(name, example)
 
 
-def find_server(port: int) -> int | None:
-    """Return the process id of the tritonserver that was told to listen on a port."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        # Any of them may end while we look.
-        with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            is_server = Path(os.fsdecode(command[0])).name == "tritonserver"
-            if is_server and f"--grpc-port={port}".encode() in command:
-                return int(folder.name)
-    return None
-
-
-def find_children(parent: int) -> list[int]:
-    """Return the process ids of the children of a process."""
-    children = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            if int(fields[1]) == parent:
-                children.append(int(folder.name))
-    return children
-
-
-def kill(pid: int | None) -> None:
-    """Kill a process, if it is still there."""
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def port_of(url: str) -> int:
-    """Return the port of host:port."""
-    return int(url.rpartition(":")[2])
-
-
-class Replica:
-    """`python -m clip_rt serve` on a port of its own."""
-
-    def __init__(self, name: str, log: Path) -> None:
-        self.name = name
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"127.0.0.1:{self.port}"
-        self.exit_codes: list[int] = []
-        """Of drains."""
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it and wait until it can be called.
-
-        Raises:
-            RuntimeError: it cannot.
-        """
-        command = [sys.executable, "-m", "clip_rt", "serve", "--port", str(self.port)]
-        command += ["--repository", str(CHECKOUT_REPOSITORY)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not self._is_listening():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
-                tail = self._log.read_text("utf-8", "replace")[-2000:]
-                raise RuntimeError(f"{self.name} does not start: {tail}")
-            time.sleep(POLL_S)
-
-    def kill(self) -> None:
-        """End both of its processes at once, the server and the one that runs it."""
-        assert self._process is not None
-        kill(find_server(self.port))
-        self._process.kill()
-        self._process.wait()
-
-    def drain(self) -> None:
-        """Ask it to end what it has begun, and wait for that.
-
-        Raises:
-            RuntimeError: it does not end.
-        """
-        assert self._process is not None
-        self._process.terminate()
-        try:
-            self.exit_codes.append(self._process.wait(DRAIN_TIMEOUT_S))
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{self.name} does not end: {error}") from error
-
-    def close(self) -> None:
-        """End it, whatever it does."""
-        if self._process is not None:
-            self.kill()
-
-    def _is_listening(self) -> bool:
-        """Whether its port answers, which Triton opens once its models are loaded.
-
-        Asked without a client, whose descriptors and memory would be counted.
-        """
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-
 Step = tuple[str, Callable[[], None]]
 
 
@@ -423,7 +272,8 @@ def soak(
         every_s: Between two steps.
 
     Returns:
-        What came of the calls, samples of what the process held, and when each step was taken.
+        What came of the calls, samples of what the process held, what it held before and after them
+        when nothing went on, and when each step was taken.
     """
     load, resources, stop = Load(make_kinds(client)), Resources(), threading.Event()
     done: list[dict[str, Any]] = []
@@ -431,6 +281,7 @@ def soak(
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     # Not a `with`, which would wait for a thread that hangs.
     pool = ThreadPoolExecutor(NUM_THREADS + 1)
+    idle = {"before": idle_mib()}
     start_s = time.monotonic()
     disturbing = pool.submit(disturb, steps, every_s, stop, done)
     working = [pool.submit(load.work, thread, stop) for thread in range(NUM_THREADS)]
@@ -455,9 +306,11 @@ def soak(
     ended, hanging = wait(working, TIMEOUT_S + GRACE_S)
     for future in (disturbing, *ended):
         future.result()
+    idle["after"] = idle_mib()
     return load.to_json() | {
         "num_hanging": len(hanging),
         "elapsed_s": round(elapsed_s, 1),
+        "idle": idle,
         "growth": {name: round(each, 4) for name, each in resources.growth().items()},
         "steps": done,
         "samples": resources.samples,
@@ -485,18 +338,23 @@ def bars_of(name: str, found: Mapping[str, Any], *, may_fail: bool) -> list[Bar]
 
 def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw what the process held, and how fast it called, over time."""
-    rows = {"rss_mib": "memory, MiB", "fds": "file descriptors", "threads": "threads"}
+    rows = {
+        "memory, MiB": {"rss_mib": "resident", "heap_mib": "handed out by malloc"},
+        "file descriptors": {"fds": "open"},
+        "threads": {"threads": "alive"},
+    }
     figure = Figure(figsize=(7 * len(parts), 9), layout="constrained")
     axes = figure.subplots(len(rows) + 1, len(parts), squeeze=False, sharex="col")
     for column, (name, found) in zip(axes.T, parts.items(), strict=True):
         samples = found["samples"]
         at_s = np.array([sample["at_s"] for sample in samples])
         answered = np.array([sample["answered"] for sample in samples])
-        for axis, (key, label) in zip(column, rows.items(), strict=False):
-            values = [sample[key] for sample in samples]
-            axis.plot(at_s, values)
-            axis.set_ylim(0, 1.2 * max(values))
+        for axis, (label, lines) in zip(column, rows.items(), strict=False):
+            for key, line in lines.items():
+                axis.plot(at_s, [sample[key] for sample in samples], label=line)
+            axis.set_ylim(0, 1.2 * max(axis.dataLim.y1, 1))
             axis.set_ylabel(label)
+            axis.legend(loc="lower right")
         column[-1].plot(at_s[1:], np.diff(answered) / np.diff(at_s))
         column[-1].set_ylim(bottom=0)
         column[-1].set_ylabel("answered calls a second")
@@ -505,19 +363,6 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for axis, step in itertools.product(column, found["steps"]):
             axis.axvline(step["at_s"], color="tab:red", alpha=0.3, linewidth=0.8)
     figure.savefig(path, dpi=110)
-
-
-@contextmanager
-def replicas(folder: Path) -> Iterator[tuple[Replica, Replica]]:
-    """Yield two running replicas."""
-    one, other = (Replica(name, folder / f"{name}.log") for name in ("replica 1", "replica 2"))
-    try:
-        one.start()
-        other.start()
-        yield one, other
-    finally:
-        one.close()
-        other.close()
 
 
 def main(

@@ -106,7 +106,7 @@ def image_cases(pictures: Pictures, side_px: int) -> Iterable[Case]:
             call="pixels",
             items=pixels[:rows],
             unit="images",
-            is_quick=rows <= 32,
+            is_quick=rows <= 8,
         )
 
 

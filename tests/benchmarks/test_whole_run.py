@@ -120,7 +120,7 @@ def test_contenders_tell_how_they_started(before: tuple[Result, Run]) -> None:
 
 def test_stages_of_one_call_add_up(before: tuple[Result, Run]) -> None:
     *stages, inside = before[1].stages
-    assert (inside.contender, inside.what) == ("openvino", "inside the engine: image, batch 32")
+    assert (inside.contender, inside.what) == ("openvino", "inside the engine: image, batch 8")
     assert inside.missing_ms == pytest.approx(inside.total_ms - sum(inside.stages_ms.values()))
     assert "convolution" in inside.stages_ms
     assert {each.contender for each in stages} == set(SERVED.split(","))
