@@ -1,6 +1,6 @@
 r"""How fast this is on your machine, where the time goes, how it compares with what else there is.
 
-    python benchmarks/run.py                          # some minutes, once everything is made
+    python benchmarks/run.py                          # 3 minutes, once everything is made
     python benchmarks/run.py --full                   # all suites, all contenders: an hour or two
     python benchmarks/run.py --suite image,text --contender "triton openvino,open_clip"
     python benchmarks/run.py --compare benchmarks/results/OLD_run.json    # what became slower?
@@ -262,19 +262,7 @@ def _judged(run: Run) -> Run:
     bars = find_bars(
         model=run.model, baseline=run.baseline, peaks=run.peaks, rows=run.rows, levels=run.levels
     )
-    peers = [each.name for each in run.contenders if each.kind == "peer"]
-    of_peers = [
-        failure
-        for failure in run.failures
-        if any(f"the answers of {name} are wrong" in failure for name in peers)
-    ]
-    warnings = list(dict.fromkeys([*run.conditions.warnings, *of_peers]))
-    return replace(
-        run,
-        bars=bars,
-        conditions=replace(run.conditions, warnings=warnings),
-        failures=[failure for failure in run.failures if failure not in of_peers],
-    )
+    return replace(run, bars=bars)
 
 
 def _compare(old: Run, new: Run, console: Console) -> bool:
