@@ -63,7 +63,7 @@ class Comparison:
 
     @property
     def agreeing(self) -> list[Change]:
-        """Rows whose intervals meet: all, but for one in some hundred, of runs of the same code."""
+        """Rows whose intervals meet; of runs of the same code nearly all do."""
         return [change for change in self.changes if change.agrees]
 
     @property

@@ -42,7 +42,8 @@ def median_interval(*starts: Sequence[float]) -> Interval:
 
     Args:
         starts: The samples of each start, one for each round, any order, finite. Of several starts
-            the interval is from the lowest end of any to the highest.
+            the interval is from the lowest end of any to the highest. The 95 % are of each start;
+            of two, both may be alike and a third unlike them.
 
     Raises:
         InputError: no samples, or one that is not finite.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.serving import START_TIMEOUT_S
+from benchmarks.serving.bench import START_TIMEOUT_S
 from clip_rt.client import CHECKOUT_REPOSITORY
 
 DRAIN_TIMEOUT_S = 60.0

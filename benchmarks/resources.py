@@ -28,7 +28,9 @@ class Mallinfo2(ctypes.Structure):
 def heap_mib() -> float:
     """Return what malloc has handed out and not got back, in all its arenas.
 
-    Memory that malloc has got back and keeps is in RSS and not in this. NaN where libc is another.
+    Memory that malloc has got back and keeps is in RSS and not in this; what it keeps for a thread
+    alone (tcache) is in both. Python gets memory for small objects elsewhere, unless it is run with
+    PYTHONMALLOC=malloc. NaN where libc is another.
     """
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2

@@ -58,7 +58,7 @@ from benchmarks.suites.plan import SUITES
 from benchmarks.suites.progress import Progress
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import ClipRTError
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 8.0, 60.0
 NUM_FIRST_PROBES = 3
@@ -138,7 +138,7 @@ def measure(
             "is_full": settings.is_full,
             "target": settings.target,
             "budget_s": settings.budget_s,
-            "num_starts": settings.num_starts,
+            "num_starts": bench.num_starts,
             "plants": {name: asdict(each) for name, each in wishes.plants.items()},
         },
         model=bench.model,
@@ -182,9 +182,12 @@ def _measure_starts(
     for start in range(1, num_starts + 1):
         if start > 1:
             try:
-                participants.start()
-            except InputError as error:  # What the earlier starts gave is still worth something.
-                bench.failures.append(f"start {start}: {error}")
+                bench.failures += participants.start_again()
+            except KeyboardInterrupt:
+                bench.failures.append(f"cut short by the user in start {start}")
+                return False
+            except Exception as error:  # What the earlier starts gave is still worth something.
+                bench.failures.append(f"start {start}: {error!r}")
                 return True
         bench.begin_start(is_last=start == num_starts)
         if not _measure_suites(names, bench, console):

@@ -2,6 +2,8 @@ r"""Threads that call one client while its servers are killed: wrong rows, hangs
 
     python -m benchmarks.soak                                             # 10 and 5 minutes
     python -m benchmarks.soak --minutes 1 --replica-minutes 1 --every-s 15 --num-calls 0
+    MALLOC_ARENA_MAX=2 python -m benchmarks.soak       # without an arena of malloc for each thread
+    PYTHONMALLOC=malloc python -m benchmarks.soak      # Python's own objects are counted as well
 
 The first part has one server, the embedded one, over the bundled model. In turn it and the process
 of one of its models are killed with SIGKILL. Calls may then fail, with a ServerError by their
@@ -10,6 +12,10 @@ turn one is killed with SIGKILL and started again, and the other is drained with
 again. There no call may fail.
 
 Every row of every answer is compared with what was computed before anything was killed.
+
+Resident memory grows by what leaks, and by what malloc keeps of what it got back: glibc has an
+arena for each thread, up to eight for each core, and one live object keeps a page of it. What
+malloc has handed out is therefore counted too, and both when nothing goes on, before and after.
 """
 
 from __future__ import annotations
@@ -38,11 +44,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import clip_rt
 from benchmarks import photos
+from benchmarks.bars import describe_bar, show_bars
 from benchmarks.findings import Bar
 from benchmarks.record import save
 from benchmarks.replicas import Replica, find_children, find_server, kill, port_of, replicas
 from benchmarks.resources import Resources, idle_mib
-from benchmarks.serving import MAX_DIFFERENCE, borrowed, describe_bar, show
+from benchmarks.serving.bench import MAX_DIFFERENCE, borrowed
 from clip_rt.client import CHECKOUT_REPOSITORY
 from clip_rt.errors import ServerError, ServerStartError
 from clip_rt.server import EmbeddedServer
@@ -58,6 +65,8 @@ GRACE_S = 1.0
 """A call that takes longer than its deadline and this hangs."""
 SAMPLE_S = 5.0
 MAX_GROWTH = 0.05
+MALLOC_VARIABLES = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "PYTHONMALLOC")
+"""Who keeps how much of the memory that was given back."""
 LABELS = tuple(
     "anchor apple arrow banana bell bicycle bird book bus camera car cat chair clock cloud cup dog "
     "door drum eye fish flag flower folder guitar hammer hand heart horse house key lamp leaf lock "
@@ -411,16 +420,20 @@ def main(
             codes = one.exit_codes + other.exit_codes
             parts["two replicas"]["exit_codes_of_drains"] = codes
         bars += bars_of("two replicas", parts["two replicas"], may_fail=False)
-    show(bars)
+    show_bars(bars, console)
+    malloc = {name: os.environ[name] for name in MALLOC_VARIABLES if name in os.environ}
     results = {
         "model": MODEL,
         "num_threads": NUM_THREADS,
         "timeout_s": TIMEOUT_S,
+        "malloc": malloc,
         "bars": [describe_bar(bar) for bar in bars],
         **parts,
     }
     packages = ("grpcio", "nvidia-pytriton", "onnxruntime", "tritonclient")
-    path = save("soak", results, packages=packages)
+    # What is set apart is kept apart.
+    part = "_".join(name.lower().rstrip("_") for name in malloc)
+    path = save("soak", results, packages=packages, part=part)
     plot(parts, path.with_suffix(".png"))
     console.print(f"written to {path} and {path.with_suffix('.png').name}")
     if any(found["num_hanging"] for found in parts.values()):

@@ -66,9 +66,10 @@ class Client:
     Args:
         url: host:port of Triton's gRPC endpoint, or grpcs://host:port for TLS; or several, of
             replicas that serve the same model; dns:///name:port asks in turn all the servers that
-            a name stands for. Without it: the embedded server over `repository` if that is given,
-            else the addresses in $CLIP_RT_URL, separated by commas, else the embedded server over
-            $CLIP_RT_REPOSITORY or the checkout's model_repository.
+            a name stands for. Which of those answers is not known, so all must have the same
+            weights; servers that are listed are held to that. Without it: the embedded server over
+            `repository` if that is given, else the addresses in $CLIP_RT_URL, separated by commas,
+            else the embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
         model: Name the model was exported under. Without it: the only one there is.
         repository: Folder of models for the embedded server.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.

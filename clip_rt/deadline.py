@@ -20,8 +20,8 @@ MAX_TIMEOUT_S = 365 * 24 * 3600.0
 START_TIMEOUT_S = 60.0
 """Longest wait for the embedded server to load its models."""
 MIN_TRY_S = 0.05
-"""Left to a call, too little for another try: it would run out of time, which says less than the
-failure before it."""
+"""Left to a call, too little for another try after a pause: it would run out of time, which says
+less than the failure before it."""
 Result = TypeVar("Result")
 
 
@@ -196,9 +196,11 @@ class RetryPolicy:
                 pause_s = self.pause_s(num_failures)
                 if num_failures <= self.max_retries and is_other_ready(error):
                     pause_s = 0.0
-                if pause_s + MIN_TRY_S >= deadline.remaining_s():
+                # Elsewhere, at once, even a short try may do.
+                needed_s = MIN_TRY_S if pause_s else 0.0
+                if pause_s + needed_s >= deadline.remaining_s():
                     raise
                 time.sleep(pause_s)
                 # On a busy machine a pause is longer than asked for.
-                if deadline.remaining_s() < MIN_TRY_S:
+                if deadline.remaining_s() < needed_s:
                     raise

@@ -164,7 +164,7 @@ class Transport:
 
     @property
     def generation(self) -> int:
-        """Changes when requests may go to another server than before."""
+        """Changes when requests may go to another server than before, but for those of one name."""
         with self._lock:
             if self._channel is not None:
                 self._look()

@@ -169,6 +169,11 @@ REFERENCE = Entry(
 )
 
 
+def is_remote(name: str) -> bool:
+    """Return whether a name is "triton URL"."""
+    return name.startswith(REMOTE) and ":" in name
+
+
 def find(name: str) -> Entry:
     """Return the contender of a name, one of `NAMES` or "triton URL".
 
@@ -178,8 +183,8 @@ def find(name: str) -> Entry:
     for entry in (*_ENTRIES, REFERENCE):
         if entry.name == name:
             return entry
-    url = name.removeprefix(REMOTE)
-    if url != name and ":" in url:
+    if is_remote(name):
+        url = name.removeprefix(REMOTE)
         return Entry(
             name=name,
             what=f"clip_rt.Client over the Triton at {url}",

@@ -93,7 +93,7 @@ def block(run: Run, links: dict[str, str]) -> str:
     intro = (
         f"{_cell(run.model)} with the same weights, by turns in one run, on "
         f"{_cell(answers.machine(run))}. Ours is {roads}; in bold, how many times as fast as "
-        f"{_cell(run.baseline)}, and where that lies with 95 %:"
+        f"{_cell(run.baseline)}, and the 95 % interval of that:"
     )
     lines = [
         intro,

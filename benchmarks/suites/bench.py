@@ -93,11 +93,16 @@ class Bench:
     failures: list[str] = field(default_factory=list)
     refused: set[tuple[str, str]] = field(default_factory=set)
     """Case and contender whose answers were wrong in any start; they have no row."""
+    num_starts: int = 0
+    """How often the contenders were started, for all that is measured."""
+    _told: set[tuple[str, str]] = field(default_factory=set)
+    """Case and contender of which it was said that it raised, or was wrong."""
     _admitted: dict[str, dict[str, float]] = field(default_factory=dict)
     _reference: dict[str, Embeddings] = field(default_factory=dict)
 
     def begin_start(self, *, is_last: bool) -> None:
         """Forget who is admitted: the contenders are new, and have none of the items."""
+        self.num_starts += 1
         self.is_last_start = is_last
         self._admitted.clear()
 
@@ -105,8 +110,9 @@ class Bench:
         """Give everyone who can do it the items of a case, and check what they answer.
 
         Returns:
-            The worst cosine with the reference, by the names of those whose answers are right. The
-            others are among `failures`, or `notes` if they are peers, once for each case.
+            The worst cosine with the reference, by the names of those whose answers are right. Who
+            raises is among `failures`; whose answers are wrong too, or, if it is a peer, among
+            `notes`. Each is told once for each case, in whatever start it was seen first.
         """
         if case.key not in self._admitted:
             file = self.write_items(case)
@@ -123,7 +129,7 @@ class Bench:
                     contestant.load(case.key, case.call, file)
                     cosines = row_cosines(contestant.answer(case.key), expected)
                 except Exception as error:  # The others are still worth their time.
-                    self.failures.append(f"{case.key}: {name} raised {error!r}")
+                    self._tell(self.failures, case, name, f"{case.key}: {name} raised {error!r}")
                     continue
                 limit = MIN_COSINE[contestant.facts.precision]
                 worst = float(cosines.min())
@@ -138,9 +144,13 @@ class Bench:
                         f"{case.key}: the answers of {name} are wrong and have no speed: the "
                         f"cosine with FP32 is {worst:.5f} at worst, below {limit}"
                     )
-                    if remark not in remarks:  # since an earlier start
-                        remarks.append(remark)
+                    self._tell(remarks, case, name, remark)
         return self._admitted[case.key]
+
+    def _tell(self, remarks: list[str], case: Case, name: str, remark: str) -> None:
+        if (case.key, name) not in self._told:
+            self._told.add((case.key, name))
+            remarks.append(remark)
 
     def cosines(self, case: Case, name: str) -> NDArray[np.float64]:
         """Return the cosine of each answer to an admitted case with the reference."""

@@ -104,6 +104,8 @@ class Participants:
         self._cache = cache
         self._say = say
         self._absent: dict[str, findings.Contender] = {}
+        self._lost: dict[str, findings.Contender] = {}
+        """Those who started once and then no more."""
         self._reference: Contestant | None = None
         self._stack = ExitStack()
 
@@ -122,16 +124,30 @@ class Participants:
     ) -> None:
         self.close()
 
+    def start_again(self) -> list[str]:
+        """End everyone and start them anew; return who does not start any more, and why.
+
+        Raises:
+            InputError: as `start` does.
+        """
+        before = dict(self.contestants)
+        for contestant in before.values():
+            contestant.close()
+        self.contestants.clear()
+        self.start()
+        lost = [name for name in before if name not in self.contestants]
+        # What they told of themselves the first time goes with their rows.
+        reasons = {name: self._absent.pop(name).absent for name in lost}
+        self._lost |= {name: before[name].facts for name in lost}
+        return [f"{name} did not start again: {reason}" for name, reason in reasons.items()]
+
     def start(self) -> None:
-        """Start everyone, one after another, each of them alone at it; end those of before.
+        """Start everyone, one after another, each of them alone at it.
 
         Raises:
             InputError: nobody can take part; says why.
         """
-        for contestant in self.contestants.values():
-            contestant.close()
-        self.contestants.clear()
-        for name in [name for name in self._wishes.names if name not in self._absent]:
+        for name in [each for each in self._wishes.names if each not in self._absent | self._lost]:
             self._say(f"start {name}")
             try:
                 self.contestants[name] = self._start(name, self._wishes.plants.get(name))
@@ -150,7 +166,7 @@ class Participants:
     def facts(self) -> list[findings.Contender]:
         """All who were to take part, the absent among them; after `close` with their memory."""
         started = {name: each.facts for name, each in self.contestants.items()}
-        found = started | self._absent
+        found = started | self._absent | self._lost
         return [found[name] for name in self._wishes.names if name in found]
 
     @property

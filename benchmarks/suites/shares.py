@@ -15,8 +15,6 @@ from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case, count_tokens
 from clip_rt.specs import Tower
 
-ELSEWHERE = ("triton URL", "tensorrt")
-"""They compute on other machines or processors than the one whose peaks are known."""
 UNPRUNED = ("open_clip", "transformers", "infinity")
 """They compute all positions in the last block; everyone else runs our graphs."""
 
@@ -67,7 +65,8 @@ def find_share(
     Returns:
         None for those who do not compute here.
     """
-    if name in ELSEWHERE:
+    # On another machine, or another processor of this one, than the one whose peaks are known.
+    if contenders.is_remote(name) or name == "tensorrt":
         return None
     flop_per_item, tower = _work(bench, case, name)
     precision = contenders.find(name).precision

@@ -83,10 +83,16 @@ def measure_case(bench: Bench, case: Case) -> None:
 
 
 def make_rows(bench: Bench) -> None:
-    """Add a row for each contender of each case, of the rounds of all starts."""
-    for key, taken in bench.taken.items():
-        names = [name for name in taken.min_cosine if (key, name) not in bench.refused]
-        bench.rows += [_row(bench, taken, name) for name in names]
+    """Make a row for each contender of each case, of the rounds of all starts.
+
+    They go before those that are there: the whole classifier, which was made in the last start.
+    """
+    bench.rows[:0] = [
+        _row(bench, taken, name)
+        for key, taken in bench.taken.items()
+        for name in taken.min_cosine
+        if (key, name) not in bench.refused
+    ]
 
 
 def _way(bench: Bench, case: Case, name: str) -> Way:

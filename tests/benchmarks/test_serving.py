@@ -12,8 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from benchmarks import photos, serving
+from benchmarks import photos
+from benchmarks.bars import describe_bar
 from benchmarks.findings import Bar
+from benchmarks.serving import bench, timing
+from benchmarks.serving.bare_runtime import BareRuntime, Runtime
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_a_bar_is_met_on_its_side_of_the_limit(side: str, value: float, is_met: 
     limit = 0.95 if side == "at least" else 2.0
     bar = Bar(what="x", value=value, limit=limit, side=side)  # type: ignore[arg-type]
     assert bar.is_met is is_met
-    kept = serving.describe_bar(bar)
+    kept = describe_bar(bar)
     assert kept["met"] is is_met
     assert kept[side.replace(" ", "_")] == limit
 
@@ -44,10 +47,10 @@ def test_ways_take_turns() -> None:
         return seconds
 
     ways = {"a": lambda: way("a", 2.0), "b": lambda: way("b", 1.0)}
-    times_s = serving.by_turns(ways, 3, "x")
+    times_s = timing.by_turns(ways, 3, "x")
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert times_s == {"a": [2.0] * 3, "b": [1.0] * 3}
-    assert serving.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
+    assert timing.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
 
 
 def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
@@ -57,7 +60,7 @@ def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
         asked.append(n)
         return float(n)
 
-    turn = serving.one_by_one(call, 12, latencies_s)
+    turn = timing.one_by_one(call, 12, latencies_s)
     assert [turn(), turn()] == [sum(range(10)), sum([10, 11, *range(8)])]
     assert asked == [*range(12), *range(8)]
     assert latencies_s == [7.0, *asked]
@@ -65,9 +68,9 @@ def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
 
 def test_a_ratio_is_of_the_same_round() -> None:
     # A slow moment of the machine is in both.
-    assert serving.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
+    assert timing.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
     with pytest.raises(ValueError, match="longer"):
-        serving.ratio([1.0], [1.0, 2.0])
+        timing.ratio([1.0], [1.0, 2.0])
 
 
 def test_threads_call_at_once_and_make_each_call_once() -> None:
@@ -78,7 +81,7 @@ def test_threads_call_at_once_and_make_each_call_once() -> None:
             together.wait()
         made.append(n)
 
-    elapsed_s, latencies_s = serving.run_threads(call, 11, 4)
+    elapsed_s, latencies_s = timing.run_threads(call, 11, 4)
     assert sorted(made) == list(range(11))
     assert len(latencies_s) == 11
     assert elapsed_s >= max(latencies_s)
@@ -86,26 +89,24 @@ def test_threads_call_at_once_and_make_each_call_once() -> None:
 
 def test_what_a_thread_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        serving.run_threads(lambda n: 1 // (n - 2), 4, 4)
+        timing.run_threads(lambda n: 1 // (n - 2), 4, 4)
 
 
 def test_embeddings_of_another_item_stop_a_measurement() -> None:
     rows = np.eye(3, dtype=np.float32)
     latencies_s: list[float] = []
-    serving.embed_singly(lambda n: rows[n : n + 1], range(3), rows, 2, latencies_s)
+    bench.embed_singly(lambda n: rows[n : n + 1], range(3), rows, 2, latencies_s)
     assert len(latencies_s) == 3
     with pytest.raises(ValueError, match="differ"):
-        serving.embed_singly(lambda n: rows[n - 1 : n or None], range(3), rows, 2, [])
+        bench.embed_singly(lambda n: rows[n - 1 : n or None], range(3), rows, 2, [])
     with pytest.raises(ValueError, match="differ"):
-        serving.check_equal(np.full_like(rows, np.nan), rows, "x")
+        bench.check_equal(np.full_like(rows, np.nan), rows, "x")
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        serving.check_equal(rows[:2], rows, "x")
+        bench.check_equal(rows[:2], rows, "x")
 
 
-@pytest.mark.parametrize("runtime", get_args(serving.Runtime))
-def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(
-    runtime: serving.Runtime, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("runtime", get_args(Runtime))
+def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(runtime: Runtime, tmp_path: Path) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino")
     file = tmp_path / "tower" / "1" / "model.onnx"
@@ -124,7 +125,7 @@ def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(
     opsets = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
     inputs = np.arange(80, dtype=np.int32).reshape(40, 2)
-    with serving.BareRuntime(file, inputs, tmp_path, runtime=runtime) as bare:
+    with BareRuntime(file, inputs, tmp_path, runtime=runtime) as bare:
         times_s, rows = bare.encode(3, 40)
         assert len(times_s) == 2  # of 32 and of 5
         np.testing.assert_array_equal(rows, 2 * inputs[3:40])

@@ -11,12 +11,15 @@ import pytest
 from findings_made_up import exactly, peaks
 from rich.console import Console
 
+from benchmarks.contenders import AbsentError
 from benchmarks.contenders.process import Contestant, LoadResult
 from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
 from benchmarks.suites.bench import Bench, Settings, Taken, row_cosines
 from benchmarks.suites.cases import Case, Pictures
+from benchmarks.suites.participants import Participants, Wishes
 from benchmarks.suites.progress import Progress
+from benchmarks.suites.shares import find_share
 from benchmarks.suites.timed import make_rows
 from benchmarks.turns import PROBE
 from clip_rt.specs import find_spec
@@ -174,8 +177,11 @@ def test_a_row_is_made_of_all_starts(tmp_path: Path) -> None:
         case=CASE, starts=list(seconds.values()), min_cosine={"open_clip": 1.0, "openvino": 0.9999}
     )
     bench.probe = cast(Any, SimpleNamespace(peaks=PEAKS, flop_while_probe=1e11))
+    whole = row("classifier", "1000 classes x 80, from disk", "triton openvino", 1.0)
+    bench.rows.append(whole)  # made in the last start
     make_rows(bench)
-    peer, ours = bench.rows
+    peer, ours, last = bench.rows
+    assert last is whole
     assert (peer.rounds, ours.rounds) == ([3, 4], [3, 4, 1])
     assert len(ours.samples_ms) == 8
     assert (ours.time_ms.low, ours.time_ms.median, ours.time_ms.high) == (1000.0, 1200.0, 3000.0)
@@ -185,6 +191,47 @@ def test_a_row_is_made_of_all_starts(tmp_path: Path) -> None:
     assert (ours.steadied.low, ours.steadied.high) == (2.0, 6.0)
     assert ours.share_of_limit is not None
     assert ours.min_cosine == 0.9999
+
+
+def test_who_computes_elsewhere_has_no_share_of_what_this_machine_can(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    bench.probe = cast(Any, SimpleNamespace(peaks=PEAKS, flop_while_probe=1e11))
+    seconds = [[1.0] * 6], [[0.5] * 6]
+    assert find_share(bench, CASE, "openvino", *seconds) is not None
+    assert find_share(bench, CASE, "triton openvino", *seconds) is not None
+    assert find_share(bench, CASE, "tensorrt", *seconds) is None
+    assert find_share(bench, CASE, "triton gpu-a:8001", *seconds) is None
+
+
+def test_who_does_not_start_again_fails_the_run_and_keeps_what_it_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes = Wishes(contenders=("onnxruntime", "openvino"), model="ViT-B/32", weights="random")
+    participants = Participants(wishes, cache=tmp_path, say=lambda _: None)
+    started: list[str] = []
+
+    def start(name: str, plant: object) -> Any:
+        started.append(name)
+        facts = Contender(name=name, what="", kind="runtime", precision="fp32")
+        if started.count("openvino") > 1:
+            raise AbsentError(replace(facts, absent="no memory"))
+        return SimpleNamespace(
+            facts=replace(facts, versions={name: "1.0"}), close=lambda: started.remove(name)
+        )
+
+    monkeypatch.setattr(participants, "_start", start)
+    participants.start()
+    started.append("openvino")  # as if it had been started twice
+    assert participants.start_again() == ["openvino did not start again: no memory"]
+    assert list(participants.contestants) == ["onnxruntime"]
+    told = [(each.name, each.absent, each.versions) for each in participants.facts]
+    assert told == [
+        ("onnxruntime", None, {"onnxruntime": "1.0"}),
+        ("openvino", None, {"openvino": "1.0"}),
+    ]
+    num_started = len(started)
+    assert participants.start_again() == []
+    assert len(started) == num_started  # one ended, the same one started
 
 
 def test_arrivals_are_a_poisson_process() -> None:

@@ -18,7 +18,9 @@ from benchmarks.findings import Run
 from benchmarks.machine import Probe
 from benchmarks.record import read_run
 from benchmarks.suites.bench import Bench
+from benchmarks.suites.participants import Participants
 from benchmarks.suites.plan import Suite
+from clip_rt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = "onnxruntime,openvino"
@@ -191,6 +193,30 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(monkeypatch: pytest.MonkeyPat
     assert "broken" in broken
     assert "of its own" in broken
     assert "cut short" in cut
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("nobody"), OSError("full")])
+def test_what_the_first_start_gave_is_kept_when_the_second_fails(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_again() -> list[str]:
+        raise error
+
+    starts: list[bool] = []
+    bench = SimpleNamespace(
+        failures=[],
+        settings=SimpleNamespace(num_starts=2),
+        begin_start=lambda *, is_last: starts.append(is_last),
+    )
+    participants = SimpleNamespace(start_again=start_again)
+    monkeypatch.setattr(run, "SUITES", {"good": Suite(what="", measure=lambda bench: None)})
+    is_whole = run._measure_starts(
+        ["good"], cast(Bench, bench), cast(Participants, participants), Console(quiet=True)
+    )
+    assert is_whole is not isinstance(error, KeyboardInterrupt)
+    assert starts == [False]
+    (failure,) = bench.failures
+    assert "start 2" in failure
 
 
 @pytest.mark.parametrize(

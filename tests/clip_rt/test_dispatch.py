@@ -270,6 +270,23 @@ def test_a_pause_that_ends_too_late_leaves_the_failure_before_it(monkeypatch):
     assert len(tries) == 1
 
 
+def test_another_server_is_tried_however_short_the_time():
+    tries = []
+
+    def attempt():
+        tries.append(time.monotonic())
+        if len(tries) == 1:
+            raise clip_rt.ServerUnavailableError("nobody is there")
+        return "answer"
+
+    policy = RetryPolicy(first_pause_s=0.01)
+    with pytest.raises(clip_rt.ServerUnavailableError, match="nobody"):
+        policy.call(attempt, Deadline.after(0.04))
+    tries.clear()
+    found = policy.call(attempt, Deadline.after(0.04), is_other_ready=lambda _: True)
+    assert found == "answer"
+
+
 def test_pauses_double_within_a_bound_and_differ():
     policy = RetryPolicy(first_pause_s=0.1, max_pause_s=1.0)
     for num_failures, most_s in ((1, 0.1), (2, 0.2), (3, 0.4), (9, 1.0), (10_000, 1.0)):

@@ -28,21 +28,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class NameServer(socketserver.UDPServer):
-    """Answers every question about IPv4 with `ADDRESSES`, on a free port (RFC 1035)."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Question)
-        self.num_asked = 0
-
-
 class Question(socketserver.DatagramRequestHandler):
-    """One datagram, and its answer."""
-
-    server: NameServer
+    """One question, of any name; about IPv4 it is answered with `ADDRESSES` (RFC 1035)."""
 
     def handle(self) -> None:
-        self.server.num_asked += 1
         message = self.rfile.read()
         end = message.index(b"\0", 12) + 5  # Of the name, and of type and class behind it.
         (kind,) = struct.unpack("!H", message[end - 4 : end - 2])
@@ -57,8 +46,8 @@ class Question(socketserver.DatagramRequestHandler):
 
 
 @pytest.fixture
-def names() -> Iterator[NameServer]:
-    with NameServer() as server:
+def names() -> Iterator[socketserver.UDPServer]:
+    with socketserver.UDPServer(("127.0.0.1", 0), Question) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -80,7 +69,7 @@ def num_inferred(server: FakeServer) -> int:
 
 
 def test_calls_go_to_all_servers_of_a_name_and_to_the_others_when_one_is_gone(
-    names: NameServer, replicas: tuple[FakeServer, FakeServer, FaultProxy]
+    names: socketserver.UDPServer, replicas: tuple[FakeServer, FakeServer, FaultProxy]
 ) -> None:
     first, second, way = replicas
     port = first.url.rpartition(":")[2]
@@ -101,14 +90,13 @@ def test_calls_go_to_all_servers_of_a_name_and_to_the_others_when_one_is_gone(
             )
 
         assert wait_until(both_are_asked)
-        assert names.num_asked >= 1
 
         way.refuse()
         way.reset()
-        num_before = num_inferred(second)
+        num_before = num_inferred(first)
         for _ in range(3):
             ask_one_by_one()
-        assert num_inferred(second) == num_before
+        assert num_inferred(first) > num_before
 
         way.listen()
         assert wait_until(both_are_asked)

@@ -1,0 +1,1 @@
+"""What the client adds to the server behind it: `python -m benchmarks.serving`."""

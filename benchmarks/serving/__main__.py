@@ -1,0 +1,132 @@
+r"""What the client adds to the server behind it, held against bars: ViT-B/32, the embedded Triton.
+
+    python -m benchmarks.serving
+    python -m benchmarks.serving --only overhead,threads
+    python -m benchmarks.serving --only classifier,cache --num-classes 100    # a quick look
+
+Weights are random, since speed does not depend on them; the command of every export writes them
+into a repository that is removed at the end. Everything is measured on one machine in one run, the
+ways that are compared by turns, and what they answer is compared before anything is timed.
+
+The measure of the client is a runtime called directly: ONNX Runtime, and OpenVINO, which runs the
+FP32 models of the server. A process of its own loads the same file with the options that the server
+uses, so with the same number of threads, which spin for a moment only. A process of its own,
+because its threads must not be counted among the client's; and never at work while the client is,
+because they would share the cores. With ONNX Runtime's own default, whose threads spin for long, it
+is measured as well: a server that did would take the cores of its client.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.bars import describe_bar, show_bars
+from benchmarks.findings import Bar
+from benchmarks.record import ROOT, save
+from benchmarks.serving.bare_runtime import BATCH_ROWS
+from benchmarks.serving.bench import INT8, Bench, borrowed
+from benchmarks.serving.classifier import measure_cache, measure_classifier
+from benchmarks.serving.images import (
+    measure_jpeg,
+    measure_large_jpeg,
+    measure_overhead,
+    measure_threads,
+)
+from benchmarks.serving.merging import measure_merging
+from benchmarks.serving.timing import Found, console
+from clip_rt.client import CACHE_VARIABLE
+
+MODEL = "ViT-B/32"
+PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
+    "overhead": measure_overhead,
+    "threads": measure_threads,
+    "jpeg": measure_jpeg,
+    "large_jpeg": measure_large_jpeg,
+    "classifier": measure_classifier,
+    "cache": measure_cache,
+    "merging": measure_merging,
+}
+
+
+def export(repository: Path, model: str, cache_folder: Path) -> None:
+    """Publish `model` in FP32 and in INT8, each with the command that anyone would use.
+
+    Another process each time: torch shall not be in the one that is measured.
+    """
+    common = ["--model", model, "--weights", "random", "--repository", str(repository)]
+    common += ["--max-batch-size", str(BATCH_ROWS), "--cache", str(cache_folder)]
+    for extra in [], ["--precision", "int8", "--name", INT8]:
+        command = [sys.executable, "-m", "export.onnx", *common, *extra]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Parts, with commas between them.")] = ",".join(PARTS),
+    model: Annotated[str, typer.Option(help="Architecture.")] = MODEL,
+    num_images: Annotated[int, typer.Option(help="In bulk.")] = 512,
+    num_rounds: Annotated[int, typer.Option(help="Timed rounds of each comparison.")] = 3,
+    num_classes: Annotated[int, typer.Option(help="Of the classifier, 1,000 at most.")] = 1000,
+    repository: Annotated[
+        Path | None, typer.Option(help="Has the models already; otherwise they are exported.")
+    ] = None,
+) -> None:
+    """Measure, print a table, and write a dated JSON."""
+    names = only.split(",")
+    if unknown := set(names) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(unknown)}; known are {', '.join(PARTS)}")
+    # No client shall find what another run has cached.
+    os.environ.pop(CACHE_VARIABLE, None)
+    load_before = os.getloadavg()[0]
+    parts: dict[str, Found] = {}
+    bars: list[Bar] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if repository is None:
+            repository = Path(folder, "models")
+            export(repository, model, Path(folder, "exports"))
+        bench = Bench(
+            repository=repository,
+            scratch=Path(folder),
+            model=model,
+            num_images=num_images,
+            num_rounds=num_rounds,
+            num_classes=num_classes,
+        )
+        # Held until the end, so that one server serves all.
+        with borrowed(repository):
+            for name in names:
+                start_s = time.perf_counter()
+                try:
+                    parts[name], found = PARTS[name](bench)
+                    bars += found
+                except Exception as error:  # The other parts are still worth their time.
+                    console.print_exception()
+                    parts[name] = {"failed": repr(error)}
+                parts[name]["took_s"] = round(time.perf_counter() - start_s, 1)
+                console.print(f"{name}: {parts[name]['took_s']} s")
+    show_bars(bars, console)
+    results = {
+        "model": model,
+        "num_threads": len(os.sched_getaffinity(0)),
+        "num_rounds": num_rounds,
+        "load_before": round(load_before, 2),
+        "bars": [describe_bar(bar) for bar in bars],
+        "parts": parts,
+    }
+    packages = ("nvidia-pytriton", "onnxruntime", "openvino", "pillow", "tritonclient")
+    part = "" if set(parts) == set(PARTS) else "_".join(parts)
+    console.print(f"written to {save('serving', results, packages=packages, part=part)}")
+    if any("failed" in part for part in parts.values()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,177 @@
+"""ImageNet's classifier: cold, and then from what is cached on disk and in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from functools import cache, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+import clip_rt
+from benchmarks.findings import Bar
+from benchmarks.serving.bare_runtime import BATCH_ROWS, BareRuntime
+from benchmarks.serving.bench import TIMEOUT_S, Bench, borrowed, check_equal
+from benchmarks.serving.timing import Found, console, ratio, timed
+from clip_rt import prompts, zero_shot
+from clip_rt.specs import text_model
+
+TEMPLATES = "openai_imagenet"
+NUM_NEW_LABELS = 10
+PADDED_SHARE = 0.05
+"""Of the classes whose prompts are embedded at 77 tokens; all of them would take half an hour."""
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """Return ImageNet's 1,000 classes as OpenAI names them."""
+    # Here, because of all that comes with it, which the process of `_ask_once` does not need.
+    from benchmarks.suites.plan import imagenet_names
+
+    return tuple(imagenet_names())
+
+
+def padded_tokens(labels: Sequence[str]) -> NDArray[np.int32]:
+    """Return the prompts of the labels, one after another, int32 (N, 77)."""
+    templates = prompts.find_templates(TEMPLATES)
+    return clip_rt.tokenize([prompts.fill(each, label) for label in labels for each in templates])
+
+
+def measure_classifier(bench: Bench) -> tuple[Found, list[Bar]]:
+    """Make the classifier cold, and a random part of it from prompts padded to 77 tokens.
+
+    The padded part is run in halves, before and after. ONNX Runtime runs it directly, so that it
+    does not pay for a server.
+    """
+    labels = class_names()[: bench.num_classes]
+    num_padded = max(2, round(PADDED_SHARE * len(labels)))
+    chosen = np.random.default_rng(0).permutation(len(labels))[:num_padded]
+    tokens = padded_tokens([labels[n] for n in chosen])
+    middle = len(tokens) // 2
+    file = bench.onnx_file(text_model(bench.model))
+    with (
+        bench.client(cache_dir=bench.scratch / "cache") as client,
+        BareRuntime(file, tokens, bench.scratch) as bare,
+        console.status(f"a classifier of {len(labels)} classes"),
+    ):
+        # What only the first request pays.
+        client.encode_texts("a photo of a cat.")
+        bare.encode(0, BATCH_ROWS)
+        before_s, first_rows = bare.encode(0, middle)
+        start_s = time.perf_counter()
+        class_CE = client.class_embeddings(labels, templates=TEMPLATES)
+        cold_s = time.perf_counter() - start_s
+        after_s, other_rows = bare.encode(middle, len(tokens))
+    rows = np.concatenate([first_rows, other_rows]).reshape(num_padded, -1, class_CE.shape[1])
+    difference = check_equal(class_CE[chosen], zero_shot.pool(rows), "cold and padded")
+    padded_s = (sum(before_s) + sum(after_s)) * len(labels) / num_padded
+    document = {
+        "num_classes": len(labels),
+        "num_prompts": len(labels) * rows.shape[1],
+        "max_difference": difference,
+        "cold_s": round(cold_s, 2),
+        "padded": {
+            "what": "ONNX Runtime called directly on random classes, scaled to all",
+            "num_classes": num_padded,
+            "halves_s": [round(sum(each), 2) for each in (before_s, after_s)],
+            "scaled_s": round(padded_s, 1),
+        },
+    }
+    return document, [
+        Bar(what="classifier, times padded", value=padded_s / cold_s, limit=7.0, side="at least")
+    ]
+
+
+def measure_cache(bench: Bench) -> tuple[Found, list[Bar]]:
+    """Ask for the classifier again: in another process, in this one, and with a few new labels."""
+    labels = class_names()[: bench.num_classes]
+    known = labels[: len(labels) - NUM_NEW_LABELS]
+    folder = bench.scratch / "cache"
+    with bench.client(cache_dir=folder) as client, bench.client(cache_bytes=0) as forgetful:
+        with console.status("fill the cache"):
+            expected = client.class_embeddings(labels, templates=TEMPLATES)
+        disk_s = []
+        for _ in track(range(bench.num_rounds), "from disk", console=console, transient=True):
+            each_s, found = _ask_new_process(bench, folder, labels)
+            check_equal(found, expected, "from disk")
+            disk_s.append(each_s)
+        ask = partial(client.class_embeddings, labels, templates=TEMPLATES)
+        check_equal(ask(), expected, "from memory")
+        memory_s = [timed(ask)() for _ in range(51)]
+        partial_s: dict[str, list[float]] = {"new alone": [], "known and new": []}
+        rounds = track(range(bench.num_rounds), "new labels", console=console, transient=True)
+        for round_ in rounds:
+            # New in each round, and of equal cost: the same for both.
+            new = tuple(f"{label} {round_}" for label in labels[:NUM_NEW_LABELS])
+            for name, asked, asks in (
+                ("new alone", forgetful, new),
+                ("known and new", client, known + new),
+            ):
+                call = partial(asked.class_embeddings, asks, templates=TEMPLATES)
+                partial_s[name].append(timed(call)())
+            again = client.class_embeddings(new, templates=TEMPLATES)
+            check_equal(again, forgetful.class_embeddings(new, templates=TEMPLATES), "new labels")
+    document = {
+        "num_classes": len(labels),
+        "disk": {
+            "what": "the call in a new process whose client has connected; imports not counted",
+            "rounds_ms": [round(1e3 * each, 2) for each in disk_s],
+        },
+        "memory_ms": round(1e3 * statistics.median(memory_s), 3),
+        "new_labels": {
+            name: [round(each, 3) for each in times] for name, times in partial_s.items()
+        },
+    }
+    return document, [
+        Bar(
+            what="from disk, ms",
+            value=1e3 * statistics.median(disk_s),
+            limit=100.0,
+            side="at most",
+        ),
+        Bar(
+            what="from memory, ms",
+            value=1e3 * statistics.median(memory_s),
+            limit=2.0,
+            side="at most",
+        ),
+        Bar(
+            what=f"{len(known)} known and {NUM_NEW_LABELS} new, of {NUM_NEW_LABELS}",
+            value=ratio(partial_s["known and new"], partial_s["new alone"]),
+            limit=1.2,
+            side="at most",
+        ),
+    ]
+
+
+def _ask_new_process(
+    bench: Bench, folder: Path, labels: tuple[str, ...]
+) -> tuple[float, NDArray[np.float32]]:
+    """Time one call of a client in a process of its own, with the cache in `folder`."""
+    with borrowed(bench.repository) as server:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        arguments = (theirs, server.url, bench.model, folder, labels)
+        process = context.Process(target=_ask_once, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        answer: tuple[float, NDArray[np.float32]] = ours.recv()
+        process.join()
+        return answer
+
+
+def _ask_once(
+    pipe: Connection, url: str, model: str, folder: Path, labels: tuple[str, ...]
+) -> None:
+    """Be the other process of `_ask_new_process`."""
+    with clip_rt.Client(url, model=model, cache_dir=folder, timeout_s=TIMEOUT_S) as client:
+        _ = client.manifest
+        start_s = time.perf_counter()
+        class_CE = client.class_embeddings(labels, templates=TEMPLATES)
+        pipe.send((time.perf_counter() - start_s, class_CE))
