@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from benchmarks.findings import Run
+from benchmarks.findings import Bar, Run
 from benchmarks.machine import describe
 from clip_rt.errors import InputError
 
@@ -45,6 +45,16 @@ def commit(root: Path = ROOT) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return digits + ("+" if changes else "")
+
+
+def describe_bar(bar: Bar) -> dict[str, Any]:
+    """Return what the result of `save` keeps of a bar."""
+    return {
+        "what": bar.what,
+        "value": round(bar.value, 4),
+        bar.side.replace(" ", "_"): bar.limit,
+        "met": bar.is_met,
+    }
 
 
 def save(name: str, results: dict[str, Any], *, packages: tuple[str, ...], part: str = "") -> Path:

@@ -44,10 +44,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import clip_rt
 from benchmarks import photos
-from benchmarks.bars import describe_bar, show_bars
 from benchmarks.findings import Bar
-from benchmarks.record import save
+from benchmarks.record import describe_bar, save
 from benchmarks.replicas import Replica, find_children, find_server, kill, port_of, replicas
+from benchmarks.report.terminal import bar_table
 from benchmarks.resources import Resources, idle_mib
 from benchmarks.serving.bench import MAX_DIFFERENCE, borrowed
 from clip_rt.client import CHECKOUT_REPOSITORY
@@ -363,7 +363,8 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 axis.plot(at_s, [sample[key] for sample in samples], label=line)
             axis.set_ylim(0, 1.2 * max(axis.dataLim.y1, 1))
             axis.set_ylabel(label)
-            axis.legend(loc="lower right")
+            if len(lines) > 1:
+                axis.legend(loc="center right")
         column[-1].plot(at_s[1:], np.diff(answered) / np.diff(at_s))
         column[-1].set_ylim(bottom=0)
         column[-1].set_ylabel("answered calls a second")
@@ -420,7 +421,7 @@ def main(
             codes = one.exit_codes + other.exit_codes
             parts["two replicas"]["exit_codes_of_drains"] = codes
         bars += bars_of("two replicas", parts["two replicas"], may_fail=False)
-    show_bars(bars, console)
+    console.print(bar_table(bars))
     malloc = {name: os.environ[name] for name in MALLOC_VARIABLES if name in os.environ}
     results = {
         "model": MODEL,

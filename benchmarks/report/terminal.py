@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rich import box
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.compare import Change, Comparison
-from benchmarks.findings import Row, Run
+from benchmarks.findings import Bar, Row, Run
 from benchmarks.report import answers, words
 from benchmarks.report.answers import CaseRows
 
@@ -46,7 +47,7 @@ def show(run: Run, console: Console) -> None:
         _peak_table(run),
         _ceiling_table(run),
         _absent_table(run),
-        _bar_table(run),
+        bar_table(run.bars),
     ):
         if table.row_count:
             console.print(table)
@@ -245,9 +246,10 @@ def _absent_table(run: Run) -> Table:
     return table
 
 
-def _bar_table(run: Run) -> Table:
+def bar_table(bars: Sequence[Bar]) -> Table:
+    """Return the table of figures and what they are held to."""
     table = _table("Bars", "what", "figure", "bar", "")
-    for bar in run.bars:
+    for bar in bars:
         table.add_row(
             escape(bar.what),
             words.number(bar.value),

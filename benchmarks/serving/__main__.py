@@ -29,9 +29,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.bars import describe_bar, show_bars
 from benchmarks.findings import Bar
-from benchmarks.record import ROOT, save
+from benchmarks.record import ROOT, describe_bar, save
+from benchmarks.report.terminal import bar_table
 from benchmarks.serving.bare_runtime import BATCH_ROWS
 from benchmarks.serving.bench import INT8, Bench, borrowed
 from benchmarks.serving.classifier import measure_cache, measure_classifier
@@ -112,7 +112,7 @@ def main(
                     parts[name] = {"failed": repr(error)}
                 parts[name]["took_s"] = round(time.perf_counter() - start_s, 1)
                 console.print(f"{name}: {parts[name]['took_s']} s")
-    show_bars(bars, console)
+    console.print(bar_table(bars))
     results = {
         "model": model,
         "num_threads": len(os.sched_getaffinity(0)),

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from benchmarks import photos
-from benchmarks.bars import describe_bar
 from benchmarks.findings import Bar
+from benchmarks.record import describe_bar
 from benchmarks.serving import bench, timing
 from benchmarks.serving.bare_runtime import BareRuntime, Runtime
 
