@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.findings import Contender, Row, Run
+from benchmarks.findings import Contender, Level, Row, Run
 from benchmarks.report import words
 
 KEY_CASES: tuple[tuple[str, int | None], ...] = (
@@ -78,6 +78,14 @@ def key_cases(run: Run, limit: int = 6) -> list[CaseRows]:
         chosen += [case for case in match if case not in chosen][:1]
     chosen = chosen[:limit] or known[:limit]
     return [case for case in known if case in chosen]
+
+
+def by_call(levels: Iterable[Level]) -> list[tuple[str, list[Level]]]:
+    """Return levels of load by what a call brings, each with its name."""
+    groups: dict[str, list[Level]] = {}
+    for level in levels:
+        groups.setdefault(words.load(level.call, level.items), []).append(level)
+    return list(groups.items())
 
 
 def contender(run: Run, name: str) -> Contender | None:

@@ -252,7 +252,7 @@ def _strip(run: Run, case: CaseRows) -> Panel:
 
 def _closed_panels(run: Run) -> list[Panel]:
     levels = [level for level in run.levels if level.num_clients is not None]
-    return [_closed(run, title, group) for title, group in _by_call(levels)]
+    return [_closed(run, title, group) for title, group in answers.by_call(levels)]
 
 
 def _closed(run: Run, title: str, levels: list[Level]) -> Panel:
@@ -282,7 +282,7 @@ def _closed(run: Run, title: str, levels: list[Level]) -> Panel:
 
 def _open_panels(run: Run) -> list[Panel]:
     levels = [level for level in run.levels if level.offered_per_s is not None]
-    return [_open(run, title, group) for title, group in _by_call(levels)]
+    return [_open(run, title, group) for title, group in answers.by_call(levels)]
 
 
 def _open(run: Run, title: str, levels: list[Level]) -> Panel:
@@ -565,18 +565,6 @@ def _ticks(low: float, high: float, min_gap: float) -> list[float]:
         ticks = list(MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high))
         found = [round(float(tick), 12) for tick in ticks if low <= tick <= high]
     return found
-
-
-def _by_call(levels: Iterable[Level]) -> list[tuple[str, list[Level]]]:
-    groups: dict[tuple[str, int], list[Level]] = {}
-    for level in levels:
-        groups.setdefault((level.call, level.items), []).append(level)
-    return [(f"{items} {_noun(call, items)} a call", own) for (call, items), own in groups.items()]
-
-
-def _noun(call: str, items: int) -> str:
-    plural = {"jpegs": "JPEGs", "pixels": "images", "tokens": "texts"}.get(call, call)
-    return plural.removesuffix("s") if items == 1 else plural
 
 
 def _unit(level: Level) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.compare import Change, Comparison
-from benchmarks.findings import Bar, Row, Run
+from benchmarks.findings import Bar, Level, Row, Run
 from benchmarks.report import answers, words
 from benchmarks.report.answers import CaseRows
 
@@ -36,9 +36,8 @@ def show(run: Run, console: Console) -> None:
     for sentence in answers.headline(run):
         console.print(Text(sentence, style="bold"))
     console.print(Text(f"{answers.machine(run)}; {run.date}; {run.command}", style="dim"))
-    for suite in answers.suites(run):
-        console.print(_suite_table(run, suite))
     for table in (
+        *(_suite_table(run, suite) for suite in answers.suites(run)),
         _load_table(run),
         _stage_table(run),
         _accuracy_table(run),
@@ -49,8 +48,7 @@ def show(run: Run, console: Console) -> None:
         _absent_table(run),
         bar_table(run.bars),
     ):
-        if table.row_count:
-            console.print(table)
+        _print_table(table, console)
     _print_remarks(run, console)
 
 
@@ -73,8 +71,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             change.verdict if change.verdict != "same" else "same within noise",
             style=look,
         )
-    if table.row_count:
-        console.print(table)
+    _print_table(table, console)
     for what, keys in (("Only in the older run", comparison.gone), ("New", comparison.added)):
         if keys:
             console.print(
@@ -92,15 +89,16 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
 def _suite_table(run: Run, suite: str) -> Table:
     cases = answers.cases(run, suite)
     unit = cases[0].rows[0].unit
-    heads = ["contender", "a call", "±", f"{unit}/s", f"times\n{run.baseline}"]
-    heads += ["of the\nlimit", "cosine", "top-1"]
+    heads = ["contender", "a call", "± %", f"{unit}/s", f"times\n{run.baseline}"]
+    heads += ["of the\nlimit", "cosine", "top-1\n%"]
     cells = {id(row): _row_cells(run, case, row) for case in cases for row in case.rows}
     # Columns that this suite has nothing for would only take room.
     used = [place for place in range(len(heads)) if any(own[place] for own in cells.values())]
     table = _table(words.suite(suite), *(heads[place] for place in used))
     for case in cases:
         table.add_section()
-        table.add_row(Text(case.name, style="bold blue"))
+        # In two lines, or the longest name decides how wide the column of contenders is.
+        table.add_row(Text(case.name.replace(", ", ",\n"), style="bold blue"))
         for row in case.rows:
             table.add_row(*(cells[id(row)][place] for place in used))
     return table
@@ -112,14 +110,14 @@ def _row_cells(run: Run, case: CaseRows, row: Row) -> list[Text]:
     top1 = answers.top1(run, row.contender)
     share = row.share_of_limit
     cells = [
-        f"  {row.contender}",
+        row.contender,
         words.duration(row.time_ms.median),
-        words.plus_minus(row.time_ms) + (" ~" if row.is_noisy else ""),
+        f"{100 * words.half_width(row.time_ms):.1f}" + ("~" if row.is_noisy else " "),
         words.number(row.per_s.median),
         words.times(row.speed.median) if row.speed else "",
         words.percent(share.median) if share else "",
         words.cosine(row.min_cosine) if row.min_cosine is not None else "",
-        f"{100 * top1:.1f} %" if top1 is not None else "",
+        f"{100 * top1:.1f}" if top1 is not None else "",
     ]
     texts = [Text(cell, style=look) for cell in cells]
     if row.is_noisy:
@@ -132,27 +130,31 @@ def _row_cells(run: Run, case: CaseRows, row: Row) -> list[Text]:
 def _load_table(run: Run) -> Table:
     table = _table(
         "Under load",
-        *("contender", "call", "clients", "offered/s", "answered/s"),
-        *("p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "failed"),
+        *("contender", "clients or\ncalls/s", "answered\na second"),
+        *("p50\nms", "p95\nms", "p99\nms", "p99.9\nms", "failed"),
     )
-    last = None
-    for level in run.levels:
-        group = (level.contender, level.call, level.items, level.num_clients is None)
-        if last not in (None, group):
+    closed = [level for level in run.levels if level.num_clients is not None]
+    arrivals = [level for level in run.levels if level.num_clients is None]
+    for how, levels in (("closed loop", closed), ("Poisson arrivals", arrivals)):
+        for what, of_call in answers.by_call(levels):
             table.add_section()
-        last = group
-        offered = words.number(level.offered_per_s) if level.offered_per_s is not None else ""
-        table.add_row(
-            escape(level.contender),
-            f"{level.items} {level.call}",
-            str(level.num_clients) if level.num_clients is not None else "",
-            offered + (" knee" if level.is_knee else ""),
-            words.number(level.answered_per_s),
-            *map(words.number, (level.p50_ms, level.p95_ms, level.p99_ms, level.p999_ms)),
-            Text(str(level.num_failed), style="red" if level.num_failed else ""),
-            style="bold" if level.is_knee else "",
-        )
+            table.add_row(Text(f"{what}\n{how}", style="bold blue"))
+            # A run takes the contenders by turns; a reader takes them one after another.
+            names = list(dict.fromkeys(level.contender for level in of_call))
+            for level in sorted(of_call, key=lambda each: names.index(each.contender)):
+                table.add_row(*_level_cells(level), style="bold" if level.is_knee else "")
     return table
+
+
+def _level_cells(level: Level) -> list[str | Text]:
+    load = f"{level.num_clients}" if level.num_clients else words.number(level.offered_per_s or 0)
+    return [
+        escape(level.contender),
+        load + (" knee" if level.is_knee else ""),
+        words.number(level.answered_per_s),
+        *map(words.number, (level.p50_ms, level.p95_ms, level.p99_ms, level.p999_ms)),
+        Text(str(level.num_failed), style="red" if level.num_failed else ""),
+    ]
 
 
 def _stage_table(run: Run) -> Table:
@@ -278,8 +280,19 @@ def _table(title: str, *columns: str) -> Table:
     )
     for column in columns:
         justify: Literal["left", "right"] = "left" if column in _LEFT else "right"
-        table.add_column(escape(column), justify=justify, no_wrap=column in ("contender", "±"))
+        figures = column not in _LEFT or column == "contender"
+        table.add_column(escape(column), justify=justify, no_wrap=figures)
     return table
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """Print a table unless it is empty; closer together where there is no room."""
+    if not table.row_count:
+        return
+    unbounded = console.options.update(max_width=1000)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table.padding = 0
+    console.print(table)
 
 
 def _in_unit(change: Change, value: float) -> str:

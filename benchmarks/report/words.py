@@ -57,6 +57,12 @@ def cosine(value: float) -> str:
     return f"{value:.7f}" if value >= 0.9999 else f"{value:.4f}"
 
 
+def load(call: str, items: int) -> str:
+    """Return what each call under load brings: "1 JPEG a call"."""
+    plural = {"jpegs": "JPEGs", "pixels": "images", "tokens": "texts"}.get(call, call)
+    return f"{items} {plural.removesuffix('s') if items == 1 else plural} a call"
+
+
 def suite(name: str) -> str:
     """Return the name of a suite for a heading."""
     return {"jpeg": "JPEG", "zero_shot": "Zero-shot"}.get(name) or name.replace(

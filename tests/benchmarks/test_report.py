@@ -36,7 +36,7 @@ from benchmarks.findings import (
     Stages,
     StartUp,
 )
-from benchmarks.record import read_run, write_run
+from benchmarks.record import RESULTS_DIR, read_run, write_run
 from benchmarks.report import answers, page, plots, readme, style, terminal, words
 from clip_rt.errors import InputError
 
@@ -574,8 +574,8 @@ def test_cosines_show_where_they_differ_from_one() -> None:
     assert words.cosine(0.99643) == "0.9964"
 
 
-def printed(show: Any) -> str:
-    console = Console(width=300, file=io.StringIO(), record=True)
+def printed(show: Any, width: int = 300) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
     show(console)
     return console.export_text()
 
@@ -589,6 +589,15 @@ def test_the_terminal_shows_every_row_and_ends_with_what_is_wrong(run: Run) -> N
     assert text.rstrip().endswith("This run failed: openvino: wrong answers")
     assert "no GPU on this machine" in text
     assert "7 % is missing" in text
+
+
+def test_a_terminal_of_80_columns_cuts_no_figure() -> None:
+    kept = read_run(RESULTS_DIR / "2026-11-26_run.json")
+    text = printed(lambda console: terminal.show(kept, console), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for row in kept.rows:
+        assert words.duration(row.time_ms.median) in text, row
 
 
 def test_the_terminal_shows_what_became_slower_first(run: Run) -> None:
