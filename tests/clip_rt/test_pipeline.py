@@ -372,9 +372,11 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 def test_ctrl_c_ends_it(tmp_path):
     program = """
-        import io, itertools, sys
+        import io, itertools, signal, sys
         from PIL import Image
         from clip_rt.images import prepare_each
+        # Whoever runs the tests in the background of a shell has it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         file = io.BytesIO()
         Image.effect_noise((1500, 1500), 90).convert("RGB").save(file, "JPEG")
         try:
@@ -391,10 +393,14 @@ def test_ctrl_c_ends_it(tmp_path):
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert process.stdout.readline() == "at work\n"
-    process.send_signal(signal.SIGINT)
-    start_s = time.monotonic()
-    output, _ = process.communicate(timeout=30)
+    try:
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        start_s = time.monotonic()
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert (output, process.returncode) == ("interrupted\n", 0)
     assert time.monotonic() - start_s < 10
 

@@ -1,6 +1,8 @@
+import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import time
 from itertools import islice
@@ -217,11 +219,22 @@ def test_a_killed_worker_is_an_error_and_no_hang(shards: TarShards) -> None:
     stream = make(shards, num_workers=1).stream(0)
     next(stream)
     (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    started_s = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+
+    def go_on_without_it() -> None:
+        os.kill(worker.pid, signal.SIGKILL)
         list(islice(stream, 50))
+
+    started_s = time.monotonic()
+    # Its socket closes before it has ended; torch then says what the socket said.
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)) as caught:
+        go_on_without_it()
     assert time.monotonic() - started_s < 20
+    if isinstance(caught.value, RuntimeError):
+        assert re.search(r"killed by signal|exited unexpectedly", str(caught.value))
+    # Else torch raises when the system tells of the end, wherever its parent is by then.
+    with contextlib.suppress(RuntimeError):
+        worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_batches_that_cannot_be_are_refused(shards: TarShards) -> None:
