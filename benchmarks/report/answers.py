@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Contender, Level, Row, Run
+from benchmarks.intervals import half_width
 from benchmarks.report import words
 
 KEY_CASES: tuple[tuple[str, int | None], ...] = (
@@ -85,6 +86,14 @@ def by_call(levels: Iterable[Level]) -> list[tuple[str, list[Level]]]:
     groups: dict[str, list[Level]] = {}
     for level in levels:
         groups.setdefault(words.load(level.call, level.items), []).append(level)
+    return list(groups.items())
+
+
+def by_contender(levels: Iterable[Level]) -> list[tuple[str, list[Level]]]:
+    """Return levels of load by contender; a run takes the contenders by turns."""
+    groups: dict[str, list[Level]] = {}
+    for level in levels:
+        groups.setdefault(level.contender, []).append(level)
     return list(groups.items())
 
 
@@ -199,7 +208,7 @@ def remarks(run: Run) -> list[Remark]:
         )
     noisy = [row for row in run.rows if row.is_noisy]
     if noisy:
-        worst = max(noisy, key=lambda row: words.half_width(row.time_ms))
+        worst = max(noisy, key=lambda row: half_width(row.time_ms))
         found.append(
             Remark(
                 level="warn",

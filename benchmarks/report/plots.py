@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ def _closed_panels(run: Run) -> list[Panel]:
 def _closed(run: Run, title: str, levels: list[Level]) -> Panel:
     def draw(axes: Axes) -> None:
         ends = []
-        for name, own in _by_contender(levels):
+        for name, own in answers.by_contender(levels):
             own = sorted(own, key=lambda level: level.num_clients or 0)
             clients = [level.num_clients or 0 for level in own]
             rates = [level.answered_per_s * level.items for level in own]
@@ -288,7 +288,7 @@ def _open_panels(run: Run) -> list[Panel]:
 def _open(run: Run, title: str, levels: list[Level]) -> Panel:
     def draw(axes: Axes) -> None:
         ends = []
-        for name, own in _by_contender(levels):
+        for name, own in answers.by_contender(levels):
             own = sorted(own, key=lambda level: level.offered_per_s or 0)
             rates = [level.offered_per_s or 0 for level in own]
             colour = _colour(run, name)
@@ -569,10 +569,3 @@ def _ticks(low: float, high: float, min_gap: float) -> list[float]:
 
 def _unit(level: Level) -> str:
     return "texts" if level.call in ("texts", "tokens") else "images"
-
-
-def _by_contender(levels: Iterable[Level]) -> list[tuple[str, list[Level]]]:
-    groups: dict[str, list[Level]] = {}
-    for level in levels:
-        groups.setdefault(level.contender, []).append(level)
-    return list(groups.items())

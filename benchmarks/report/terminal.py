@@ -13,6 +13,7 @@ from rich.text import Text
 
 from benchmarks.compare import Change, Comparison
 from benchmarks.findings import Bar, Level, Row, Run
+from benchmarks.intervals import half_width
 from benchmarks.report import answers, words
 from benchmarks.report.answers import CaseRows
 
@@ -23,7 +24,6 @@ _LEFT = (
     "why it is absent",
     "what",
     "stages, ms",
-    "call",
     "GPU",
     "precision",
     "note",
@@ -112,7 +112,7 @@ def _row_cells(run: Run, case: CaseRows, row: Row) -> list[Text]:
     cells = [
         row.contender,
         words.duration(row.time_ms.median),
-        f"{100 * words.half_width(row.time_ms):.1f}" + ("~" if row.is_noisy else " "),
+        f"{100 * half_width(row.time_ms):.1f}" + ("~" if row.is_noisy else " "),
         words.number(row.per_s.median),
         words.times(row.speed.median) if row.speed else "",
         words.percent(share.median) if share else "",
@@ -139,10 +139,9 @@ def _load_table(run: Run) -> Table:
         for what, of_call in answers.by_call(levels):
             table.add_section()
             table.add_row(Text(f"{what}\n{how}", style="bold blue"))
-            # A run takes the contenders by turns; a reader takes them one after another.
-            names = list(dict.fromkeys(level.contender for level in of_call))
-            for level in sorted(of_call, key=lambda each: names.index(each.contender)):
-                table.add_row(*_level_cells(level), style="bold" if level.is_knee else "")
+            for _, of_contender in answers.by_contender(of_call):
+                for level in of_contender:
+                    table.add_row(*_level_cells(level), style="bold" if level.is_knee else "")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.findings import Interval
+from benchmarks.intervals import half_width
 
 
 def number(value: float) -> str:
@@ -32,14 +33,6 @@ def times(ratio: float) -> str:
 def percent(share: float) -> str:
     """Return a share of 1 in whole percent: "94 %"; below 10 % with one digit more."""
     return f"{100 * share:.0f} %" if abs(share) >= 0.0995 else f"{100 * share:.1f} %"
-
-
-def half_width(interval: Interval) -> float:
-    """Return how far the wider side of an interval is from its median, as a share of that."""
-    if not interval.median:
-        return 0.0
-    far = max(interval.high - interval.median, interval.median - interval.low)
-    return far / abs(interval.median)
 
 
 def plus_minus(interval: Interval) -> str:

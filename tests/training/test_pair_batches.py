@@ -1,8 +1,6 @@
-import contextlib
 import gc
 import multiprocessing
 import os
-import re
 import signal
 import time
 from itertools import islice
@@ -221,20 +219,14 @@ def test_a_killed_worker_is_an_error_and_no_hang(shards: TarShards) -> None:
     (worker,) = multiprocessing.active_children()
 
     def go_on_without_it() -> None:
+        # torch raises when its parent learns of the end, which may be before the next line.
         os.kill(worker.pid, signal.SIGKILL)
         list(islice(stream, 50))
 
     started_s = time.monotonic()
-    # Its socket closes before it has ended; torch then says what the socket said.
-    with pytest.raises((RuntimeError, ConnectionError, EOFError)) as caught:
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
         go_on_without_it()
     assert time.monotonic() - started_s < 20
-    if isinstance(caught.value, RuntimeError):
-        assert re.search(r"killed by signal|exited unexpectedly", str(caught.value))
-    # Else torch raises when the system tells of the end, wherever its parent is by then.
-    with contextlib.suppress(RuntimeError):
-        worker.join(20)
-    assert not worker.is_alive()
 
 
 def test_batches_that_cannot_be_are_refused(shards: TarShards) -> None:

@@ -6,6 +6,7 @@ many workers or ranks there are, nor on what was read before, nor on the samples
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
@@ -25,6 +26,9 @@ from training.data.shards import PipedShards
 
 NUM_CHECKED = 1000
 """So many samples are read before their share of bad ones is judged."""
+
+WORKER_END_S = 5.0
+"""So long a worker whose socket closed may take to end."""
 
 
 class PairBatches:
@@ -107,6 +111,7 @@ class PairBatches:
 
         Raises:
             InputError: the batch cannot be split evenly, or too much of the data is bad.
+            RuntimeError: a worker was killed or crashed.
         """
         check_rank(start_step, rank, world_size, batch_size=self.batch_size)
         return self._stream(start_step, rank, world_size)
@@ -127,7 +132,7 @@ class PairBatches:
         )
         chunks = iter(loader)
         while True:
-            yield self._assemble(list(islice(chunks, chunks_per_batch)))
+            yield self._assemble(_take(chunks, chunks_per_batch))
 
     def _tickets(self, start_step: int, rank: int, world_size: int) -> Iterator[list[Ticket]]:
         """Yield the rows of batch after batch."""
@@ -202,6 +207,17 @@ def _chunks(batches: Iterator[list[Ticket]], size: int) -> Iterator[list[Ticket]
     for batch in batches:
         for start in range(0, len(batch), size):
             yield batch[start : start + size]
+
+
+def _take(chunks: Iterator[Rows], num_chunks: int) -> list[Rows]:
+    try:
+        return list(islice(chunks, num_chunks))
+    except (ConnectionError, EOFError):
+        # The socket of a killed worker closes before it has ended, and torch passes on what the
+        # socket says, an EOFError without a word. At the end itself torch raises, here, and says
+        # which worker it was and what killed it.
+        time.sleep(WORKER_END_S)
+        raise
 
 
 def _unchanged(rows: Any) -> Any:
