@@ -1,8 +1,9 @@
 """Two runs beside each other: what became slower or faster, and what is noise.
 
-Times are compared in units of the machine's probe, which ran in the same rounds, so that a slower
-hour of the host is no regression. A row has changed when its new interval lies wholly on one side
-of the old one and the medians differ by more than 5 %.
+Times are compared in units of the baseline's call of the same case: it ran in the same rounds, and a
+slower hour of the host slows it as it does the others. The baseline itself, and runs without one,
+are compared in units of the machine's probe. A row has changed when its new interval lies wholly on
+one side of the old one and the medians differ by more than 5 %.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Interval, Row, Run
+from benchmarks.intervals import inverse
 
 MIN_CHANGE = 0.05
 """Medians that are closer are the same, however narrow their intervals are."""
+
+Unit = Literal["of the baseline", "probes", "ms"]
+"""What times are given in; milliseconds where a run has neither a baseline nor a probe. Then a
+slower hour of the host is a change too."""
 
 Verdict = Literal["slower", "faster", "same"]
 """The last: same within noise."""
@@ -30,8 +36,7 @@ class Change:
     old: Interval
     new: Interval
     """Both in `unit`."""
-    unit: Literal["probes", "ms"]
-    """Milliseconds where a run has no probe; then a slower hour of the host is a change too."""
+    unit: Unit
     ratio: float
     """New median time / old one: above 1 is slower."""
     noise: float
@@ -77,7 +82,10 @@ def compare(old: Run, new: Run) -> Comparison:
     before, after = _by_key(old), _by_key(new)
     shared = [key for key in after if key in before]
     return Comparison(
-        changes=[_judge(before[key], after[key]) for key in shared],
+        changes=[
+            _judge(before[key], after[key], by_baseline=old.baseline == new.baseline != key[2])
+            for key in shared
+        ],
         gone=[key for key in before if key not in after],
         added=[key for key in after if key not in before],
         warnings=_warnings(old, new, [(before[key], after[key]) for key in shared]),
@@ -91,10 +99,16 @@ def _by_key(run: Run) -> dict[Key, Row]:
     return {(row.suite, row.case, row.contender): row for row in run.rows}
 
 
-def _judge(old: Row, new: Row) -> Change:
-    unit: Literal["probes", "ms"] = "probes" if old.steadied and new.steadied else "ms"
-    before = old.steadied if old.steadied and new.steadied else old.time_ms
-    after = new.steadied if old.steadied and new.steadied else new.time_ms
+def _times(old: Row, new: Row, *, by_baseline: bool) -> tuple[Unit, Interval, Interval]:
+    if by_baseline and old.speed and new.speed:
+        return "of the baseline", inverse(old.speed, 1.0), inverse(new.speed, 1.0)
+    if old.steadied and new.steadied:
+        return "probes", old.steadied, new.steadied
+    return "ms", old.time_ms, new.time_ms
+
+
+def _judge(old: Row, new: Row, *, by_baseline: bool) -> Change:
+    unit, before, after = _times(old, new, by_baseline=by_baseline)
     ratio = after.median / before.median
     verdict: Verdict = "same"
     if after.low > before.high and ratio > 1 + MIN_CHANGE:

@@ -295,4 +295,4 @@ def _print_table(table: Table, console: Console) -> None:
 
 
 def _in_unit(change: Change, value: float) -> str:
-    return words.duration(value) if change.unit == "ms" else f"{words.number(value)} probes"
+    return words.duration(value) if change.unit == "ms" else f"{words.number(value)} {change.unit}"

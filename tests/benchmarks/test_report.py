@@ -602,11 +602,11 @@ def test_a_terminal_of_80_columns_cuts_no_figure() -> None:
 
 def test_the_terminal_shows_what_became_slower_first(run: Run) -> None:
     def slowed(row: Row) -> Row:
-        if (row.contender, row.case) != ("triton int8", "batch 32") or row.steadied is None:
+        if (row.contender, row.case) != ("triton int8", "batch 32") or row.speed is None:
             return row
-        one = row.steadied
-        slow = Interval(median=1.2 * one.median, low=1.2 * one.low, high=1.2 * one.high)
-        return dataclasses.replace(row, steadied=slow)
+        one = row.speed
+        slow = Interval(median=one.median / 1.2, low=one.low / 1.2, high=one.high / 1.2)
+        return dataclasses.replace(row, speed=slow)
 
     later = dataclasses.replace(run, rows=[slowed(row) for row in run.rows])
     text = printed(lambda console: terminal.show_comparison(compare(run, later), console))

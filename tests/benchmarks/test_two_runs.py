@@ -62,6 +62,26 @@ def test_a_slower_hour_of_the_host_is_no_regression_and_20_percent_are_seen_in_i
     assert flagged == {"alike": 0, "planted": 100}
 
 
+def test_a_phase_of_the_host_that_the_probe_does_not_feel_is_no_regression() -> None:
+    """All became 30 % slower but the probe; one by another 20 %."""
+    old = [("open_clip", 18.0, 1.0), ("a", 9.0, 2.0), ("b", 6.0, 3.0)]
+    new = [("open_clip", 23.4, 1.0), ("a", 11.7, 2.0), ("b", 9.36, 2.5)]
+    before, after = (
+        run(*(row(name, steadied=around(t), speed=around(x)) for name, t, x in rows))
+        for rows in (old, new)
+    )
+    baseline, alike, slower = compare(before, after).changes
+    assert (alike.unit, alike.verdict, alike.ratio) == ("of the baseline", "same", 1.0)
+    assert (slower.unit, slower.verdict) == ("of the baseline", "slower")
+    assert slower.ratio == pytest.approx(1.2)
+    assert slower.old.median == pytest.approx(1 / 3)
+    # Nothing says of the baseline itself that it was the host.
+    assert (baseline.unit, baseline.verdict) == ("probes", "slower")
+    # Another baseline is another unit.
+    (change, _) = compare(run(*before.rows[1:]), run(*after.rows[1:], baseline="c")).changes
+    assert change.unit == "probes"
+
+
 def test_times_are_compared_where_a_run_has_no_probe() -> None:
     found = compare(run(row(steadied=None)), run(row(time_ms=around(1200.0))))
     (change,) = found.changes
