@@ -1,9 +1,9 @@
 """Two runs beside each other: what became slower or faster, and what is noise.
 
-Times are compared in units of the baseline's call of the same case: it ran in the same rounds, and a
-slower hour of the host slows it as it does the others. The baseline itself, and runs without one,
-are compared in units of the machine's probe. A row has changed when its new interval lies wholly on
-one side of the old one and the medians differ by more than 5 %.
+Times are compared in units of what the baseline took for the same case in the same rounds: a slower
+hour of the host slows it as it does the others. The baseline itself, and runs without one, are
+compared in units of the machine's probe. A row has changed when its new interval lies wholly on one
+side of the old one and the medians differ by more than 5 %.
 """
 
 from __future__ import annotations
