@@ -5,7 +5,9 @@ Source: grpc/grpc `doc/naming.md` and `doc/load-balancing.md`.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,9 @@ def host_of(target: str) -> str:
 
 def open_channel(target: str, *, tls: TLS | None) -> Any:
     """Return a channel of gRPC, which has no types, to a target of `parse_url`; None is no TLS."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        _wait_like_greenlets()
     host = host_of(target)
     is_loopback = host in ("localhost", "::1") or host.startswith("127.")
     options: tuple[tuple[str, int | str], ...] = (
@@ -91,6 +96,23 @@ def open_channel(target: str, *, tls: TLS | None) -> Any:
     if tls is not None:
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(*tls.read()), options)
     return grpc.insecure_channel(target, options)
+
+
+def stops_greenlets() -> bool:
+    """Whether a wait of gRPC's stops all else: eventlet's greenlets take the place of threads."""
+    patcher = sys.modules.get("eventlet.patcher")
+    return patcher is not None and bool(patcher.is_monkey_patched("thread"))
+
+
+@functools.cache
+def _wait_like_greenlets() -> None:
+    """Have gRPC wait in a thread pool of gevent's, whose greenlets take the place of threads.
+
+    Else its waits stop all greenlets, those included that are to notice that a deadline is over.
+    """
+    from grpc.experimental.gevent import init_gevent
+
+    init_gevent()
 
 
 def _read_pem(path: Path | str | None, name: str) -> bytes | None:

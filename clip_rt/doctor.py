@@ -135,7 +135,7 @@ def examine(
 
 def _read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m clip_rt doctor", description=__doc__.partition("\n")[0]
+        prog="python -m clip_rt doctor", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
         "--url", action="append", default=[], help="host:port of a running server; may be repeated"

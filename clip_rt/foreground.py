@@ -64,17 +64,24 @@ def serve(
         with _told_to_end():
             while True:
                 found = server.start()
-                sys.stdout.write(
+                _say(
                     f"serving {names} from {repository} on {found}, for this machine only; "
-                    "production runs NVIDIA's container\n"
+                    "production runs NVIDIA's container"
                 )
-                sys.stdout.flush()
                 server.wait()
     except _ToldToEndError as told:
         _log.info("told to end by %s: requests under way are answered first", told)
         server.drain()
     finally:
         server.stop()
+
+
+def _say(line: str) -> None:
+    """Print a line, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        if sys.stdout is not None:  # It was closed when this process began.
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
 
 
 class _ToldToEndError(BaseException):

@@ -6,6 +6,7 @@ library, NumPy and ONNX Runtime; the repository brings the models. Nothing is im
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import logging
 import math
@@ -39,11 +40,16 @@ _WAYS_OUT = (
     ("shared libraries", "Install the package of your system that brings this library."),
     ("Exec format error", "Its binaries are for x86-64; install it anew on this machine."),
     ("Permission denied", "Its files must be executable, and their disk not mounted noexec."),
+    ("temporary directory", "Its /tmp must be writable, wherever TMPDIR is: mount a tmpfs there."),
     ("Resource temporarily unavailable", "Allow this user more processes with ulimit -u."),
 )
 """What to do about a fault, by words of the system that tell it."""
 _DTYPE_BYTES = {"UINT8": 1, "INT8": 1, "BOOL": 1, "FP16": 2, "BF16": 2, "INT16": 2, "UINT16": 2}
 _MIB = 1024**2
+_UNSAFE_NAME = re.compile(r"[\s\x00-\x1f'\"\\$`;&|<>()]")
+"""What a shell takes for something else than a part of a word."""
+_PARTS = {"clip_rt": ".", "numpy": "linalg", "onnxruntime": "capi", "pytriton": "tritonserver"}
+"""A folder in a package that tells it from one that only has its name."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,14 +66,16 @@ class Home:
     python: Path
     packages: tuple[Path, ...] = field(default_factory=tuple)
 
-    def files(self) -> dict[str, str]:
+    def files(self, folder: Path) -> dict[str, str]:
         """Return the content of small files, by their path in the server's folder."""
         # The stub embeds Python and heeds none of its environment variables, but it looks for
-        # `python3` in PATH, and a pyvenv.cfg beside that tells it where everything is.
+        # `python3` in PATH, and a pyvenv.cfg beside that tells it where everything is: in the
+        # server's folder, as in neither file every path can be written.
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        packages = (f"{folder}/packages/{index}\n" for index in range(len(self.packages)))
         return {
-            "python/pyvenv.cfg": f"home = {self.python.parent}\n",
-            f"python/lib/{version}/site-packages/clip_rt.pth": "\n".join(map(str, self.packages)),
+            "python/pyvenv.cfg": f"home = {folder}/base/{self.python.parent.name}\n",
+            f"python/lib/{version}/site-packages/clip_rt.pth": "".join(packages),
         }
 
     def links(self) -> dict[str, str]:
@@ -77,20 +85,31 @@ class Home:
             for path in self.backend.iterdir()
             if path.is_file()
         }
-        links[f"backends/python/{self.stub.name}"] = str(self.stub)
         links["python/bin/python3"] = str(self.python)
+        links["base"] = str(self.python.parent.parent)
+        links["lib/nvidia"] = str(self.libraries)
+        for index, packages in enumerate(self.packages):
+            links[f"packages/{index}"] = str(packages)
         if self.libpython is not None:
             links[f"lib/{self.libpython.name}"] = str(self.libpython)
         return links
+
+    def copies(self) -> dict[str, str]:
+        """Return the sources of executable copies, by their path in the server's folder.
+
+        Triton 2.51 changes the mode of a stub that it cannot execute, whatever the reason, so that
+        it gets one of its own.
+        """
+        return {f"backends/python/{self.stub.name}": str(self.stub)}
 
 
 def find_home() -> Home:
     """Find the parts, or say which is missing and how to get it."""
     _check_system()
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
+    parent = _find_package("pytriton")
+    if parent is None:
         raise ServerStartError(f"the embedded server is not installed. {_INSTALL}")
-    package = Path(spec.origin).parent
+    package = parent / "pytriton"
     triton = package / "tritonserver"
     stubs = triton / "python_backend_stubs"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -215,10 +234,29 @@ def _find_blocks(name: str, config: str) -> list[str]:
 
 
 def _find_packages(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
+    parent = _find_package(name)
+    if parent is None:
         raise ServerStartError(f"the embedded server needs {name}. {_INSTALL}")
-    return Path(spec.origin).parents[1]
+    return parent
+
+
+def _find_package(name: str) -> Path | None:
+    """Find the folder that a package lies in.
+
+    Not one that only has the same name, as a file of a user's project may: nothing of these is
+    imported here, where that would show.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    others = (importlib.machinery.PathFinder.find_spec(name, [entry]) for entry in sys.path)
+    for each in (spec, *others):
+        if each is None or each.origin is None or not each.submodule_search_locations:
+            continue
+        package = Path(os.path.abspath(each.origin)).parent
+        if (package / _PARTS[name]).is_dir():
+            return package.parent
+    return None
 
 
 def _find_python() -> Path:
@@ -256,16 +294,33 @@ def _find_libpython(version: str, bundled: Path) -> Path | None:
     )
 
 
+def find_repository(repository: str | os.PathLike[str]) -> Path:
+    """Return the folder that a path leads to, whatever the working folder will be.
+
+    Raises:
+        ServerStartError: there is none.
+    """
+    reason = "does not exist"
+    try:
+        place = Path(os.path.realpath(repository))
+        if place.is_dir():
+            return place
+    except OSError as error:  # Its name is too long, or the working folder was removed.
+        reason = f"cannot be found: {error.strerror}"
+    except ValueError:
+        reason = "cannot be found: no path holds a zero byte"
+    raise ServerStartError(
+        f"the model repository {os.fspath(repository)[:300]!r} {reason}. Export a model with "
+        f"python -m export.onnx, or name another folder with repository=. {OTHER_WAY}"
+    )
+
+
 def find_models(repository: Path) -> dict[str, Path]:
     """List the models of a repository that the embedded server can run, by name."""
-    if not repository.is_dir():
-        raise ServerStartError(
-            f"the model repository {str(repository)!r} does not exist. Export a model with "
-            f"python -m export.onnx, or name another folder with repository=. {OTHER_WAY}"
-        )
+    place = find_repository(repository)
     models, others = {}, []
     steps: dict[str, list[str]] = {}
-    for config in sorted(repository.resolve().glob("*/config.pbtxt")):
+    for config in sorted(place.glob("*/config.pbtxt")):
         folder = config.parent
         try:
             text = config.read_text("utf-8", "replace")
@@ -274,6 +329,12 @@ def find_models(repository: Path) -> dict[str, Path]:
                 f"{config} of the model repository cannot be read: {error.strerror}. {OTHER_WAY}"
             ) from error
         if _find_strings("backend", text) == ["python"]:
+            if _UNSAFE_NAME.search(folder.name):
+                raise ServerStartError(
+                    f"the model {folder.name[:100]!r} of the model repository cannot be served: "
+                    "Triton 2.51 would give its name to a shell. Rename its folder, to letters, "
+                    f"digits, _ . and -. {OTHER_WAY}"
+                )
             models[folder.name] = folder
         elif _find_strings("platform", text) == ["ensemble"]:
             steps[folder.name] = _find_strings("model_name", text)
@@ -281,7 +342,7 @@ def find_models(repository: Path) -> dict[str, Path]:
             others.append(folder.name)
     for name, needed in steps.items():
         if models.keys() >= set(needed):
-            models[name] = repository.resolve() / name
+            models[name] = place / name
         else:
             others.append(name)
     if others:

@@ -12,7 +12,6 @@ import re
 import select
 import signal
 import socket
-import subprocess
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ from clip_rt.installation import OTHER_WAY, Home, find_way_out
 from clip_rt.transport import Transport
 
 _POLL_S = 0.02
+_COLLECT_S = 0.002
 _ANSWER_TIMEOUT_S = 1.0
 _GREETING_TIMEOUT_S = 5.0
 """How long a supervisor that runs may take to greet another owner."""
@@ -54,6 +54,75 @@ class Facts:
         return f"127.0.0.1:{self.port}"
 
 
+class _Process:
+    """A child of this process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._lock = threading.Lock()
+        self._has_ended = False
+
+    def has_ended(self) -> bool:
+        """Whether it has; if so, let the kernel forget it."""
+        with self._lock:
+            if not self._has_ended:
+                try:
+                    self._has_ended = os.waitpid(self._pid, os.WNOHANG) != (0, 0)
+                except ChildProcessError:  # Somebody collects all children, or none are kept.
+                    self._has_ended = True
+            return self._has_ended
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        if not self.has_ended():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when it has ended, or the time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.has_ended() and time.monotonic() < deadline_s:
+            time.sleep(_COLLECT_S)
+
+    def disown(self) -> None:
+        """Leave it to the parent, in a forked child."""
+        self._lock = threading.Lock()
+        self._has_ended = True
+
+
+def _spawn(command: list[str], stdin: int, stderr: int) -> _Process:
+    """Start a program in a session of its own; Ctrl-C in the terminal does not reach it.
+
+    Not by `subprocess`: gevent puts a fork by `os.fork` in its place, and the threads of gRPC may
+    end the child before it is another program.
+
+    Raises:
+        OSError: it cannot be executed.
+    """
+    actions: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_DUP2, stdin, 0),
+        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+    ]
+    if stderr != 2:  # Which may be closed.
+        actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
+    restored = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and a child inherits that.
+    return _Process(
+        os.posix_spawn(
+            *(command[0], command, os.environ),
+            file_actions=actions,
+            setsid=True,
+            setsigdef=restored,
+        )
+    )
+
+
+def _read_end(descriptor: int) -> str:
+    """Return the end of a file as text."""
+    size = os.fstat(descriptor).st_size
+    end = os.pread(descriptor, _MESSAGE_CHARS, max(size - _MESSAGE_CHARS, 0))
+    return end.decode("utf-8", "replace")
+
+
 class Run:
     """One life of a server, as one of its owners sees it: a connection to its supervisor.
 
@@ -61,6 +130,7 @@ class Run:
         link: The connection.
         folder: The server's own.
         process: The supervisor, if this process started it.
+        words: Open file that holds what the supervisor says on standard error.
         greeting_timeout_s: How long it may take to greet.
 
     Raises:
@@ -71,8 +141,9 @@ class Run:
         self,
         link: socket.socket,
         folder: Path,
-        process: subprocess.Popen[bytes] | None = None,
+        process: _Process | None = None,
         *,
+        words: int | None = None,
         greeting_timeout_s: float = _GREETING_TIMEOUT_S,
     ) -> None:
         self._folder = folder
@@ -84,7 +155,7 @@ class Run:
         self._ready_at_s: float | None = None
         self._is_over = False
         _runs.add(self)
-        self.facts = self._greet(link, greeting_timeout_s)
+        self.facts = self._greet(link, greeting_timeout_s, words)
 
     @property
     def is_joined(self) -> bool:
@@ -102,7 +173,7 @@ class Run:
             if self._received:
                 return False  # Its report.
             try:
-                self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                self._link.recv(1, socket.MSG_PEEK)
             except BlockingIOError:
                 return True
             except OSError:
@@ -172,9 +243,9 @@ class Run:
         if link is not None:
             link.close()
         if self._process is not None:
-            self._process.returncode = 0  # It is not ours to wait for.
+            self._process.disown()
 
-    def _greet(self, link: socket.socket, timeout_s: float) -> Facts:
+    def _greet(self, link: socket.socket, timeout_s: float, words: int | None = None) -> Facts:
         self._link = link
         weakref.finalize(self, link.close)
         message = self._read_message(link, timeout_s)
@@ -189,9 +260,8 @@ class Run:
             self._hang_up()  # It is stopped, perhaps, and would be waited for once more.
         else:
             self._process.kill()
-            if self._process.stderr is not None:
-                words = self._process.stderr.read().decode("utf-8", "replace")
-                said = words[-_MESSAGE_CHARS:] or said
+            if words is not None:
+                said = _read_end(words) or said
             self.end()
         raise ServerStartError(
             f"the supervisor of the embedded server does not answer: {said}. {OTHER_WAY}"
@@ -233,8 +303,7 @@ class Run:
             while link.recv(65536):  # It closes the connection as it ends.
                 pass
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_TIMEOUT_S)
+            self._process.wait(_END_TIMEOUT_S)
 
     def _read_message(self, link: socket.socket, timeout_s: float) -> dict[str, Any] | None:
         """Read one line of JSON; None at the end, or when none comes in time."""
@@ -251,8 +320,9 @@ class Run:
         except (OSError, ValueError):
             return None
         finally:
-            # With a timeout, even a look that must not wait would.
-            link.settimeout(None)
+            # Not MSG_DONTWAIT for a look that must not wait: sockets of gevent's would.
+            with contextlib.suppress(OSError):
+                link.setblocking(False)
         return message
 
     def _say(self, word: bytes) -> None:
@@ -281,7 +351,7 @@ class Run:
 
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
-_supervisors: list[subprocess.Popen[bytes]] = []
+_supervisors: list[_Process] = []
 """Those that this process started and that may live: others may own their servers."""
 _NO_REPORT: supervisor.Report = {"exit_code": None, "log_tail": "", "problem": ""}
 
@@ -300,18 +370,17 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
     """
     _collect()
     ours, its = socket.socketpair()
+    # Not a pipe, whose end nobody sees while somebody else has it open.
+    words = os.memfd_create("clip_rt")
     try:
-        process = subprocess.Popen(
+        process = _spawn(
             [str(home.python), "-I", "-S", supervisor.__file__, job["folder"]],
-            stdin=its.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=None if job["shows_log"] else subprocess.PIPE,
-            cwd="/",  # It may outlive us, and should not hold on to where we were.
-            # A session of its own: Ctrl-C in the terminal reaches us, not the server.
-            start_new_session=True,
+            its.fileno(),
+            2 if job["shows_log"] else words,
         )
     except OSError as error:
         ours.close()
+        os.close(words)
         raise ServerStartError(
             f"the supervisor did not start: {error}. {find_way_out(str(error))}"
         ) from error
@@ -323,7 +392,11 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
     with contextlib.suppress(OSError):
         ours.sendall(json.dumps(job).encode() + b"\n")
     try:
-        return Run(ours, Path(job["folder"]), process, greeting_timeout_s=_left_s(deadline_s))
+        return Run(
+            *(ours, Path(job["folder"]), process),
+            words=words,
+            greeting_timeout_s=_left_s(deadline_s),
+        )
     except ServerStartError as error:
         if time.monotonic() < deadline_s:
             raise
@@ -332,8 +405,7 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
             "supervisor has not said a word. Allow more time with start_timeout_s=."
         ) from error
     finally:
-        if process.stderr is not None:
-            process.stderr.close()
+        os.close(words)
 
 
 def join(link: socket.socket, folder: Path, deadline_s: float) -> Run:
@@ -358,7 +430,7 @@ def _left_s(deadline_s: float) -> float:
 
 def _collect() -> None:
     """Let the kernel forget our supervisors that have ended."""
-    _supervisors[:] = [process for process in _supervisors if process.poll() is None]
+    _supervisors[:] = [process for process in _supervisors if not process.has_ended()]
 
 
 def make_start_error(report: supervisor.Report, url: str | None) -> ServerStartError:
@@ -385,8 +457,15 @@ def find_cause(report: supervisor.Report) -> str:
         return f"{reasons[:_MESSAGE_CHARS]}. {way_out}"
     # Triton says on every machine without a GPU that it has no driver.
     errors = re.findall(r"^(?:E\d{4} .*?\] |error: )(?!.*CudaDriverHelper)(.*)", log_tail, re.M)
+    if errors and errors[-1] == supervisor.STUB_ENDED:
+        # Why, it or the shell that started it says in no form of Triton's.
+        words = re.findall(r"^(?![IWEF]\d{4} |error: |[|+]|\s*$)(.*)", log_tail, re.M)
+        said = f"{errors[-1]}: {words[-1]}" if words else errors[-1]
+        return f"{said[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(said)}"
     if errors:
         return f"{errors[-1][:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(errors[-1])}"
+    if thrown := re.findall(r"^  what\(\):  (.*)", log_tail, re.M):
+        return f"{thrown[-1][:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(thrown[-1])}"
     if (exit_code := report["exit_code"]) is not None and exit_code < 0:
         name = next((each.name for each in signal.Signals if each == -exit_code), "a signal")
         return _SIGNALS.get(name, f"it was ended by {name}. {OTHER_WAY}")
@@ -399,7 +478,7 @@ def _let_go_in_child() -> None:
     for run in _runs:
         run.forget()
     for process in _supervisors:
-        process.returncode = 0  # They are not ours to wait for.
+        process.disown()
     _supervisors.clear()
 
 

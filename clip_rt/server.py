@@ -32,6 +32,7 @@ from clip_rt.installation import (
     check_shared_memory,
     find_home,
     find_models,
+    find_repository,
 )
 from clip_rt.ownership import Facts, Run, find_cause, join, launch, make_start_error
 
@@ -150,28 +151,38 @@ class EmbeddedServer:
             ServerStartError: it cannot run here, or dies again and again; the message begins with
                 the cause and ends with the way out.
         """
-        with self._lock:
-            if self._run is not None and self._run.is_alive():
-                return self._run.facts.url
-            if self._run is not None:
-                self._bury(self._run)
-            timeout_s = self.start_timeout_s if timeout_s is None else timeout_s
-            deadline_s = time.monotonic() + timeout_s
-            home = find_home()
-            models = find_models(self.repository)
-            for _ in range(MAX_TRIES):
-                self._crashes.hold_back(deadline_s)
-                run = self._join_or_launch(home, models, deadline_s, timeout_s)
-                try:
-                    is_ready = run.wait_until_ready(deadline_s, timeout_s, sorted(models))
-                except BaseException:
-                    run.end()
-                    raise
-                if is_ready:
-                    self._run, self._port, self._token = run, run.facts.port, run.facts.token
-                    _announce(self.repository, run.facts.url)
-                    return run.facts.url
-                self._raise_unless_another_try_helps(run)
+        timeout_s = self.start_timeout_s if timeout_s is None else timeout_s
+        deadline_s = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
+            raise ServerStartError(
+                f"the embedded server was not ready after {timeout_s:g} s, in which another thread "
+                "was starting it. Allow more time with start_timeout_s=."
+            )
+        try:
+            return self._start(deadline_s, timeout_s)
+        finally:
+            self._lock.release()
+
+    def _start(self, deadline_s: float, timeout_s: float) -> str:
+        if self._run is not None and self._run.is_alive():
+            return self._run.facts.url
+        if self._run is not None:
+            self._bury(self._run)
+        home = find_home()
+        models = find_models(self.repository)
+        for _ in range(MAX_TRIES):
+            self._crashes.hold_back(deadline_s)
+            run = self._join_or_launch(home, models, deadline_s, timeout_s)
+            try:
+                is_ready = run.wait_until_ready(deadline_s, timeout_s, sorted(models))
+            except BaseException:
+                run.end()
+                raise
+            if is_ready:
+                self._run, self._port, self._token = run, run.facts.port, run.facts.token
+                _announce(self.repository, run.facts.url)
+                return run.facts.url
+            self._raise_unless_another_try_helps(run)
         raise ServerStartError(
             f"the embedded server did not start in {MAX_TRIES} tries: its port was taken by "
             f"others, or it was killed, each time. Try again. {OTHER_WAY}"
@@ -260,8 +271,9 @@ class EmbeddedServer:
             for path in sorted(model.rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts
         }
-        path = os.pathsep.join((f"{folder}/python/bin", os.environ.get("PATH", os.defpath)))
-        libraries = (str(home.libraries), f"{folder}/lib", os.environ.get("LD_LIBRARY_PATH"))
+        # Triton starts the stub by way of a shell.
+        path = (f"{folder}/python/bin", os.environ.get("PATH"), os.defpath)
+        libraries = (f"{folder}/lib/nvidia", f"{folder}/lib", os.environ.get("LD_LIBRARY_PATH"))
         shared_memory_prefix = sharing.name_shared_memory(folder)
         return {
             "command": [
@@ -286,11 +298,15 @@ class EmbeddedServer:
                 f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}",
                 "--backend-config=python,stub-timeout-seconds=30",
             ],
-            "environment": os.environ
-            | {"PATH": path, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries))},
+            "environment": {
+                **{key: value for key, value in os.environ.items() if key != "BASH_ENV"},
+                "PATH": os.pathsep.join(filter(None, path)),
+                "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+            },
             "folder": str(folder),
-            "files": home.files(),
+            "files": home.files(folder),
             "links": links | home.links(),
+            "copies": home.copies(),
             "shared_memory_prefix": shared_memory_prefix,
             "for_owners": {
                 "server_id": facts.server_id,
@@ -327,7 +343,7 @@ def borrow(
     Raises:
         ServerStartError: see `EmbeddedServer.start`.
     """
-    place = Path(os.path.realpath(repository))
+    place = find_repository(repository)
     key = place, sharing.make_key(find_home(), find_models(place))
     with _borrowed_lock:
         server, num_borrowers = _borrowed.get(key, (None, 0))
@@ -353,9 +369,12 @@ def give_back(server: EmbeddedServer) -> None:
                 continue
             if num_borrowers > 1:
                 _borrowed[key] = server, num_borrowers - 1
-            else:
-                del _borrowed[key]
-                server.stop()
+                return
+            del _borrowed[key]
+            break
+        else:
+            return
+    server.stop()
 
 
 @dataclass

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import sys
@@ -26,6 +27,8 @@ from clip_rt.installation import OTHER_WAY, Home
 
 _POLL_S = 0.01
 _CONNECT_TIMEOUT_S = 5.0
+_SAFE_PATH = re.compile(r"/[\w./+,=@%-]{0,1000}", re.ASCII)
+"""Triton 2.51 gives a path to a shell, and lists of paths are separated by colons."""
 _ENVIRONMENT = (
     *("CUDA_", "DNNL_", "GOMP_", "KMP_", "LD_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_"),
     *("OPENBLAS_", "ORT_", "OV_"),
@@ -78,6 +81,9 @@ def open_folder(deadline_s: float) -> Iterator[Path]:
     """
     faults = []
     for folder in _list_places():
+        if not _SAFE_PATH.fullmatch(str(folder)):
+            faults.append(f"{str(folder)[:100]!r}: Triton cannot work at every path")
+            continue
         try:
             descriptor = _open_locked(folder, deadline_s)
         except OSError as error:
@@ -92,7 +98,8 @@ def open_folder(deadline_s: float) -> Iterator[Path]:
         return
     raise ServerStartError(
         f"no folder can be used for the embedded server: {'; '.join(faults)}. Remove what is in "
-        f"the way, or name a writable folder of your own with TMPDIR. {OTHER_WAY}"
+        "the way, or name a writable folder of your own with TMPDIR, its path made of ASCII "
+        f"letters, digits, _ . and -. {OTHER_WAY}"
     )
 
 
@@ -167,9 +174,12 @@ def _list_places() -> list[Path]:
     places = []
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         places.append(Path(runtime) / "clip_rt")
+    name = f"clip_rt-{os.getuid()}"
     with contextlib.suppress(OSError):
-        places.append(Path(tempfile.gettempdir()).resolve() / f"clip_rt-{os.getuid()}")
-    return [*places, supervisor.SHARED_MEMORY / f"clip_rt-{os.getuid()}"]
+        places.append(Path(tempfile.gettempdir()).resolve() / name)
+        if not _SAFE_PATH.fullmatch(str(places[-1])):
+            places.append(Path("/tmp").resolve() / name)
+    return [*places, supervisor.SHARED_MEMORY / name]
 
 
 def _open_locked(folder: Path, deadline_s: float) -> int:

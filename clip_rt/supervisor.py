@@ -17,16 +17,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 LOG_BYTES = 64 * 1024
 """How much of the end of the server's log is kept."""
@@ -42,11 +45,21 @@ SOCKET = "owners"
 """Name of the socket in the server's folder."""
 IS_READY, DRAIN = b"r", b"d"
 """What an owner may say: the models are loaded; let requests end, and then the server."""
+STUB_ENDED = "a process of the python backend ended before its model was loaded"
+"""What the log says then: Triton 2.51 itself would wait for its word for ever."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_IN_CREATE = 0x100
+_CHECK_S = 0.25
+"""How often the processes of a server that is not ready yet are looked at."""
+_MAX_LOOKS = 6
+"""Looks in a row at a process that has ended and that Triton has not collected, which it does at
+once. Looks, not seconds: where we get no time on a processor, neither does Triton."""
 _DRAIN_EXTRA_S = 5.0
 """Triton's own time to unload its models, once the last request has ended."""
+_PUT_BACK_TRIES = 50
+"""Another supervisor may be about to remove what we make."""
 _LOCK_TIMEOUT_S = 0.1
 """For another that ends as we do; who starts a server removes the folder itself if need be."""
 _BACKLOG = 1024
@@ -63,6 +76,8 @@ class Job(TypedDict):
     """Content of small files, by their path in the folder."""
     links: dict[str, str]
     """Targets of symbolic links, by their path in the folder."""
+    copies: dict[str, str]
+    """Executable files that the server may change, by their path in the folder."""
     shared_memory_prefix: str
     for_owners: dict[str, Any]
     """What each owner is told when it connects."""
@@ -82,6 +97,7 @@ class Report(TypedDict):
 
 def main() -> None:
     """Read the job, supervise it to its end, report."""
+    _let_go_of_owner()
     first = socket.socket(fileno=os.dup(0))
     job: Job = json.loads(_read_line(first))
     report: Report = {"exit_code": None, "log_tail": "", "problem": ""}
@@ -99,6 +115,15 @@ def main() -> None:
         tell(owner, {"report": report})
     # Their connections close as we end, and then nothing is left.
     _remove_parent(Path(job["folder"]).parent)
+
+
+def _let_go_of_owner() -> None:
+    """Leave the working folder and the open files of the first owner, which we may outlive."""
+    os.chdir("/")
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # The list itself.
+                os.close(int(name))
 
 
 def tell(peer: socket.socket, message: dict[str, Any]) -> None:
@@ -188,13 +213,30 @@ def _furnish(job: Job) -> None:
     for name, target in job["links"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(target)
+    for name, source in job["copies"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy_executable(Path(source), folder / name)
+
+
+def _copy_executable(source: Path, copy: Path) -> None:
+    """Copy a file to where it can be executed, even if the disk of the copy is mounted noexec."""
+    if not os.statvfs(copy.parent).f_flag & os.ST_NOEXEC:
+        shutil.copyfile(source, copy)
+        copy.chmod(0o700)
+        return
+    # A file in memory belongs to no mount. It lives as long as we do.
+    with source.open("rb") as original, open(os.memfd_create(copy.name), "wb") as file:
+        shutil.copyfileobj(original, file)
+        os.fchmod(file.fileno(), 0o700)
+        # What is open for writing cannot be executed.
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)
+    copy.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
 def _run(job: Job, report: Report, wakeup: int, owners: set[socket.socket]) -> None:
     _control_process(_PR_SET_CHILD_SUBREAPER, 1)
     log = _Log(shows=job["shows_log"])
-    started_at_s = time.time()
-    with _listen(job["folder"]) as listener:
+    with _listen(job["folder"]) as listener, contextlib.closing(_Environments()) as environments:
         server = subprocess.Popen(
             job["command"],
             env=job["environment"],
@@ -209,10 +251,10 @@ def _run(job: Job, report: Report, wakeup: int, owners: set[socket.socket]) -> N
         output = server.stdout.fileno()
         os.set_blocking(output, False)
         try:
-            _Watch(job, server, listener, wakeup, owners, log, started_at_s).wait()
+            _Watch(job, server, listener, wakeup, owners, log, environments).wait()
         finally:
             _kill_group(server)
-            _remove_environments(started_at_s)
+            environments.remove()
             log.drain(output)
             report["exit_code"] = server.returncode
             report["log_tail"] = log.tail.decode("utf-8", "replace")
@@ -276,7 +318,7 @@ class _Watch:
         wakeup: int,
         owners: set[socket.socket],
         log: _Log,
-        started_at_s: float,
+        environments: _Environments,
     ) -> None:
         self._greeting = {"server": job["for_owners"]}
         self._server = server
@@ -284,8 +326,11 @@ class _Watch:
         self._wakeup = wakeup
         self._owners = owners
         self._log = log
-        self._started_at_s = started_at_s
-        self._stubs: set[int] = set()
+        self._environments = environments
+        self._is_ready = False
+        self._look_again_at_s = 0.0
+        self._uncollected: dict[int, int] = {}
+        """In how many looks in a row a child of the server had ended, by its process id."""
         self._drained_by_s: float | None = None
         self._selector = selectors.DefaultSelector()
 
@@ -297,8 +342,11 @@ class _Watch:
         for owner in self._owners:
             self._welcome(owner)
         while self._drained_by_s is None or time.monotonic() < self._drained_by_s:
-            # While it drains, once a second is soon enough to notice that its time is up.
-            for key, _ in self._selector.select(None if self._drained_by_s is None else 1.0):
+            if not self._is_ready and self._has_lost_a_child():
+                self._log.drain(output)
+                self._log.add(f"error: {STUB_ENDED}\n".encode())
+                return
+            for key, _ in self._selector.select(self._pause_s()):
                 readable = key.fileobj
                 if readable == output:
                     if not self._log.drain(output):
@@ -316,6 +364,25 @@ class _Watch:
                     return
                 else:
                     self._selector.unregister(readable)
+
+    def _pause_s(self) -> float | None:
+        """Return how long to wait for something to happen before looking for ourselves."""
+        if not self._is_ready:
+            return _CHECK_S
+        # While it drains, once a second is soon enough to notice that its time is up.
+        return None if self._drained_by_s is None else 1.0
+
+    def _has_lost_a_child(self) -> bool:
+        """Whether a child of the server has ended for good, and the server goes on without it."""
+        if time.monotonic() < self._look_again_at_s:
+            return False
+        self._uncollected = {
+            each.pid: self._uncollected.get(each.pid, 0) + 1
+            for each in _list_group(self._server.pid)
+            if each.state == "Z" and each.parent == self._server.pid
+        }
+        self._look_again_at_s = time.monotonic() + _CHECK_S
+        return any(num_looks >= _MAX_LOOKS for num_looks in self._uncollected.values())
 
     def _let_in(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
@@ -341,13 +408,15 @@ class _Watch:
             tell(owner, {})
             owner.close()
             return True
-        if IS_READY in words and not self._stubs and self._drained_by_s is None:
-            _remove_environments(self._started_at_s)
-            self._stubs = _watch_group(self._server.pid)
-            for stub in self._stubs:
+        if IS_READY in words and not self._is_ready and self._drained_by_s is None:
+            self._is_ready = True
+            self._environments.remove()
+            for stub in _watch_group(self._server.pid):
                 self._selector.register(stub, selectors.EVENT_READ)
         if DRAIN in words and self._drained_by_s is None:
+            self._is_ready = True
             self._drained_by_s = time.monotonic() + DRAIN_TIMEOUT_S + _DRAIN_EXTRA_S
+            self._environments.put_back()
             self._server.terminate()
         return True
 
@@ -361,15 +430,33 @@ def _has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+class _Member(NamedTuple):
+    """A process of the server."""
+
+    pid: int
+    state: str
+    """Z when it has ended and was not collected."""
+    parent: int
+
+
+def _list_group(leader: int) -> Iterator[_Member]:
+    """List the other processes of the server."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # Any of them may end while we look.
+            # Its name comes before, in parentheses, and may be any bytes.
+            fields = (path / "stat").read_bytes().rpartition(b")")[2].split()
+            state, parent, group = fields[0].decode(), int(fields[1]), int(fields[2])
+            if group == leader != int(path.name):
+                yield _Member(int(path.name), state, parent)
+
+
 def _watch_group(leader: int) -> set[int]:
     """Open a descriptor for each other process of the server, which is readable when it ends."""
     descriptors = set()
-    for path in Path("/proc").glob("[0-9]*"):
-        # Any of them may end while we look; before Linux 5.3 there are no such descriptors.
+    for each in _list_group(leader):
+        # It may end while we look; before Linux 5.3 there are no such descriptors.
         with contextlib.suppress(OSError, AttributeError):
-            group = int((path / "stat").read_text().rpartition(")")[2].split()[2])
-            if group == leader != int(path.name):
-                descriptors.add(os.pidfd_open(int(path.name)))
+            descriptors.add(os.pidfd_open(each.pid))
     return descriptors
 
 
@@ -393,18 +480,105 @@ def _kill_group(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.01)
 
 
-def _remove_environments(since_s: float) -> None:
-    """Remove the empty folder that a server leaves behind, told by its name and age.
+class _Environments:
+    """The folder in /tmp that Triton makes for packed environments, whether it has any or not.
 
-    One of another server that started meanwhile is as empty, and as little needed: those in use
-    hold an environment from before a server is ready.
+    It leaves its folder behind when it is killed, so we remove it while it is empty. Asked to end,
+    Triton deletes it itself, and aborts if it is not there, so we put it back before.
+
+    Which one is its own nobody can tell if several servers start at once: each supervisor treats
+    all that were made meanwhile as its own, and none removes one that another has put back, as it
+    holds a file.
     """
-    for folder in ENVIRONMENTS.glob("python_env_??????"):
-        with contextlib.suppress(OSError):
-            found = folder.stat(follow_symlinks=False)
-            # The clock of a file system is a little behind.
-            if found.st_uid == os.getuid() and found.st_ctime >= since_s - 0.1:
-                folder.rmdir()
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._is_known = False
+        self._since_s = time.time()
+        self._events = _watch_folder(ENVIRONMENTS)
+
+    def remove(self) -> None:
+        """Remove those that are empty."""
+        if not self._is_known:
+            self._look()
+            self._is_known = True
+        for name in self._names:
+            with contextlib.suppress(OSError):
+                (ENVIRONMENTS / name / str(os.getpid())).unlink(missing_ok=True)
+                (ENVIRONMENTS / name).rmdir()
+
+    def put_back(self) -> None:
+        """Make those anew that were removed."""
+        for folder in (ENVIRONMENTS / name for name in self._names):
+            for _ in range(_PUT_BACK_TRIES):
+                with contextlib.suppress(OSError):
+                    with contextlib.suppress(FileExistsError):
+                        folder.mkdir(mode=0o700)
+                    if _is_own(folder):
+                        (folder / str(os.getpid())).touch()
+                    break
+
+    def close(self) -> None:
+        """Stop looking."""
+        if self._events is not None:
+            os.close(self._events)
+
+    def _look(self) -> None:
+        """Note which were made since the start."""
+        names = _read_created(self._events) if self._events is not None else set()
+        for folder in ENVIRONMENTS.glob("python_env_??????"):
+            with contextlib.suppress(OSError):
+                # The clock of a file system is a little behind.
+                if folder.stat(follow_symlinks=False).st_ctime >= self._since_s - 0.1:
+                    names.add(folder.name)
+        for name in names:
+            try:
+                is_own = _is_own(ENVIRONMENTS / name)
+            except OSError:
+                is_own = True  # Another supervisor has removed it already.
+            if is_own:
+                self._names.add(name)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a folder and this user's.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    found = folder.stat(follow_symlinks=False)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _watch_folder(folder: Path) -> int | None:
+    """Have the kernel note what is made in a folder; None if it does not."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if descriptor >= 0:
+            if libc.inotify_add_watch(descriptor, os.fsencode(folder), _IN_CREATE) >= 0:
+                return descriptor
+            os.close(descriptor)
+    return None
+
+
+def _read_created(events: int) -> set[str]:
+    """Return the names of the folders for environments that were made meanwhile.
+
+    Source: inotify(7), `struct inotify_event`.
+    """
+    names = set()
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            part = os.read(events, 65536)
+            while part:
+                *_, length = struct.unpack_from("iIII", part)
+                name, part = part[16 : 16 + length].rstrip(b"\0"), part[16 + length :]
+                if re.fullmatch(rb"python_env_[A-Za-z0-9]{6}", name):
+                    names.add(name.decode())
+    return names
 
 
 def _remove_parent(folder: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from clip_rt.channel import TLS, open_channel, parse_url
+from clip_rt.channel import TLS, open_channel, parse_url, stops_greenlets
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
@@ -407,9 +407,11 @@ class Transport:
         if remaining_s <= 0:
             raise self.time_out(deadline)
         try:
+            # Where only gRPC can notice that a deadline is over, it must.
+            is_left_to_grpc = self._may_cancel or stops_greenlets()
             future = getattr(self._open(), method).future(
                 request,
-                timeout=remaining_s if self._may_cancel else remaining_s + LINGER_S,
+                timeout=remaining_s if is_left_to_grpc else remaining_s + LINGER_S,
                 metadata=self._headers,
             )
             self._pending.add(future)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_repository
@@ -103,3 +105,36 @@ def test_the_cause_is_found_at_the_end_of_a_log_that_is_no_text(tmp_path, monkey
     with pytest.raises(clip_rt.ServerStartError, match="the disk is on fire") as caught:
         EmbeddedServer(repository).start()
     assert "\0" in caught.value.log_tail
+
+
+def test_a_start_is_not_waited_for_longer_than_one_has(tmp_path):
+    """Another thread's start may take long; it goes on, and a call in a hurry does not."""
+    repository = tiny_repository.write_bare(tmp_path)
+    with (repository / "bare" / "1" / "model.py").open("a") as file:
+        file.write("import time\ntime.sleep(4)\n")
+    with EmbeddedServer(repository) as server:
+        server.stop()
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        time.sleep(0.5)
+        start_s = time.monotonic()
+        with pytest.raises(clip_rt.ServerStartError, match=r"after 0\.5 s.*start_timeout_s="):
+            server.start(timeout_s=0.5)
+        assert time.monotonic() - start_s < 1.5
+        thread.join()
+        assert server.is_running
+
+
+def test_a_supervisor_keeps_nothing_open_that_its_owner_had(tmp_path):
+    repository = tiny_repository.write_bare(tmp_path / "models")
+    (tmp_path / "kept").write_text("")
+    descriptor = os.open(tmp_path / "kept", os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
+    try:
+        with EmbeddedServer(repository) as server:
+            own = server.server_id.removeprefix("clip_rt-")
+            for pid in find_processes(own, os.getpid()):
+                links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+                assert str(tmp_path / "kept") not in links
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from stopping import stopped
 import clip_rt
 from clip_rt.__main__ import main
 from clip_rt.foreground import serve
+from clip_rt.server import EmbeddedServer
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -56,6 +58,16 @@ def read_url(process: subprocess.Popen[str]) -> str:
     return line.partition(" on ")[2].partition(",")[0]
 
 
+NOISE = re.compile(r"terminate called|what\(\)|fts_read|Abort|abort|Signal \(6\)|Traceback|Error")
+
+
+def assert_ended_cleanly(process: subprocess.Popen[str], log: Path) -> None:
+    """Wait for its end: with code 0, and without the words of a crash."""
+    assert process.wait(timeout=60) == 0
+    assert not NOISE.findall(log.read_text(errors="replace"))
+    assert not find_remains(process.pid)
+
+
 def find_stub(owner_pid: int, model: str) -> int:
     (pid,) = find_processes(f"/models/{model}/", owner_pid)
     return pid
@@ -71,9 +83,8 @@ def test_two_serve_side_by_side_and_a_client_needs_an_address_only(
         with clip_rt.Client(url) as client:
             assert client.encode_texts(["red"]).shape == (1, 8)
     first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=30) == 0
+    assert_ended_cleanly(first, tmp_path / "log 0")
     assert not is_listening(urls[0])
-    assert not find_remains(first.pid)
     assert "Waiting for in-flight requests" in (tmp_path / "log 0").read_text()
     with clip_rt.Client(urls[1]) as client:
         assert client.encode_texts(["red"]).shape == (1, 8)
@@ -88,7 +99,9 @@ def test_two_serve_side_by_side_and_a_client_needs_an_address_only(
     assert wait_until(lambda: not find_remains(second.pid))
 
 
-def test_told_to_end_it_answers_what_is_under_way_and_accepts_no_more(start_serve, repository):
+def test_told_to_end_it_answers_what_is_under_way_and_accepts_no_more(
+    start_serve, repository, tmp_path
+):
     process = start_serve(repository)
     url = read_url(process)
     with triton.InferenceServerClient(url) as client:
@@ -113,8 +126,7 @@ def test_told_to_end_it_answers_what_is_under_way_and_accepts_no_more(start_serv
             assert not answers
         assert wait_until(lambda: answers)
         assert answers == [None]
-    assert process.wait(timeout=30) == 0
-    assert not find_remains(process.pid)
+    assert_ended_cleanly(process, tmp_path / "log 0")
 
 
 def make_pixels() -> triton.InferInput:
@@ -122,6 +134,42 @@ def make_pixels() -> triton.InferInput:
     pixels = triton.InferInput("pixels", [1, side_px, side_px, 3], "UINT8")
     pixels.set_data_from_numpy(np.zeros((1, side_px, side_px, 3), np.uint8))
     return pixels
+
+
+def test_started_at_once_and_told_to_end_at_once_each_ends_cleanly(
+    start_serve, bare_repository, tmp_path
+):
+    before = set(Path("/tmp").glob("python_env_*"))
+    processes = [start_serve(bare_repository) for _ in range(3)]
+    for process in processes:
+        read_url(process)
+    assert wait_until(lambda: not set(Path("/tmp").glob("python_env_*")) - before)
+    with EmbeddedServer(bare_repository):  # Which starts and is killed meanwhile.
+        for process, number in zip(
+            processes, (signal.SIGTERM, signal.SIGINT, signal.SIGTERM), strict=True
+        ):
+            process.send_signal(number)
+    for index, process in enumerate(processes):
+        assert_ended_cleanly(process, tmp_path / f"log {index}")
+    assert wait_until(lambda: not set(Path("/tmp").glob("python_env_*")) - before)
+
+
+def test_it_says_where_it_serves_what_in_any_encoding_and_to_nobody(
+    start_serve, tmp_path, monkeypatch
+):
+    repository = tiny_repository.write_bare(tmp_path / "modèles ✓")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("LC_ALL", "C")
+    process = start_serve(repository)
+    read_url(process)
+    process.terminate()
+    assert_ended_cleanly(process, tmp_path / "log 0")
+    deaf = start_serve(repository)
+    deaf.stdout.close()
+    deaf.stdout = None
+    assert wait_until(lambda: "listens on" in (tmp_path / "log 1").read_text(), timeout_s=30)
+    deaf.terminate()
+    assert deaf.wait(timeout=30) == 0
 
 
 def test_one_that_dies_is_started_again_at_its_address(start_serve, bare_repository):
