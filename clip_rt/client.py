@@ -319,7 +319,7 @@ class Client:
             TextError: a label cannot be used; carries its index.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
-        checked, found = _check_labels(labels), prompts.find_templates(templates)
+        checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         with self._call("class_embeddings", timeout_s) as (model, deadline):
             return self._embed_classes(model, checked, found, deadline)
 
@@ -350,7 +350,7 @@ class Client:
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
         check_on_error(on_error)
-        checked, found = _check_labels(labels), prompts.find_templates(templates)
+        checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         if not checked:
             raise InputError("labels is empty; name at least one.")
         with self._call("zero_shot", timeout_s) as (model, deadline):
@@ -638,17 +638,6 @@ def _finish(gathering: Gathering, lane: Lane, what: str) -> Encoded:
     telemetry.count(what, len(encoded.indices))
     telemetry.count("failures", len(encoded.failures))
     return encoded
-
-
-def _check_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels as a tuple, each a string that says something."""
-    is_list = isinstance(labels, Iterable) and getattr(labels, "ndim", 1) > 0
-    if isinstance(labels, (str, bytes)) or not is_list:
-        raise TextError(f"labels is a {type(labels).__name__}; pass a list of strings.")
-    checked = tuple(labels)
-    for index, label in enumerate(checked):
-        prompts.fill(prompts.SLOT, label, index=index)
-    return checked
 
 
 def _blame_label(error: TextError, positions: Sequence[int], num_templates: int) -> TextError:

@@ -24,7 +24,7 @@ from clip_rt import batching
 from clip_rt.decoding import ImageInput
 from clip_rt.errors import CheckpointError
 from clip_rt.images import Images, iterate
-from clip_rt.prompts import fill, find_templates
+from clip_rt.prompts import check_labels, fill, find_templates
 from clip_rt.specs import Activation, find_spec
 from clip_rt.tokenizer import encode
 from clip_rt.transform import prepare
@@ -160,7 +160,7 @@ def class_embeddings(
     Raises:
         TemplateError, TextError: see `clip_rt.Client.class_embeddings`.
     """
-    frames = find_templates(templates)
+    labels, frames = check_labels(labels), find_templates(templates)
     texts = [fill(frame, label, index=i) for i, label in enumerate(labels) for frame in frames]
     embeddings = embed_texts(model, texts, progress=progress)
     return pool(embeddings.reshape(len(labels), len(frames), -1))
