@@ -57,9 +57,11 @@ Item = TypeVar("Item")
 TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
 """Room for some 25,000 class embeddings of 512 numbers."""
-PROMPTS_AT_ONCE = 256
-"""About how many prompts make up a chunk of class embeddings; when the time of a call is over, the
-chunks that are finished are kept."""
+FIRST_PROMPTS = 64
+MAX_PROMPTS = 1024
+"""Prompts whose class embeddings are finished together, at first and at most: the number doubles.
+What a call loses when its time is over is at most about half of what it did, however slow the
+server is, and at length the prompts are sorted by length over many requests."""
 
 
 class Client:
@@ -681,12 +683,13 @@ def _make_classes(
     The prompts of the next labels are sent before the last answers are back, so that small chunks
     cost no waiting.
     """
-    step = max(1, PROMPTS_AT_ONCE // len(templates))
     chunks: deque[_Chunk] = deque()
 
     def batches() -> Iterator[NDArray[np.int32]]:
-        for start in range(0, len(positions), step):
-            some = positions[start : start + step]
+        start, num_prompts = 0, FIRST_PROMPTS
+        while start < len(positions):
+            some = positions[start : start + max(1, num_prompts // len(templates))]
+            start, num_prompts = start + len(some), min(2 * num_prompts, MAX_PROMPTS)
             texts = [
                 prompts.fill(template, labels[position])
                 for position in some

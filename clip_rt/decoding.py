@@ -17,7 +17,8 @@ import numbers
 import os
 import stat
 import struct
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -31,6 +32,9 @@ MAX_PIXELS = 64_000_000
 """Largest width x height accepted, checked before decoding; about 256 MB once decoded."""
 MAX_BYTES = 32 * 1024 * 1024
 """Largest encoded image accepted; one byte more than this is the most that is read of a file."""
+
+PART_BYTES = 1024**2
+"""Read at a time."""
 
 DECODERS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 """Pillow's decoders that bytes and files may reach, of the 40 and more that it has."""
@@ -85,6 +89,20 @@ def check_decode(decode: str) -> None:
         raise InputError(f"decode is {decode!r:.40}; it must be 'exact' or 'fast'.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How large an image may be; also the part of a command's options that says so."""
+
+    max_pixels: int = MAX_PIXELS
+    """Largest width x height of an image, read from its header."""
+    max_bytes: int = MAX_BYTES
+    """Largest encoded size of an image."""
+
+    def __post_init__(self) -> None:
+        """Refuse what bounds nothing; see `check_limits`."""
+        check_limits(max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+
+
 def check_limits(*, max_pixels: int, max_bytes: int) -> None:
     """Refuse what bounds nothing.
 
@@ -94,6 +112,9 @@ def check_limits(*, max_pixels: int, max_bytes: int) -> None:
     for name, limit in (("max_pixels", max_pixels), ("max_bytes", max_bytes)):
         if not (isinstance(limit, numbers.Real) and limit >= 1):
             raise InputError(f"{name} is {limit!r:.40}; it must be a number from 1.")
+
+
+DEFAULT_LIMITS = Limits()
 
 
 def is_file(image: object) -> bool:
@@ -278,16 +299,15 @@ def _read_stream(file: Any, *, max_bytes: int) -> bytes:
         raise is_text
     if inspect.iscoroutinefunction(file.read):
         raise is_async
-    parts, left_bytes = [], _as_size(max_bytes) + 1
+    parts = []
     try:
-        while left_bytes > 0 and (part := file.read(left_bytes)):
+        for part in _read_parts(file, max_bytes=max_bytes):
             if isinstance(part, str):
                 raise is_text
             if inspect.isawaitable(part):
                 getattr(part, "close", lambda: None)()
                 raise is_async
             parts.append(bytes(part))
-            left_bytes -= len(parts[-1])
     except ImageError:
         raise
     except UnicodeDecodeError as error:
@@ -314,7 +334,7 @@ def _read_path(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
             os.close(descriptor)
             raise
         with open(descriptor, "rb") as file:
-            return file.read(_as_size(max_bytes) + 1)
+            return b"".join(_read_parts(file, max_bytes=max_bytes))
     except ImageError:
         raise
     # ValueError: a NUL in the name, or one that the file system's encoding lacks.
@@ -326,9 +346,12 @@ def _read_path(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
         ) from error
 
 
-def _as_size(max_bytes: float) -> int:
-    """Return what `read` takes, for a limit that may be infinite."""
-    return int(min(max_bytes, sys.maxsize - 1))
+def _read_parts(file: Any, *, max_bytes: float) -> Iterator[Any]:
+    """Read to the end, or one byte more than `max_bytes`, without room for all of that."""
+    left_bytes = max_bytes + 1
+    while left_bytes > 0 and (part := file.read(int(min(left_bytes, PART_BYTES)))):
+        yield part
+        left_bytes -= len(part)
 
 
 def _check_file(status: os.stat_result, *, max_bytes: int) -> None:

@@ -32,7 +32,7 @@ def check_list(given: object, name: str, what: str, error: type[InputError]) -> 
     kind = type(given).__name__
     num_axes = count_axes(given)
     if isinstance(given, (str, bytes, bytearray, memoryview)):
-        way_out = f"Pass a list, of one item too: [{name[:-1]}]; bytes are decoded with .decode()."
+        way_out = f"Pass a list of {what}, [{name[:-1]}] for one alone; bytes are decoded first."
     elif isinstance(given, Mapping):
         way_out = f"Pass a list: list({name}) of its keys, or list({name}.values())."
     elif isinstance(given, Set) and not isinstance(given, MappingView):
