@@ -58,7 +58,7 @@ TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
 """Room for some 25,000 class embeddings of 512 numbers."""
 FIRST_PROMPTS = 64
-MAX_PROMPTS = 1024
+MAX_PROMPTS = 512
 """Prompts whose class embeddings are finished together, at first and at most: the number doubles.
 What a call loses when its time is over is at most about half of what it did, however slow the
 server is, and at length the prompts are sorted by length over many requests."""
@@ -220,8 +220,8 @@ class Client:
         that a generator of thousands needs the memory of a few. Equal images are sent once.
 
         Args:
-            images: Paths, encoded bytes, Pillow images or uint8 arrays (H, W, 3), in any mixture;
-                one image alone is a batch of one.
+            images: Paths, encoded bytes, open files, Pillow images, uint8 arrays or tensors
+                (H, W, 3), in any mixture; one image alone is a batch of one, (N, H, W, 3) of N.
             on_error: "raise" the first error, or "skip" images that cannot be used.
             timeout_s: For this call; the client's own if None.
 
@@ -294,7 +294,7 @@ class Client:
         """Embed texts as they are, without a template. Equal texts are sent once.
 
         Args:
-            texts: Strings; one string alone is a batch of one.
+            texts: A list of strings, as `items` has it; one string alone is a batch of one.
             truncate: Cut texts that are too long for the model instead of refusing them.
             on_error: "raise" the first error, or "skip" texts that cannot be used.
             timeout_s: For this call; the client's own if None.
@@ -326,7 +326,7 @@ class Client:
         again goes on from there.
 
         Args:
-            labels: Names of the classes.
+            labels: Names of the classes, a list as `items` has it.
             templates: Name of a template set, or templates with exactly one `{}`; None is
                 "a photo of a {}.".
             timeout_s: For this call; the client's own if None.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from clip_rt.encoded import OnError
 
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
-"""A batch: any iterable of images; one image alone is a batch of one."""
+"""A batch: any list of images, see `items`, or generator; one image alone is a batch of one."""
 
 MAX_THREADS = 8
 """Threads that decode unless the caller asks for more: other work wants the cores as well."""
