@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from clip_rt.errors import ServerTimeoutError
 ENTRY_BYTES = 500
 """About what a key and the bookkeeping take beside the vector."""
 MAX_DISK_BYTES = 1024**3
+WRITE_EVERY_S = 5.0
+"""While a call makes embeddings, the finished ones go to the folder this often, so that they
+outlive a process that is killed."""
 
 
 class Key(NamedTuple):
@@ -51,7 +55,7 @@ class _Flight:
     def __init__(self) -> None:
         self.entries: list[_Entry] = []
         self.vector_by_entry: dict[_Entry, NDArray[np.float32]] = {}
-        """What could be made; all of the entries, unless the call failed."""
+        """What has been made so far; in the end all of the entries, unless the call failed."""
         self.has_landed = False
 
 
@@ -107,20 +111,21 @@ class PromptCache:
     def get_or_make(
         self,
         keys: Sequence[Key],
-        make: Callable[[Sequence[int]], NDArray[np.float32]],
+        make: Callable[[Sequence[int]], Iterable[NDArray[np.float32]]],
         *,
         dim: int,
         deadline: Deadline,
     ) -> NDArray[np.float32]:
         """Return the embeddings of keys, made now where they are not known.
 
-        What another thread is making is waited for, and made here if it fails there.
+        What another thread is making is waited for, and made here if it fails there. However the
+        call ends, the embeddings that were made are kept, and whoever waits for them has them.
 
         Args:
             keys: Any number, in any mixture.
             make: Is given the ascending positions in `keys` of what is missing, each distinct key
-                once, and returns float32 (len(positions), dim), rows of length 1. Not called when
-                nothing is missing; no lock is held meanwhile.
+                once, and returns or yields a row for each, float32 (dim,) of length 1. Not called
+                when nothing is missing; no lock is held meanwhile.
             dim: Numbers in an embedding.
             deadline: How long to wait for another thread; `make` minds its own time.
 
@@ -128,8 +133,9 @@ class PromptCache:
             float32 (len(keys), dim), a copy.
 
         Raises:
-            ServerTimeoutError: another thread was still making some of them at the deadline.
-            Exception: what `make` raises; nothing of that is kept.
+            ServerTimeoutError: another thread was still making some of them at the deadline, or
+                `make` raised it; says how many are left.
+            Exception: what else `make` raises.
         """
         if not keys:
             return np.empty((0, dim), np.float32)
@@ -143,17 +149,18 @@ class PromptCache:
         while missing:
             flight = _Flight()
             try:
-                others = self._claim(missing, flight, vector_by_entry)
-                made = self._find_or_make(flight, position_by_entry, make, dim)
-            finally:
-                # Also after an interrupt, or others would wait for nobody.
-                self._land(flight)
-            vector_by_entry |= flight.vector_by_entry
-            with telemetry.stage("cache", 0):
-                self._write(made, vector_by_entry)
-            # Only now that its own are done, so that no two calls wait for each other.
-            for other in others:
-                self._wait(other, missing, vector_by_entry, deadline)
+                try:
+                    others = self._claim(missing, flight, vector_by_entry)
+                    self._find_or_make(flight, position_by_entry, make, dim)
+                finally:
+                    # Also after an interrupt, or others would wait for nobody.
+                    self._land(flight)
+                    vector_by_entry |= flight.vector_by_entry
+                # Only now that its own are done, so that no two calls wait for each other.
+                for other in others:
+                    self._wait(other, missing, vector_by_entry, deadline)
+            except ServerTimeoutError as error:
+                raise self._count_left(error, missing, vector_by_entry) from error
             missing = [entry for entry in missing if entry not in vector_by_entry]
         return np.concatenate([vector_by_entry[entry] for entry in entries]).reshape(-1, dim)
 
@@ -198,23 +205,39 @@ class PromptCache:
         self,
         flight: _Flight,
         position_by_entry: dict[_Entry, int],
-        make: Callable[[Sequence[int]], NDArray[np.float32]],
+        make: Callable[[Sequence[int]], Iterable[NDArray[np.float32]]],
         dim: int,
-    ) -> list[_Entry]:
-        """Fill the flight from the folder and with what `make` returns; return what was made."""
+    ) -> None:
+        """Fill the flight from the folder and with what `make` gives, which is written there."""
         with telemetry.stage("cache", 0):
-            flight.vector_by_entry |= self._read(flight.entries, dim)
-        num_found = len(flight.vector_by_entry)
-        missing = [entry for entry in flight.entries if entry not in flight.vector_by_entry]
-        if missing:
+            found = self._read(flight.entries, dim)
+        with self._landing:
+            flight.vector_by_entry |= found
+            self._landing.notify_all()
+            self.disk_hits += len(found)
+        telemetry.count("cache_disk_hits", len(found))
+        missing = [entry for entry in flight.entries if entry not in found]
+        if not missing:
+            return
+        unwritten: list[_Entry] = []
+        written_at_s = time.monotonic()
+        try:
             rows = make([position_by_entry[entry] for entry in missing])
-            flight.vector_by_entry.update(zip(missing, rows, strict=True))
-        with self._lock:
-            self.disk_hits += num_found
-            self.misses += len(missing)
-        telemetry.count("cache_disk_hits", num_found)
-        telemetry.count("cache_misses", len(missing))
-        return missing
+            for entry, row in zip(missing, rows, strict=True):
+                with self._landing:
+                    flight.vector_by_entry[entry] = row
+                    self.misses += 1
+                    self._landing.notify_all()
+                unwritten.append(entry)
+                if time.monotonic() - written_at_s > WRITE_EVERY_S:
+                    self._write(unwritten, flight.vector_by_entry)
+                    unwritten, written_at_s = [], time.monotonic()
+        finally:
+            telemetry.count("cache_misses", sum(each in flight.vector_by_entry for each in missing))
+            # Before the disk, which may be slow.
+            self._land(flight)
+            with telemetry.stage("cache", 0):
+                self._write(unwritten, flight.vector_by_entry)
 
     def _land(self, flight: _Flight) -> None:
         with self._lock:
@@ -226,6 +249,30 @@ class PromptCache:
             flight.has_landed = True
             self._landing.notify_all()
 
+    def _count_left(
+        self,
+        error: ServerTimeoutError,
+        missing: list[_Entry],
+        vector_by_entry: dict[_Entry, NDArray[np.float32]],
+    ) -> ServerTimeoutError:
+        """Return the error with how many embeddings are left to make, and what is kept."""
+        num_left = sum(entry not in vector_by_entry for entry in missing)
+        with self._lock:
+            num_kept = sum(entry in self._vector_by_entry for entry in vector_by_entry)
+        if self._disk is not None or num_kept == len(vector_by_entry):
+            outlook = "What is finished is kept: calling again goes on from there."
+        else:
+            outlook = (
+                f"Of what is finished {num_kept:,} are kept: raise cache_bytes= or name a "
+                "cache_dir=, so that calling again goes on from there."
+            )
+        num_all = len(vector_by_entry) + num_left
+        return ServerTimeoutError(
+            f"{error} {num_left:,} of {num_all:,} class embeddings are left to make. {outlook}",
+            url=error.url,
+            timeout_s=error.timeout_s,
+        )
+
     def _wait(
         self,
         other: _Flight,
@@ -234,25 +281,35 @@ class PromptCache:
         deadline: Deadline,
     ) -> None:
         wait_s = min(deadline.remaining_s(), threading.TIMEOUT_MAX)
+        others = set(other.entries)
+        wanted = [entry for entry in missing if entry in others]
+        num_there = 0
+
+        def is_over() -> bool:
+            # The rows come in order, so that each is looked at once.
+            nonlocal num_there
+            while num_there < len(wanted) and wanted[num_there] in other.vector_by_entry:
+                num_there += 1
+            is_complete = num_there == len(wanted)
+            return is_complete or other.has_landed or deadline.remaining_s() <= 0
+
         with deadline.waking(self._wake), self._landing:
-            self._landing.wait_for(
-                lambda: other.has_landed or deadline.remaining_s() <= 0, timeout=wait_s
-            )
-        if not other.has_landed:
+            self._landing.wait_for(is_over, timeout=wait_s)
+            made = {
+                entry: other.vector_by_entry[entry]
+                for entry in wanted
+                if entry in other.vector_by_entry
+            }
+            vector_by_entry |= made
+            self.hits += len(made)
+        telemetry.count("cache_hits", len(made))
+        if len(made) < len(wanted) and not other.has_landed:
+            num_left = len(other.entries) - len(other.vector_by_entry)
             raise ServerTimeoutError(
-                f"another call was still making {len(other.entries)} of the same class embeddings "
+                f"another call was still making {num_left} of the same class embeddings "
                 f"after {deadline.timeout_s:g} s. Allow more with timeout_s=.",
                 timeout_s=deadline.timeout_s,
             )
-        made = {
-            entry: other.vector_by_entry[entry]
-            for entry in missing
-            if entry in other.vector_by_entry
-        }
-        vector_by_entry |= made
-        with self._lock:
-            self.hits += len(made)
-        telemetry.count("cache_hits", len(made))
 
     def _wake(self) -> None:
         """Have those who wait look at their deadlines; one was called off."""
@@ -281,7 +338,7 @@ class PromptCache:
     def _write(
         self, made: list[_Entry], vector_by_entry: dict[_Entry, NDArray[np.float32]]
     ) -> None:
-        if self._disk is None:
+        if self._disk is None or not made:
             return
         for namespace, labels in _group(made).items():
             rows = np.stack([vector_by_entry[namespace, label] for label in labels])

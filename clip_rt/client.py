@@ -11,7 +11,9 @@ import os
 import re
 import threading
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -24,13 +26,16 @@ from clip_rt.cache import Key, PromptCache
 from clip_rt.channel import TLS, parse_url
 from clip_rt.connection import Connection, Model
 from clip_rt.deadline import START_TIMEOUT_S, Deadline
-from clip_rt.decoding import Decode, check_decode
+from clip_rt.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
 from clip_rt.encoded import Encoded, Gathering, OnError, check_on_error, number_parts
 from clip_rt.errors import (
     ClientClosedError,
     ContractError,
     ImageError,
+    InferenceError,
     InputError,
+    NonFiniteEmbeddingError,
+    ServerError,
     ServerTimeoutError,
     TextError,
     TextTooLongError,
@@ -52,8 +57,11 @@ Item = TypeVar("Item")
 TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
 """Room for some 25,000 class embeddings of 512 numbers."""
-PROMPTS_AT_ONCE = 4096
-"""Prompts held in memory at a time while class embeddings are made."""
+FIRST_PROMPTS = 64
+MAX_PROMPTS = 512
+"""Prompts whose class embeddings are finished together, at first and at most: the number doubles.
+What a call loses when its time is over is at most about half of what it did, however slow the
+server is, and at length the prompts are sorted by length over many requests."""
 
 
 class Client:
@@ -76,7 +84,11 @@ class Client:
             Starting the embedded server comes on top, at the first call.
         start_timeout_s: Longest wait for the embedded server to load its models.
         fingerprint: Insist on these weights, as `manifest.fingerprint` names them.
-        exif: Turn photographs upright as their EXIF orientation says.
+        exif: Turn photographs upright as their EXIF orientation says; see `images.prepare` for
+            which images have one.
+        max_pixels: Largest width x height of an image, read from its header. A picture takes 4
+            bytes a pixel while it is decoded, on each core.
+        max_bytes: Largest encoded size of an image.
         decode: "exact", or "fast" for large JPEGs decoded at a smaller scale, nearly the same; see
             `images.prepare`.
         headers: Sent with every request, to say who asks; never logged or shown.
@@ -101,6 +113,8 @@ class Client:
         start_timeout_s: float = START_TIMEOUT_S,
         fingerprint: str | None = None,
         exif: bool = True,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
         decode: Decode = "exact",
         headers: Mapping[str, str] | None = None,
         tls: TLS | None = None,
@@ -111,6 +125,7 @@ class Client:
             raise InputError("url and repository exclude each other; name a server or a folder.")
         urls = None if url is None else _split_urls(url)
         check_decode(decode)
+        check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
         _check_headers(headers)
         if model is not None:
             slug(model)
@@ -135,6 +150,8 @@ class Client:
         self._start_timeout_s = start_timeout_s
         self._fingerprint = fingerprint
         self._exif = exif
+        self._max_pixels = max_pixels
+        self._max_bytes = max_bytes
         self._decode: Decode = decode
         self._headers = dict(headers or {})
         self._tls = tls
@@ -203,8 +220,8 @@ class Client:
         that a generator of thousands needs the memory of a few. Equal images are sent once.
 
         Args:
-            images: Paths, encoded bytes, Pillow images or uint8 arrays (H, W, 3), in any mixture;
-                one image alone is a batch of one.
+            images: Paths, encoded bytes, open files, Pillow images, uint8 arrays or tensors
+                (H, W, 3), in any mixture; one image alone is a batch of one, (N, H, W, 3) of N.
             on_error: "raise" the first error, or "skip" images that cannot be used.
             timeout_s: For this call; the client's own if None.
 
@@ -277,7 +294,7 @@ class Client:
         """Embed texts as they are, without a template. Equal texts are sent once.
 
         Args:
-            texts: Strings; one string alone is a batch of one.
+            texts: A list of strings, as `items` has it; one string alone is a batch of one.
             truncate: Cut texts that are too long for the model instead of refusing them.
             on_error: "raise" the first error, or "skip" texts that cannot be used.
             timeout_s: For this call; the client's own if None.
@@ -305,8 +322,11 @@ class Client:
     ) -> NDArray[np.float32]:
         """Embed labels as classes; those seen before come from memory, or from `cache_dir`.
 
+        Those that are finished when the time is over, or an error ends the call, are kept: calling
+        again goes on from there.
+
         Args:
-            labels: Names of the classes.
+            labels: Names of the classes, a list as `items` has it.
             templates: Name of a template set, or templates with exactly one `{}`; None is
                 "a photo of a {}.".
             timeout_s: For this call; the client's own if None.
@@ -319,7 +339,7 @@ class Client:
             TextError: a label cannot be used; carries its index.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
-        checked, found = _check_labels(labels), prompts.find_templates(templates)
+        checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         with self._call("class_embeddings", timeout_s) as (model, deadline):
             return self._embed_classes(model, checked, found, deadline)
 
@@ -350,7 +370,7 @@ class Client:
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
         check_on_error(on_error)
-        checked, found = _check_labels(labels), prompts.find_templates(templates)
+        checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         if not checked:
             raise InputError("labels is empty; name at least one.")
         with self._call("zero_shot", timeout_s) as (model, deadline):
@@ -505,6 +525,8 @@ class Client:
             images,
             side_px=model.manifest.side_px,
             exif=self._exif,
+            max_pixels=self._max_pixels,
+            max_bytes=self._max_bytes,
             decode=self._decode,
             num_threads=count_threads(),
             on_error=on_error,
@@ -553,42 +575,17 @@ class Client:
         model: Model,
         texts: tokenizer.Texts,
         deadline: Deadline,
-        on_error: OnError = "raise",
+        on_error: OnError,
         *,
-        truncate: bool = False,
+        truncate: bool,
     ) -> Encoded:
-        manifest, lane, gathering = model.manifest, model.text, Gathering()
-        token_ids: list[list[int]] = []
-        source = tokenizer.iterate(texts)
-        with telemetry.stage("tokenize", len(source) if isinstance(source, Sized) else 1):
-            for index, text in enumerate(_until(deadline, source)):
-                try:
-                    ids = tokenizer.encode_text(
-                        text,
-                        index=index,
-                        context_length=manifest.context_length,
-                        truncate=truncate,
-                    )
-                except TextError as error:
-                    if on_error == "raise":
-                        raise
-                    gathering.add_failure(error)
-                else:
-                    gathering.row_by_item.append(len(token_ids))
-                    token_ids.append(ids)
-        with telemetry.stage("prepare", len(token_ids)):
-            plan = batching.plan_texts(
-                token_ids, max_rows=lane.max_rows, buckets=manifest.text_buckets
-            )
-            gathering.row_by_item = [
-                int(plan.row_by_text[row]) if row >= 0 else -1 for row in gathering.row_by_item
-            ]
+        gathering, batches = _lay_out(model, texts, deadline, on_error, truncate=truncate)
         with contextlib.closing(
-            dispatch.stream(model, lane, plan.batches, lambda: deadline)
+            dispatch.stream(model, model.text, batches, lambda: deadline)
         ) as answers:
             for answer in answers:
                 gathering.add_answer(answer, on_error)
-        return _finish(gathering, lane, "texts")
+        return _finish(gathering, model.text, "texts")
 
     def _embed_classes(
         self,
@@ -603,29 +600,16 @@ class Client:
         words = tokenizer.fingerprint()
         keys = [Key(weights, words, manifest.context_length, templates, each) for each in labels]
 
-        def make(positions: Sequence[int]) -> NDArray[np.float32]:
-            step = max(1, PROMPTS_AT_ONCE // len(templates))
-            pooled = []
-            for start in range(0, len(positions), step):
-                some = positions[start : start + step]
-                texts = [
-                    prompts.fill(template, labels[position])
-                    for position in some
-                    for template in templates
-                ]
-                try:
-                    rows = self._embed_texts(model, texts, deadline).embeddings
-                except TextError as error:
-                    raise _blame_label(error, some, len(templates)) from error
-                pooled.append(zero_shot.pool(rows.reshape(len(some), len(templates), -1)))
-            return np.concatenate(pooled)
+        def make(positions: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+            return _make_classes(model, labels, positions, templates, deadline)
 
         return self._cache.get_or_make(keys, make, dim=manifest.embedding_dim, deadline=deadline)
 
 
 _CONFIGURATION = (
     *("_urls", "_model", "_repository", "_timeout_s", "_start_timeout_s", "_fingerprint"),
-    *("_exif", "_decode", "_headers", "_tls", "_cache_bytes", "_cache_dir"),
+    *("_exif", "_max_pixels", "_max_bytes", "_decode"),
+    *("_headers", "_tls", "_cache_bytes", "_cache_dir"),
 )
 """What a pickled client carries."""
 
@@ -640,15 +624,108 @@ def _finish(gathering: Gathering, lane: Lane, what: str) -> Encoded:
     return encoded
 
 
-def _check_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels as a tuple, each a string that says something."""
-    is_list = isinstance(labels, Iterable) and getattr(labels, "ndim", 1) > 0
-    if isinstance(labels, (str, bytes)) or not is_list:
-        raise TextError(f"labels is a {type(labels).__name__}; pass a list of strings.")
-    checked = tuple(labels)
-    for index, label in enumerate(checked):
-        prompts.fill(prompts.SLOT, label, index=index)
-    return checked
+def _lay_out(
+    model: Model,
+    texts: tokenizer.Texts,
+    deadline: Deadline,
+    on_error: OnError = "raise",
+    *,
+    truncate: bool = False,
+) -> tuple[Gathering, tuple[NDArray[np.int32], ...]]:
+    """Return the batches to send for texts, and what will gather their answers."""
+    manifest, gathering = model.manifest, Gathering()
+    token_ids: list[list[int]] = []
+    source = tokenizer.iterate(texts)
+    with telemetry.stage("tokenize", len(source) if isinstance(source, Sized) else 1):
+        for index, text in enumerate(_until(deadline, source)):
+            try:
+                ids = tokenizer.encode_text(
+                    text,
+                    index=index,
+                    context_length=manifest.context_length,
+                    truncate=truncate,
+                )
+            except TextError as error:
+                if on_error == "raise":
+                    raise
+                gathering.add_failure(error)
+            else:
+                gathering.row_by_item.append(len(token_ids))
+                token_ids.append(ids)
+    with telemetry.stage("prepare", len(token_ids)):
+        plan = batching.plan_texts(
+            token_ids, max_rows=model.text.max_rows, buckets=manifest.text_buckets
+        )
+        gathering.row_by_item = [
+            int(plan.row_by_text[row]) if row >= 0 else -1 for row in gathering.row_by_item
+        ]
+    return gathering, plan.batches
+
+
+@dataclass
+class _Chunk:
+    """Some labels whose prompts are under way together."""
+
+    positions: Sequence[int]
+    gathering: Gathering
+    num_batches: int
+
+
+def _make_classes(
+    model: Model,
+    labels: tuple[str, ...],
+    positions: Sequence[int],
+    templates: tuple[str, ...],
+    deadline: Deadline,
+) -> Iterator[NDArray[np.float32]]:
+    """Yield the class embedding, (D,), of each label at `positions`, in order, as they come.
+
+    The prompts of the next labels are sent before the last answers are back, so that small chunks
+    cost no waiting.
+    """
+    chunks: deque[_Chunk] = deque()
+
+    def batches() -> Iterator[NDArray[np.int32]]:
+        start, num_prompts = 0, FIRST_PROMPTS
+        while start < len(positions):
+            some = positions[start : start + max(1, num_prompts // len(templates))]
+            start, num_prompts = start + len(some), min(2 * num_prompts, MAX_PROMPTS)
+            texts = [
+                prompts.fill(template, labels[position])
+                for position in some
+                for template in templates
+            ]
+            try:
+                gathering, laid_out = _lay_out(model, texts, deadline)
+            except TextError as error:
+                raise _blame_label(error, some, len(templates)) from error
+            chunks.append(_Chunk(some, gathering, len(laid_out)))
+            yield from laid_out
+
+    with contextlib.closing(
+        dispatch.stream(model, model.text, batches(), lambda: deadline)
+    ) as answers:
+        for answer in answers:
+            chunk = chunks[0]
+            try:
+                chunk.gathering.add_answer(answer, "raise")
+            except (InferenceError, NonFiniteEmbeddingError) as error:
+                if error.index is None or not isinstance(error.__cause__, ServerError):
+                    raise
+                position = chunk.positions[error.index // len(templates)]
+                raise dispatch.blame_item(error.__cause__, position) from error.__cause__
+            chunk.num_batches -= 1
+            if chunk.num_batches:
+                continue
+            rows = _finish(chunk.gathering, model.text, "texts").embeddings
+            try:
+                pooled = zero_shot.pool(rows.reshape(len(chunk.positions), len(templates), -1))
+            except NonFiniteEmbeddingError as error:
+                position = chunk.positions[error.index]
+                message = str(error).replace(f"class {error.index} ", f"class {position} ")
+                raise NonFiniteEmbeddingError(message, index=position) from error
+            chunks.popleft()
+            yield from pooled
 
 
 def _blame_label(error: TextError, positions: Sequence[int], num_templates: int) -> TextError:

@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast, overload
 
@@ -19,15 +19,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_rt import telemetry
-from clip_rt.decoding import BYTES_LIKE, MAX_BYTES, MAX_PIXELS, Decode, ImageInput, check_decode
+from clip_rt.decoding import (
+    BYTES_LIKE,
+    MAX_BYTES,
+    MAX_PIXELS,
+    Decode,
+    ImageInput,
+    check_decode,
+    check_limits,
+    is_array_like,
+    is_file,
+)
 from clip_rt.errors import ImageError, InputError
+from clip_rt.items import check_list, count_axes
 from clip_rt.transform import Square, check_side, is_square, prepare
 
 if TYPE_CHECKING:
     from clip_rt.encoded import OnError
 
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
-"""A batch: any iterable of images; one image alone is a batch of one."""
+"""A batch: any list of images, see `items`, or generator; one image alone is a batch of one."""
 
 MAX_THREADS = 8
 """Threads that decode unless the caller asks for more: other work wants the cores as well."""
@@ -154,6 +165,7 @@ def prepare_each(
     side_px = check_side(side_px)
     num_threads = _check_num_threads(num_threads)
     check_decode(decode)
+    check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
 
     def try_to_prepare(index: int, image: ImageInput) -> Square | ImageError:
         try:
@@ -206,16 +218,13 @@ def iterate(images: Images) -> Iterator[ImageInput]:
     An array is one image unless it has four axes, (N, H, W, 3), or is a list of objects.
 
     Raises:
-        ImageError: `images` is neither an image nor an ordered collection of images.
+        ImageError: `images` is neither an image nor a list of images, as `items` has it.
     """
     if _is_one(images):
         return iter((cast("ImageInput", images),))
-    if isinstance(images, (Mapping, Set)) or not isinstance(images, Iterable):
-        raise ImageError(
-            f"images is a {type(images).__name__}, which is no ordered collection of images. "
-            "Pass a list or a generator."
-        )
-    return iter(cast("Iterable[ImageInput]", images))
+    if isinstance(images, Iterable) and count_axes(images) == 4:
+        return iter(cast("Iterable[ImageInput]", images))
+    return iter(check_list(images, "images", "images", ImageError))
 
 
 def _check_num_threads(num_threads: int) -> int:
@@ -229,12 +238,13 @@ def _check_num_threads(num_threads: int) -> int:
 
 
 def _is_one(images: object) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim not in (1, 4)
+    if isinstance(images, np.ndarray) or (
+        is_array_like(images) and not hasattr(images, "__dataframe__")
+    ):
+        return count_axes(images) not in (1, 4)
     # An open file is iterable too, but line by line.
-    return isinstance(images, (Image.Image, str, os.PathLike, *BYTES_LIKE)) or hasattr(
-        images, "read"
-    )
+    is_single = isinstance(images, (Image.Image, str, os.PathLike, *BYTES_LIKE))
+    return is_single or is_file(images)
 
 
 def _work_ahead(

@@ -9,11 +9,12 @@ Source of the named sets: openai/CLIP; each set in `data/prompt_templates.json` 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from clip_rt.errors import TemplateError, TextError
+from clip_rt.items import check_list, describe_non_string
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 """The one template used when none is asked for (Radford et al. 2021, section 3.1.4)."""
@@ -46,13 +47,8 @@ def find_templates(templates: str | Iterable[str] | None = None) -> tuple[str, .
         return (DEFAULT_TEMPLATE,)
     if isinstance(templates, str):
         return _find_set(templates)
-    is_list = isinstance(templates, Iterable) and getattr(templates, "ndim", 1) > 0
-    if isinstance(templates, (bytes, Mapping, Set)) or not is_list:
-        raise TemplateError(
-            f"templates is a {type(templates).__name__}. Pass a list of strings, or one of the "
-            f"names {', '.join(template_names())}."
-        )
-    checked = tuple(check_template(each, index=index) for index, each in enumerate(templates))
+    listed = check_list(templates, "templates", "strings", TemplateError)
+    checked = tuple(check_template(each, index=index) for index, each in enumerate(listed))
     if not checked:
         raise TemplateError(f"there is no template; one like {DEFAULT_TEMPLATE!r} is needed.")
     return checked
@@ -67,8 +63,7 @@ def check_template(template: str, *, index: int | None = None) -> str:
     name = "template" if index is None else f"template {index}"
     if not isinstance(template, str):
         raise TemplateError(
-            f"{name} is a {type(template).__name__}; it must be a string like "
-            f"{DEFAULT_TEMPLATE!r}.",
+            f"{name} {describe_non_string(template)} One is {DEFAULT_TEMPLATE!r}.",
             index=index,
         )
     num_slots = template.count(SLOT)
@@ -79,6 +74,18 @@ def check_template(template: str, *, index: int | None = None) -> str:
             index=index,
         )
     return template
+
+
+def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels in order, each a string that says something.
+
+    Raises:
+        TextError: they are no list, see `items`, or one cannot be used; then it carries its index.
+    """
+    checked = tuple(check_list(labels, "labels", "strings", TextError))
+    for index, label in enumerate(checked):
+        fill(SLOT, label, index=index)
+    return checked
 
 
 def fill(template: str, label: str, *, index: int | None = None) -> str:
@@ -99,7 +106,7 @@ def fill(template: str, label: str, *, index: int | None = None) -> str:
     check_template(template)
     name = "label" if index is None else f"label {index}"
     if not isinstance(label, str):
-        raise TextError(f"{name} is a {type(label).__name__}; it must be a string.", index=index)
+        raise TextError(f"{name} {describe_non_string(label)}", index=index)
     if not label.strip():
         raise TextError(
             f"{name} is {label[:20]!r} and says nothing. Name what to look for.", index=index

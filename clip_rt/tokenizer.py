@@ -16,7 +16,7 @@ import html
 import io
 import itertools
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, TextError, TextTooLongError
+from clip_rt.items import check_list, describe_non_string
 from clip_rt.specs import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT
 
 if TYPE_CHECKING:
@@ -148,27 +149,16 @@ def iterate(texts: Texts) -> Iterable[str]:
     """Return a batch to loop over without looking at its items; one string becomes a batch of one.
 
     Raises:
-        TextError: it is no ordered collection.
+        TextError: it is no list, as `items` has it.
     """
     if isinstance(texts, str):
         return (texts,)
-    # An array without axes says it can be iterated, and cannot.
-    is_list = isinstance(texts, Iterable) and getattr(texts, "ndim", 1) > 0
-    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not is_list:
-        raise TextError(
-            f"texts is a {type(texts).__name__}, which is no ordered collection of strings. "
-            "Pass a list or a generator of str."
-        )
-    return texts
+    return check_list(texts, "texts", "strings", TextError)
 
 
 def _check(text: str, name: str, index: int | None) -> None:
     if not isinstance(text, str):
-        raise TextError(
-            f"{name} is a {type(text).__name__}; it must be a str. Decode bytes with "
-            ".decode('utf-8').",
-            index=index,
-        )
+        raise TextError(f"{name} {describe_non_string(text)}", index=index)
     if len(text) > MAX_TEXT_CHARS:
         raise TextError(
             f"{name} has {len(text):,} characters; at most {MAX_TEXT_CHARS:,} are looked at, with "

@@ -7,6 +7,8 @@ Source: open_clip 3.3.0 `transform.py`, `image_transform` (which is openai/CLIP 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import math
 import operator
 import os
@@ -15,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from clip_rt import telemetry
 from clip_rt.decoding import (
@@ -26,6 +28,8 @@ from clip_rt.decoding import (
     Decode,
     ImageInput,
     check_decode,
+    check_limits,
+    is_file,
     open_image,
     shrink,
 )
@@ -33,6 +37,9 @@ from clip_rt.errors import ImageError, InputError
 
 MAX_SIDE_PX = 2048
 """Largest square made; more than any CLIP reads."""
+
+MAX_ASPECT_RATIO = 200
+"""Long side over short side that is resized whatever `max_pixels` is."""
 
 Square: TypeAlias = NDArray[np.uint8]
 """uint8 (side_px, side_px, 3), RGB, not normalised."""
@@ -48,6 +55,9 @@ quarter longer. `benchmarks.decoding` measures all three.
 # Held while a Pillow image of the caller's is loaded, which one it is by its address. Reentrant,
 # since loading reads a file object, which may be of anyone's making.
 _loading = [threading.RLock() for _ in range(64)]
+
+_log = logging.getLogger("clip_rt.images")
+_num_left_as_they_are = itertools.count()
 
 _ORIENTATION = 0x0112
 # Exif 2.3, section 4.6.4, Orientation: what undoes each value; 1 is upright already.
@@ -79,7 +89,11 @@ def prepare(
     * palette and 1-bit images become RGB before the resize, because Pillow would resize them
       with nearest neighbour; transparent pixels keep their palette's colour;
     * the EXIF orientation is applied, so that a photograph is seen as a person sees it; `exif`
-      turns that off, and damaged EXIF counts as none;
+      turns that off, and damaged EXIF counts as none. It is that of the stored pixels: it is
+      applied to paths, bytes and files, and to what `Image.open` returned, loaded, drafted, shrunk
+      in place or pickled as it may be. An image that was made from that one, by `transpose`,
+      `rotate`, `copy`, `convert`, `crop` or `resize`, is its owner's and is taken as it is,
+      whatever EXIF it carries: nobody can tell whether it is upright by now;
     * 16-bit greys are scaled to 8 bits, round(value / 257); Pillow would clip them to white.
       Mode I holds 16-bit greys as well, as it does where Pillow reads and writes PNG. Floating
       point pixels have no defined range and are refused.
@@ -94,13 +108,15 @@ def prepare(
     other formats and images opened by the caller come out as with "exact".
 
     Args:
-        image: One image. A Pillow image is only read; loading a lazy one is its own affair. Several
-            threads may pass the same one.
+        image: One image. A Pillow image is only read; loading a lazy one is its own affair. An open
+            file is read from where it stands to its end, and put back there. Several threads may
+            pass the same one.
         side_px: Side of the square the model reads.
         exif: Turn photographs upright as their EXIF orientation says.
         decode: "exact" or "fast".
         index: Position in the caller's batch, for the error.
-        max_pixels: Largest width x height.
+        max_pixels: Largest width x height; a strip longer than 200 times its width may not have
+            more once it is resized, either.
         max_bytes: Largest encoded size.
 
     Returns:
@@ -112,11 +128,14 @@ def prepare(
     """
     side_px = check_side(side_px)
     check_decode(decode)
+    check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
     if is_square(image, side_px) and side_px**2 <= max_pixels:
         return np.array(image, dtype=np.uint8, order="C")
     try:
         with telemetry.stage("decode"):
-            opened = open_image(image, max_pixels=max_pixels, max_bytes=max_bytes)
+            with _alone(image):
+                opened = open_image(image, max_pixels=max_pixels, max_bytes=max_bytes)
+            _check_strip(*opened.size, side_px=side_px, max_pixels=max_pixels)
             box = None
             if decode == "fast" and opened is not image:
                 box = shrink(opened, short_px=math.ceil(FAST_OVERSAMPLING * side_px))
@@ -162,13 +181,25 @@ def is_square(image: object, side_px: int) -> bool:
     )
 
 
+def _check_strip(width: int, height: int, *, side_px: int, max_pixels: int) -> None:
+    """Bound the image whose shortest side is `side_px`, of which only the centre is kept."""
+    short, long = sorted((width, height))
+    num_pixels = side_px * int(side_px * long / short)
+    if long > MAX_ASPECT_RATIO * short and num_pixels > max_pixels:
+        raise ImageError(
+            f"is {width} x {height} px; with its short side resized to {side_px} it has "
+            f"{num_pixels:,} pixels, and at most {max_pixels:,} are made. Crop or pad it, or raise "
+            "max_pixels."
+        )
+
+
 def _alone(image: ImageInput) -> contextlib.AbstractContextManager[object]:
-    """Let only one thread at a time load a Pillow image of the caller, who may pass it to several.
+    """Let only one thread at a time read what the caller has opened, and may pass to several.
 
     Pillow loads pixels and EXIF when they are first asked for, and two threads that both do so
-    damage each other's.
+    damage each other's. A file has one position.
     """
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) or is_file(image):
         return _loading[id(image) // 64 % len(_loading)]
     return contextlib.nullcontext()
 
@@ -184,10 +215,20 @@ if hasattr(os, "register_at_fork"):
 
 def _find_turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     # Pillow parses EXIF from the file's own offsets; whatever goes wrong means there is none.
     except Exception:
         return None
+    # Pillow gives every image that it makes from another one the EXIF of that one.
+    if turn is None or isinstance(image, ImageFile.ImageFile):
+        return turn
+    if next(_num_left_as_they_are) == 0:
+        _log.warning(
+            "an image that was made from an opened one still carries its EXIF orientation. It is "
+            "taken as it is: it may be upright by now. If not, pass what Image.open returned, the "
+            "file itself, or ImageOps.exif_transpose(image). Others are not reported."
+        )
+    return None
 
 
 def _crop_square(

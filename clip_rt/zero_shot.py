@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, NonFiniteEmbeddingError
+from clip_rt.items import check_list
 
 MIN_NORM = 1e-6
 MAX_SMALL_PRODUCT = 2**22
@@ -106,9 +107,10 @@ def classify(
         logit_bias: Added after scaling; the softmax does not feel it.
 
     Raises:
-        InputError: the shapes do not fit each other, or there is no label.
+        InputError: the shapes do not fit each other, or the labels are none or no list.
     """
-    num_labels, dim = len(labels), image_embeddings.shape[-1]
+    names = tuple(check_list(labels, "labels", "strings", InputError))
+    num_labels, dim = len(names), image_embeddings.shape[-1]
     fits = image_embeddings.ndim == 2 and class_embeddings.shape == (num_labels, dim)
     if not fits or num_labels == 0:
         raise InputError(
@@ -120,7 +122,7 @@ def classify(
     # Shifted so that the largest exponent is 0: exp cannot overflow, and the sum is at least 1.
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = weights / weights.sum(axis=1, keepdims=True)
-    return Scores(labels=tuple(labels), probabilities=probabilities, logits=logits)
+    return Scores(labels=names, probabilities=probabilities, logits=logits)
 
 
 def _multiply(

@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from clip_rt.client import Client
-from clip_rt.decoding import ImageInput
+from clip_rt.decoding import ImageInput, Limits
 from clip_rt.errors import ContractError, ImageError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import slug
@@ -53,7 +53,7 @@ _CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Limits):
     """What to compare, and on what."""
 
     a: tyro.conf.Positional[str]
@@ -132,7 +132,9 @@ def compare(config: CompareConfig) -> Report:
     if config.report is not None and not config.report.parent.is_dir():
         raise InputError(f"there is no folder {config.report.parent} to write the report into.")
     samples, weak = _read(config)
-    (manifest_a, embedded_a), (manifest_b, embedded_b) = (_embed(each, samples) for each in (a, b))
+    (manifest_a, embedded_a), (manifest_b, embedded_b) = (
+        _embed(each, samples, config) for each in (a, b)
+    )
     comparisons = tuple(
         measure(
             sample.name,
@@ -190,9 +192,11 @@ def _read_sample(path: Path, num_images: int, table: NameTable | None) -> Images
     )
 
 
-def _embed(reference: Reference, samples: Sequence[Images]) -> tuple[Manifest, list[Embedded]]:
+def _embed(
+    reference: Reference, samples: Sequence[Images], limits: Limits
+) -> tuple[Manifest, list[Embedded]]:
     """Embed the samples with what is served under a reference."""
-    with reference.connect() as client:
+    with reference.connect(limits) as client:
         with stage(f"serve {reference}") as outcome:
             manifest = client.manifest
             outcome.append(f"{manifest.architecture}, {manifest.precision}")

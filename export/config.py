@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clip_rt.decoding import Limits
 from clip_rt.specs import Activation
 from export.parity import Precision
 from export.repository import KEEP_VERSIONS
@@ -13,7 +14,7 @@ from export.triton_config import MAX_BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Limits):
     """From weights to a model repository."""
 
     model: str

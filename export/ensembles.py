@@ -3,18 +3,22 @@
 `<slug>_jpeg` takes BYTES `image` (N, 1) and `<slug>_prompt` BYTES `text` (N, 1); both answer with
 the embeddings of `clip_rt.Client`, to a client in any language. Each is a front, which prepares
 the input with clip_rt in the server's Python (`python_front.py`), and the tower itself, whatever
-backend that runs in.
+backend that runs in. How large an image may be is a parameter of the front, `max_pixels` and
+`max_bytes`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from clip_rt.decoding import Limits
+from clip_rt.errors import InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, image_model, slug, text_model
 from export.triton_config import ModelConfig
@@ -49,12 +53,28 @@ def folder_names(name: str) -> tuple[str, ...]:
     return tuple(f"{slug(name)}_{part}" for part in parts)
 
 
-def render_ensembles(manifest: Manifest, *, max_batch_size: int) -> dict[str, ModelConfig]:
+def read_limits(config: ModelConfig) -> Limits:
+    """Return how large an image may be for a front, from its config.pbtxt.
+
+    Raises:
+        InputError: what it says there is no limit.
+    """
+    given = {each.name: config.parameters[each.name].string_value for each in fields(Limits)}
+    try:
+        return Limits(**{name: json.loads(value) for name, value in given.items() if value})
+    except ValueError as error:
+        raise InputError(f"{config.name}: {error}") from error
+
+
+def render_ensembles(
+    manifest: Manifest, *, max_batch_size: int, limits: Limits
+) -> dict[str, ModelConfig]:
     """Describe both ensembles and their fronts to Triton, by the names of their folders.
 
     Args:
         manifest: Of the model they lead to.
         max_batch_size: Of its towers.
+        limits: How large an image may be.
     """
     configs: dict[str, ModelConfig] = {}
     for name_tower, road in _ROADS.items():
@@ -62,6 +82,9 @@ def render_ensembles(manifest: Manifest, *, max_batch_size: int) -> dict[str, Mo
         front.backend = "python"
         front.input.add(name=road.raw, data_type=model_config_pb2.TYPE_STRING, dims=[1])
         front.output.add(name=road.prepared, data_type=road.data_type, dims=road.dims)
+        if name_tower is image_model:
+            for name, value in asdict(limits).items():
+                front.parameters[name].string_value = json.dumps(value)
         front.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
         # Whoever waits is prepared together with others, a thread for each core.
         front.dynamic_batching.max_queue_delay_microseconds = 0

@@ -57,6 +57,7 @@ class OnnxConfig(ExportConfig):
     OpenVINO's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
             raise InputError(f"precision is {self.precision}; islands are of fp16 only.")
         if self.precision != "int8":

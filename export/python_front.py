@@ -6,7 +6,8 @@ be installed in the server's Python, so that embeddings are those of `clip_rt.Cl
 with an unusable item gets an error that names the item, and harms no other.
 
 Export copies this file verbatim to `<model>/1/model.py`. Read from config.pbtxt: the input and the
-output, and the parameters `side_px`, `context_length` and `text_buckets`.
+output, and the parameters `side_px`, `context_length` and `text_buckets`; for images `max_pixels`
+and `max_bytes` too, the largest width x height and encoded size, clip_rt's own where they are not.
 """
 
 import json
@@ -38,8 +39,10 @@ class TritonPythonModel:
         # Pillow lets go of the interpreter while it decodes and resizes.
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
+        limits = {name: facts[name] for name in ("max_pixels", "max_bytes") if name in facts}
+
         def to_pixels(item, index):
-            return images.prepare(item, side_px=facts["side_px"], index=index)
+            return images.prepare(item, side_px=facts["side_px"], index=index, **limits)
 
         def to_ids(item, index):
             try:

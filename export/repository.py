@@ -4,6 +4,7 @@
     python -m export.repository --name shop-v3 --rollback        # serve the version before
     python -m export.repository --name shop-v3 --version 4
     python -m export.repository --name shop-v3 --ensembles       # take JPEGs and strings too
+    python -m export.repository --name shop-v3 --ensembles --max-pixels 110000000
     python -m export.repository --name shop-v3 --backend onnxruntime --device gpu --num-instances 2
     python -m export.repository --name shop-v3 --runtime onnxruntime
 
@@ -32,14 +33,16 @@ import tyro
 from google.protobuf import text_format
 from rich.table import Table
 
+from clip_rt.decoding import Limits
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
 from export.console import command, console
-from export.ensembles import folder_names, render_ensembles, stage_ensembles
+from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
 from export.triton_config import (
     Backend,
     Device,
+    ModelConfig,
     Runtime,
     Serving,
     read_config,
@@ -250,16 +253,29 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
     return serving
 
 
-def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
+def add_ensembles(
+    repository: str | Path,
+    name: str,
+    *,
+    max_pixels: int | None = None,
+    max_bytes: int | None = None,
+) -> tuple[Path, ...]:
     """Put the ensembles of a model beside it, or renew them; see `export.ensembles`.
 
     They follow the model to other versions until their folders are removed.
+
+    Args:
+        repository: The model repository.
+        name: Served name.
+        max_pixels: Largest width x height of an image; None leaves it as it is.
+        max_bytes: Largest encoded size of an image; the same.
 
     Returns:
         Their folders and those of their fronts.
 
     Raises:
-        InputError: there is no such model, or something else has one of their names.
+        InputError: there is no such model, something else has one of their names, or a limit is
+            none.
     """
     repository = Path(repository)
     targets = _folders(repository, name)
@@ -267,11 +283,12 @@ def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
     _check_owner(repository, targets, name)
     folders = tuple(repository / each for each in folder_names(name))
     with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
-        config = read_config(targets[0])
-        stage_ensembles(
-            staging,
-            render_ensembles(read_manifest(targets[0]), max_batch_size=config.max_batch_size),
+        given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
+        limits = replace(
+            _limits(targets[0], name),
+            **{key: each for key, each in given.items() if each is not None},
         )
+        stage_ensembles(staging, _render_ensembles(targets[0], limits))
         for folder in folders:
             if folder.exists():
                 before = staging / f"{folder.name}-before"
@@ -281,6 +298,17 @@ def add_ensembles(repository: str | Path, name: str) -> tuple[Path, ...]:
             undo.callback(os.rename, folder, staging / f"{folder.name}-undone")
         undo.pop_all()
     return folders
+
+
+def _limits(target: Path, name: str) -> Limits:
+    """Return how large an image may be for the ensembles there are, or the defaults."""
+    front = target.with_name(folder_names(name)[0])
+    return read_limits(read_config(front)) if (front / CONFIG).is_file() else Limits()
+
+
+def _render_ensembles(target: Path, limits: Limits) -> dict[str, ModelConfig]:
+    size = read_config(target).max_batch_size
+    return render_ensembles(read_manifest(target), max_batch_size=size, limits=limits)
 
 
 def _folders(repository: Path, name: str) -> tuple[Path, Path]:
@@ -345,9 +373,8 @@ def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitSt
         shutil.copyfile(target / str(version) / CONFIG, after)
         undo.callback(os.replace, before, target / CONFIG)
         os.replace(after, target / CONFIG)
-    config = read_config(targets[0])
-    rendered = render_ensembles(read_manifest(targets[0]), max_batch_size=config.max_batch_size)
-    for name, config in rendered.items():
+    limits = _limits(targets[0], read_manifest(targets[0]).model)
+    for name, config in _render_ensembles(targets[0], limits).items():
         path = targets[0].with_name(name) / CONFIG
         if path.exists():
             before, after = staging / f"{name}-before", staging / f"{name}-after"
@@ -399,6 +426,10 @@ class RepositoryConfig:
     """Serve this version."""
     ensembles: bool = False
     """Add ensembles that take encoded images and strings: <slug>_jpeg and <slug>_prompt."""
+    max_pixels: int | None = None
+    """For --ensembles: largest width x height of an image, 64,000,000 unless it was set before."""
+    max_bytes: int | None = None
+    """For --ensembles: largest encoded size of an image, 33,554,432 unless it was set before."""
     backend: Backend | None = None
     """Run it in another of Triton's backends; this and the following need no new export."""
     device: Device | None = None
@@ -431,9 +462,16 @@ def main(config: RepositoryConfig) -> None:
         raise InputError("pass --name too: which model is to change?")
     if config.settings:
         console.print(configure(config.repository, str(config.name), **config.settings))
+    if not config.ensembles and (config.max_pixels, config.max_bytes) != (None, None):
+        raise InputError("--max-pixels and --max-bytes are for --ensembles: pass that too.")
     if config.ensembles:
         assert config.name is not None
-        added = add_ensembles(config.repository, config.name)
+        added = add_ensembles(
+            config.repository,
+            config.name,
+            max_pixels=config.max_pixels,
+            max_bytes=config.max_bytes,
+        )
         console.print(f"added {', '.join(each.name for each in added)}", markup=False)
     if config.rollback or config.version is not None:
         if config.name is None or (config.rollback and config.version is not None):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.batching import plan_texts
+from clip_rt.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.errors import ImageError, InputError
 from clip_rt.prompts import DEFAULT_TEMPLATE, fill
 from clip_rt.specs import ModelSpec
@@ -50,7 +51,12 @@ class Samples:
 
 
 def load_samples(
-    path: Path, spec: ModelSpec, *, num_images: int, table: NameTable | None = None
+    path: Path,
+    spec: ModelSpec,
+    *,
+    num_images: int,
+    table: NameTable | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Samples:
     """Read a data set and prepare some of its images, the same ones each time.
 
@@ -59,6 +65,7 @@ def load_samples(
         spec: Of the model the images are for.
         num_images: How many to keep, chosen at random; all where there are fewer.
         table: Names of the classes, where their ids say nothing.
+        limits: How large an image may be.
 
     Raises:
         InputError: the data cannot be read, or a class has no name.
@@ -68,7 +75,7 @@ def load_samples(
     token_ids = encode(texts, context_length=spec.text.context_length, truncate=True)
     return Samples(
         name=path.name,
-        pixels_NSSC=np.stack([_prepare(sample, spec.side_px) for sample in kept]),
+        pixels_NSSC=np.stack([_prepare(sample, spec.side_px, limits) for sample in kept]),
         token_ids=tuple(map(tuple, token_ids)),
         right_N=right_N,
     )
@@ -127,8 +134,13 @@ def _choose(samples: Iterable[Sample], count: int) -> tuple[list[Sample], list[s
     return [sample for _, sample in sorted(kept, key=lambda item: item[0])], list(ids)
 
 
-def _prepare(sample: Sample, side_px: int) -> NDArray[np.uint8]:
+def _prepare(sample: Sample, side_px: int, limits: Limits) -> NDArray[np.uint8]:
     try:
-        return prepare(sample.image, side_px=side_px, index=None)
+        return prepare(
+            sample.image,
+            side_px=side_px,
+            max_pixels=limits.max_pixels,
+            max_bytes=limits.max_bytes,
+        )
     except ImageError as error:
         raise InputError(f"{sample.key}: {error}") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from clip_rt.client import Client
+from clip_rt.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.errors import InputError
 from clip_rt.specs import image_model, slug, text_model
 from export.version_folder import CONFIG, list_versions, served_version
@@ -35,10 +36,17 @@ class Reference:
         return f"{self.name}:{self.version}"
 
     @contextmanager
-    def connect(self) -> Iterator[Client]:
+    def connect(self, limits: Limits = DEFAULT_LIMITS) -> Iterator[Client]:
         """Yield a client of it; a version in a repository gets a server that has nothing else."""
+        max_pixels, max_bytes = limits.max_pixels, limits.max_bytes
         if self.repository is None:
-            with Client(self.url, model=self.name, timeout_s=_TIMEOUT_S) as client:
+            with Client(
+                self.url,
+                model=self.name,
+                timeout_s=_TIMEOUT_S,
+                max_pixels=max_pixels,
+                max_bytes=max_bytes,
+            ) as client:
                 yield client
             return
         with tempfile.TemporaryDirectory(prefix="clip_rt-compare-") as folder:
@@ -49,6 +57,8 @@ class Reference:
                 model=self.name,
                 timeout_s=_TIMEOUT_S,
                 start_timeout_s=_TIMEOUT_S,
+                max_pixels=max_pixels,
+                max_bytes=max_bytes,
             ) as client:
                 yield client
 

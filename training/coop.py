@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from clip_rt.errors import ClipRTError, InputError
 from clip_rt.probe import Probe
-from clip_rt.prompts import fill
+from clip_rt.prompts import check_labels, fill
 from clip_rt.tokenizer import encode, pad
 from training.evaluation.embed import device_of, logit_scale
 from training.evaluation.source import Source, choose_shots, embed_data, find_classes
@@ -75,7 +75,7 @@ def embed_prompts(model: CLIP, context_MD: Tensor, labels: Sequence[str]) -> Ten
         InputError: context and the longest label do not fit into the context length together.
     """
     device = device_of(model)
-    ids = encode([fill("{}.", label, index=i) for i, label in enumerate(labels)])
+    ids = encode([fill("{}.", label) for label in check_labels(labels)])
     num_context, longest = len(context_MD), max(map(len, ids))
     length = num_context + longest
     if length > model.spec.text.context_length:
@@ -123,7 +123,7 @@ def learn_context(
         InputError: no room for any, or a label is too long.
     """
     device = device_of(model)
-    longest = max(map(len, encode([fill("{}.", label) for label in labels])))
+    longest = max(map(len, encode([fill("{}.", label) for label in check_labels(labels)])))
     num_context = min(num_context, model.spec.text.context_length - longest)
     if words is not None:
         start_MD = model.token_embedding.weight[encode([words])[0][1:-1]].detach().clone()
@@ -167,7 +167,7 @@ def run(config: CoopConfig) -> Probe:
     """
     table = config.read_table()
     model = config.open_model()
-    images = embed_data(model, config.data)
+    images = embed_data(model, config.data, limits=config)
     classes = find_classes(images.labels, table)
     rows_N, right_N = classes.rows_N, classes.right_N
     if config.shots is not None:

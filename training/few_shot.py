@@ -253,7 +253,12 @@ def main(config: FewShotConfig) -> None:
     samples = list(read_samples(config.data))
     classes = find_classes([sample.label for sample in samples], table)
     images = (samples[row].image for row in classes.rows_N)
-    pixels = preprocess(images, side_px=model.spec.side_px)
+    pixels = preprocess(
+        images,
+        side_px=model.spec.side_px,
+        max_pixels=config.max_pixels,
+        max_bytes=config.max_bytes,
+    )
     task = make_task(model, pixels, classes.right_N, classes.names, templates)
     curves = measure(model, task, shots=config.shots, seeds=range(config.num_seeds))
     show(curves, Console())

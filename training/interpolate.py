@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from clip_rt.decoding import Limits
 from clip_rt.errors import CheckpointError, ClipRTError, InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import DEFAULT_TEMPLATE
@@ -36,7 +37,7 @@ from training.weights.load import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateConfig:
+class InterpolateConfig(Limits):
     """What to mix, how, and where to."""
 
     zero_shot: Path
@@ -61,6 +62,7 @@ class InterpolateConfig:
     """Where torch computes: cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise InputError(f"alphas are {self.alphas}; at least one within 0 and 1 is needed.")
         if len(self.alphas) > 1 and not self.data:
@@ -148,7 +150,9 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     found: dict[float, Accuracy] = {}
     for alpha in config.alphas if config.data else ():
         model.load_state_dict(interpolate(first, second, alpha))
-        _, results = zero_shot(model, embed_data(model, config.data), table=table, templates=frames)
+        _, results = zero_shot(
+            model, embed_data(model, config.data, limits=config), table=table, templates=frames
+        )
         found[alpha] = list(results.values())[-1]
     if config.out:
         best = max(found, key=lambda alpha: found[alpha].top1, default=config.alphas[0])

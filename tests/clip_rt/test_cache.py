@@ -433,3 +433,151 @@ def test_a_forked_child_keeps_the_memory_and_waits_for_no_thread_it_does_not_hav
         slow.may_end.set()
         first.result(30)
     assert encoder.made == keys_of("a")
+
+
+# ---- what a call that ends early leaves
+
+
+class Stopping:
+    """Makes some, and then ends as it is told."""
+
+    def __init__(self, keys, num_made, ending):
+        self.keys, self.num_made, self.ending = keys, num_made, ending
+
+    def __call__(self, positions):
+        for position in positions[: self.num_made]:
+            yield embed(self.keys[position])
+        raise self.ending
+
+
+ENDINGS = [
+    ServerTimeoutError("late.", url="u:1", timeout_s=4.0),
+    InferenceError("no"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("place", ["memory", "disk", "both"])
+def test_what_is_finished_when_a_call_ends_is_kept(ending, place, tmp_path):
+    folder = None if place == "memory" else tmp_path
+    cache = PromptCache(0 if place == "disk" else ROOM, folder)
+    keys, encoder = keys_of("abcdefg"), Encoder()
+    with pytest.raises(type(ending)):
+        cache.get_or_make(keys, Stopping(keys, 3, ending), dim=DIM, deadline=Deadline.after(9))
+    assert cache.misses == 3
+    encoder.ask(cache, keys)
+    assert encoder.calls == [keys_of("defg")]
+    if folder is not None:
+        other = Encoder()
+        other.ask(PromptCache(ROOM, folder), keys)
+        assert other.calls == []
+
+
+def test_calls_that_end_early_come_to_an_end_together():
+    cache, keys = PromptCache(ROOM), keys_of("abcdefgh")
+    for left in (5, 2):
+        with pytest.raises(ServerTimeoutError, match=rf"late\. {left} of 8 .* left") as caught:
+            cache.get_or_make(
+                keys, Stopping(keys, 3, ENDINGS[0]), dim=DIM, deadline=Deadline.after(9)
+            )
+        assert "What is finished is kept: calling again goes on from there." in str(caught.value)
+        assert (caught.value.url, caught.value.timeout_s) == ("u:1", 4.0)
+    encoder = Encoder()
+    encoder.ask(cache, keys)
+    assert encoder.calls == [keys_of("gh")]
+
+
+@pytest.mark.parametrize(("max_bytes", "kept"), [(0, 0), (2 * ENTRY, 2)])
+def test_where_there_is_no_room_it_says_what_makes_some(max_bytes, kept):
+    cache, keys = PromptCache(max_bytes), keys_of("abcdefgh")
+    with pytest.raises(ServerTimeoutError, match=rf"5 of 8 .* {kept} are kept: raise cache_bytes"):
+        cache.get_or_make(keys, Stopping(keys, 3, ENDINGS[0]), dim=DIM, deadline=Deadline.after(9))
+
+
+def test_a_killed_process_leaves_what_it_wrote_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_rt.cache.WRITE_EVERY_S", 0.0)
+    keys = keys_of("abcd")
+
+    def make(positions):
+        for position in positions:
+            yield embed(keys[position])
+            # As another process would, after this one was killed here.
+            other = Encoder()
+            other.ask(PromptCache(ROOM, tmp_path), keys[: position + 1])
+            assert other.calls == []
+
+    cache = PromptCache(ROOM, tmp_path)
+    cache.get_or_make(keys, make, dim=DIM, deadline=Deadline.after(9))
+    assert cache.misses == 4
+
+
+class Stepping:
+    """Makes one row each time it is told to."""
+
+    def __init__(self, cache, keys):
+        self.cache, self.keys, self.steps = cache, keys, threading.Semaphore(0)
+        self.ending = None
+
+    def __call__(self):
+        return self.cache.get_or_make(
+            self.keys, self.make, dim=DIM, deadline=Deadline.after(30)
+        ).tolist()
+
+    def make(self, positions):
+        for position in positions:
+            assert self.steps.acquire(timeout=30)
+            if self.ending is not None:
+                raise self.ending
+            yield embed(self.keys[position])
+
+
+@pytest.mark.parametrize("max_bytes", [0, ROOM])
+def test_who_waits_for_finished_ones_waits_for_no_others(max_bytes):
+    cache = PromptCache(max_bytes)
+    stepping = Stepping(cache, keys_of("abcd"))
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(stepping)
+        assert wait_until(lambda: len(cache._flight_by_entry) == 4)
+        second = pool.submit(Encoder().ask, cache, keys_of("ba"))
+        stepping.steps.release(2)
+        assert len(second.result(30)) == 2
+        assert not first.done()
+        # And whoever comes later waits for nothing.
+        Encoder().ask(cache, keys_of("a"), timeout_s=1)
+        stepping.steps.release(2)
+        first.result(30)
+
+
+def test_who_waits_past_its_deadline_keeps_what_was_there_and_counts_the_rest():
+    cache = PromptCache(ROOM)
+    stepping = Stepping(cache, keys_of("abcd"))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(stepping)
+        stepping.steps.release(1)
+        assert wait_until(lambda: cache.misses == 1)
+        with pytest.raises(ServerTimeoutError, match=r"making 3 of .* 2 of 4 .* left") as caught:
+            Encoder().ask(cache, keys_of("axcd"), timeout_s=0.2)
+        assert "goes on from there" in str(caught.value)
+        stepping.steps.release(3)
+        first.result(30)
+    later = Encoder()
+    later.ask(cache, keys_of("axcd"))
+    assert later.calls == []
+
+
+def test_when_the_first_ends_halfway_those_who_wait_make_only_the_rest():
+    cache, encoder = PromptCache(ROOM), Encoder()
+    stepping = Stepping(cache, keys_of("abcd"))
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(stepping)
+        assert wait_until(lambda: len(cache._flight_by_entry) == 4)
+        others = [pool.submit(encoder.ask, cache, keys_of("abcdz")) for _ in range(3)]
+        stepping.steps.release(2)
+        assert wait_until(lambda: cache.misses >= 3)
+        stepping.ending = ENDINGS[0]
+        stepping.steps.release(1)
+        assert isinstance(first.exception(30), ServerTimeoutError)
+        for other in others:
+            other.result(30)
+    assert sorted(encoder.made) == keys_of("cdz")

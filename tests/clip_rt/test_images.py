@@ -433,7 +433,7 @@ def test_what_is_no_collection_is_refused(images):
     assert caught.value.index is None
 
 
-@pytest.mark.parametrize("image", [None, 3, object(), io.BytesIO(b"x"), [], np.uint8(3)])
+@pytest.mark.parametrize("image", [None, 3, object(), [], np.uint8(3)])
 def test_what_is_no_image_is_refused_with_its_index(image):
     with pytest.raises(ImageError, match=r"image 1 .*is no image. Pass") as caught:
         preprocess([np.zeros((4, 4, 3), np.uint8), image])
@@ -443,8 +443,12 @@ def test_what_is_no_image_is_refused_with_its_index(image):
 def test_an_open_file_is_not_read_as_lines(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(draw("RGB", 40, 30), "PNG"))
-    with path.open("rb") as file, pytest.raises(ImageError, match="BufferedReader"):
-        preprocess(file)
+    with path.open("rb") as file:
+        assert len(list(file)) > 1
+        with pytest.raises(ImageError, match=r"image 0 \(BufferedReader\) .* its end"):
+            preprocess(file)
+        file.seek(0)
+        np.testing.assert_array_equal(preprocess(file), preprocess(path))
 
 
 def test_iterate_and_prepare_go_on_past_a_bad_image():
@@ -698,11 +702,25 @@ def test_the_pixel_limit_can_be_raised_and_lowered():
             prepare(image, max_pixels=59_999)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (2, 1001), (905, 3), (1, 1200)])
+def test_long_thin_images_equal_open_clip_exactly(reference, mode, size):
+    image = draw(mode, *size)
+    np.testing.assert_array_equal(prepare(image), reference(image, 224))
+
+
 def test_long_thin_images_are_refused_before_they_grow():
-    assert prepare(Image.new("L", (200, 1)), side_px=16).shape == (16, 16, 3)
+    # 200 times as long as wide is resized under any limit.
+    assert prepare(Image.new("L", (200, 1)), side_px=224, max_pixels=200).shape == (224, 224, 3)
     for size in ((201, 1), (1, 10_000)):
-        with pytest.raises(ImageError, match="200 times"):
-            prepare(Image.new("L", size), side_px=16)
+        image = Image.new("L", size)
+        assert prepare(image, side_px=16).shape == (16, 16, 3)
+        num_pixels = 16 * 16 * max(size)
+        prepare(image, side_px=16, max_pixels=num_pixels)
+        with pytest.raises(ImageError, match=f"{num_pixels:,} pixels, and .* raise max_pixels"):
+            prepare(image, side_px=16, max_pixels=num_pixels - 1)
+    with pytest.raises(ImageError, match="raise max_pixels"):
+        prepare(Image.new("L", (1, 1_000_000)))
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])

@@ -16,10 +16,18 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import clip_rt
+from clip_rt.decoding import MAX_BYTES, MAX_PIXELS
 from clip_rt.errors import InputError
 from clip_rt.server import borrow, give_back
-from export.ensembles import folder_names
-from export.repository import add_ensembles, publish, switch_version
+from export.ensembles import folder_names, read_limits
+from export.repository import (
+    RepositoryConfig,
+    add_ensembles,
+    configure,
+    main,
+    publish,
+    switch_version,
+)
 from export.triton_config import ModelConfig, read_config, read_manifest
 
 BUNDLED = Path(__file__).parents[2] / "model_repository"
@@ -168,3 +176,54 @@ def test_a_foreign_folder_in_the_way_is_named_and_kept(repository):
 def test_a_model_that_is_not_there_is_named(repository):
     with pytest.raises(InputError, match="no model 'other'"):
         add_ensembles(repository, "other")
+
+
+def limits_of(repository: Path) -> tuple[int, int]:
+    limits = read_limits(read_config(repository / "drawings_decode"))
+    return limits.max_pixels, limits.max_bytes
+
+
+def test_limits_of_images_are_set_kept_and_follow_the_model(repository):
+    add_ensembles(repository, "drawings")
+    assert limits_of(repository) == (MAX_PIXELS, MAX_BYTES)
+    assert "max_pixels" not in read_config(repository / "drawings_tokenize").parameters
+    main(RepositoryConfig(repository=repository, name="drawings", ensembles=True, max_pixels=1234))
+    add_ensembles(repository, "drawings", max_bytes=99)
+    assert limits_of(repository) == (1234, 99)
+    add_ensembles(repository, "drawings")
+    configure(repository, "drawings", max_batch_size=8)
+    assert read_config(repository / "drawings_decode").max_batch_size == 8
+    assert limits_of(repository) == (1234, 99)
+    for limit in ({"max_pixels": 0}, {"max_bytes": -1}):
+        with pytest.raises(InputError, match=f"{next(iter(limit))} is"):
+            add_ensembles(repository, "drawings", **limit)
+    with pytest.raises(InputError, match="pass that too"):
+        main(RepositoryConfig(repository=repository, name="drawings", max_pixels=1234))
+    assert limits_of(repository) == (1234, 99)
+
+
+def test_ensembles_of_old_have_the_limits_there_always_were(repository):
+    add_ensembles(repository, "drawings", max_pixels=1234)
+    path = repository / "drawings_decode" / "config.pbtxt"
+    config = read_config(path.parent)
+    del config.parameters["max_pixels"], config.parameters["max_bytes"]
+    path.write_text(text_format.MessageToString(config), "utf-8")
+    assert limits_of(repository) == (MAX_PIXELS, MAX_BYTES)
+    config.parameters["max_pixels"].string_value = "many"
+    path.write_text(text_format.MessageToString(config), "utf-8")
+    with pytest.raises(InputError, match="drawings_decode"):
+        add_ensembles(repository, "drawings")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="no embedded server")
+def test_a_limit_of_the_ensembles_holds_and_is_the_one_its_error_names(repository):
+    add_ensembles(repository, "drawings", max_pixels=77 * 40)
+    server = borrow(repository, start_timeout_s=120)
+    try:
+        with grpc.InferenceServerClient(server.url) as bare:
+            small = [encoded_images()[1]]
+            assert np.isfinite(ask(bare, "drawings_jpeg", "image", small)).all()
+            with pytest.raises(InferenceServerException, match=r"at most 3,080 .* max_pixels"):
+                ask(bare, "drawings_jpeg", "image", [encoded_images()[0]])
+    finally:
+        give_back(server)

@@ -149,7 +149,6 @@ def bomb() -> bytes:
         b"<svg/>",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         encode((1, 2, 3), size=(300, 200))[:2000],
-        encode((1, 2, 3), size=(2000, 4)),
         Path("/dev/zero"),
         Path("/nonexistent.jpg"),
     ],
@@ -158,6 +157,14 @@ def bomb() -> bytes:
 def test_images_that_cannot_be_decoded_are_typed_errors(image: bytes | Path) -> None:
     with pytest.raises(ImageError):
         PhotoAugmentation()(image, side_px=32, rng=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("size", [(2000, 4), (4, 2000)])
+def test_a_long_thin_image_is_cropped_as_any_other(size: tuple[int, int]) -> None:
+    image = encode((1, 2, 3), size=size)
+    found = PhotoAugmentation()(image, side_px=32, rng=np.random.default_rng(0))
+    assert found.shape == (32, 32, 3)
+    assert np.abs(found.astype(int) - (1, 2, 3)).max() <= 20
 
 
 @pytest.mark.parametrize(

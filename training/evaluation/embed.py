@@ -21,10 +21,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from clip_rt import batching
-from clip_rt.decoding import ImageInput
+from clip_rt.decoding import DEFAULT_LIMITS, ImageInput, Limits
 from clip_rt.errors import CheckpointError
 from clip_rt.images import Images, iterate
-from clip_rt.prompts import fill, find_templates
+from clip_rt.prompts import check_labels, fill, find_templates
 from clip_rt.specs import Activation, find_spec
 from clip_rt.tokenizer import encode
 from clip_rt.transform import prepare
@@ -85,7 +85,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def embed_images(model: CLIP, images: Images) -> NDArray[np.float32]:
+def embed_images(
+    model: CLIP, images: Images, *, limits: Limits = DEFAULT_LIMITS
+) -> NDArray[np.float32]:
     """Embed images of any kind that `clip_rt.Client` takes, in memory for a few at a time.
 
     Returns:
@@ -97,7 +99,13 @@ def embed_images(model: CLIP, images: Images) -> NDArray[np.float32]:
     side_px = model.spec.side_px
 
     def square(item: tuple[int, ImageInput]) -> NDArray[np.uint8]:
-        return prepare(item[1], side_px=side_px, index=item[0])
+        return prepare(
+            item[1],
+            side_px=side_px,
+            index=item[0],
+            max_pixels=limits.max_pixels,
+            max_bytes=limits.max_bytes,
+        )
 
     rows = []
     source = enumerate(iterate(images))
@@ -160,7 +168,7 @@ def class_embeddings(
     Raises:
         TemplateError, TextError: see `clip_rt.Client.class_embeddings`.
     """
-    frames = find_templates(templates)
+    labels, frames = check_labels(labels), find_templates(templates)
     texts = [fill(frame, label, index=i) for i, label in enumerate(labels) for frame in frames]
     embeddings = embed_texts(model, texts, progress=progress)
     return pool(embeddings.reshape(len(labels), len(frames), -1))

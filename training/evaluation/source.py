@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from clip_rt.decoding import ImageInput
+from clip_rt.decoding import DEFAULT_LIMITS, ImageInput, Limits
 from clip_rt.errors import ImageError, InputError
 from clip_rt.specs import Activation
 from training.evaluation.class_names import NameTable, name_classes, read_name_table, sort_ids
@@ -21,7 +21,7 @@ from training.model import CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Limits):
     """What every command that looks at labelled images is told."""
 
     checkpoint: str
@@ -72,13 +72,15 @@ class Classes:
     """What each class is called."""
 
 
-def embed_data(model: CLIP, data: Sequence[Path]) -> Embedded:
+def embed_data(model: CLIP, data: Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> Embedded:
     """Read and embed a folder or shards, with a progress bar; see `embed_samples`."""
     bar = tqdm(read_samples(data), desc="embedding", unit="image", dynamic_ncols=True)
-    return embed_samples(model, bar)
+    return embed_samples(model, bar, limits=limits)
 
 
-def embed_samples(model: CLIP, samples: Iterable[Sample]) -> Embedded:
+def embed_samples(
+    model: CLIP, samples: Iterable[Sample], *, limits: Limits = DEFAULT_LIMITS
+) -> Embedded:
     """Embed the images of samples, a few in memory at a time.
 
     Raises:
@@ -94,7 +96,7 @@ def embed_samples(model: CLIP, samples: Iterable[Sample]) -> Embedded:
             yield sample.image
 
     try:
-        found.image_NE = embed_images(model, images())
+        found.image_NE = embed_images(model, images(), limits=limits)
     except ImageError as error:
         where = "" if error.index is None else f"{found.keys[error.index]}: "
         raise ImageError(f"{where}{error}", index=error.index) from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.errors import InputError, TrainingError
-from clip_rt.prompts import fill, find_templates
+from clip_rt.prompts import check_labels, fill, find_templates
 from training.data.batches import cut_tokens
 from training.evaluation.embed import device_of, pixels_to_input
 from training.model import CLIP
@@ -152,7 +152,7 @@ def tune_text(
     for parameter in (tuned.positional_embedding, tuned.text_projection):
         parameter.requires_grad_(True)
     device = device_of(model)
-    frames = find_templates(templates)
+    labels, frames = check_labels(labels), find_templates(templates)
     texts = [fill(frame, label) for label in labels for frame in frames]
     tokens_BL = cut_tokens(texts, context_length=model.spec.text.context_length).to(device)
     images, right = torch.from_numpy(image_NE).to(device), torch.from_numpy(right_N).to(device)
