@@ -167,7 +167,7 @@ def run(config: CoopConfig) -> Probe:
     """
     table = config.read_table()
     model = config.open_model()
-    images = embed_data(model, config.data)
+    images = embed_data(model, config.data, allow_outside=config.allow_outside)
     classes = find_classes(images.labels, table)
     rows_N, right_N = classes.rows_N, classes.right_N
     if config.shots is not None:

@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     frames = read_templates(config.templates)
     captions = read_captions(config.captions) if config.captions else None
     model = config.open_model()
-    embedded = embed_data(model, config.data)
+    embedded = embed_data(model, config.data, allow_outside=config.allow_outside)
     if captions is not None:
         embedded.captions = [captions.get(key, ()) for key in embedded.keys]
         _check_captions(captions, embedded.keys, config.captions)

@@ -250,7 +250,7 @@ def main(config: FewShotConfig) -> None:
     table = config.read_table()
     templates = read_templates(config.templates)
     model = config.open_model()
-    samples = list(read_samples(config.data))
+    samples = list(read_samples(config.data, allow_outside=config.allow_outside))
     classes = find_classes([sample.label for sample in samples], table)
     images = (samples[row].image for row in classes.rows_N)
     pixels = preprocess(images, side_px=model.spec.side_px)

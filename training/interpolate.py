@@ -59,6 +59,8 @@ class InterpolateConfig:
     """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:1."""
+    allow_outside: bool = False
+    """Let paths in tables lead out of the folder of the table."""
 
     def __post_init__(self) -> None:
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
@@ -148,7 +150,8 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     found: dict[float, Accuracy] = {}
     for alpha in config.alphas if config.data else ():
         model.load_state_dict(interpolate(first, second, alpha))
-        _, results = zero_shot(model, embed_data(model, config.data), table=table, templates=frames)
+        embedded = embed_data(model, config.data, allow_outside=config.allow_outside)
+        _, results = zero_shot(model, embedded, table=table, templates=frames)
         found[alpha] = list(results.values())[-1]
     if config.out:
         best = max(found, key=lambda alpha: found[alpha].top1, default=config.alphas[0])

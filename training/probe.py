@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,12 +188,13 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
     """
     table = config.read_table()
     model = config.open_model()
-    images = embed_data(model, config.data)
+    embed = partial(embed_data, model, allow_outside=config.allow_outside)
+    images = embed(config.data)
     classes = find_classes(images.labels, table)
     image_NE, right_N = images.image_NE[classes.rows_N], classes.right_N
     weights = fingerprint(model.state_dict())
     if config.validation:
-        held = embed_data(model, config.validation)
+        held = embed(config.validation)
         held_NE, held_right_N = _same_classes(held, classes.ids, table)
         l2 = find_l2(image_NE, right_N, held_NE, held_right_N)
         image_NE = np.concatenate([image_NE, held_NE])
@@ -210,7 +212,7 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
     probe.save(config.out)
     if not config.test:
         return probe, None
-    test_NE, test_right_N = _same_classes(embed_data(model, config.test), classes.ids, table)
+    test_NE, test_right_N = _same_classes(embed(config.test), classes.ids, table)
     return probe, accuracy(probe.classify(test_NE).logits, test_right_N)
 
 

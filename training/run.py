@@ -241,8 +241,8 @@ def report(run: Run, update: Update, journal: Journal) -> None:
 def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
     """Measure what would be served, write it for export, and redraw the curves."""
     config = run.config
-    if run.data.skips.total:
-        journal.say(f"bad samples left out so far: {run.data.skips}")
+    if left_out := str(run.data.skips):
+        journal.say(f"left out of the data so far: {left_out}")
     if run.average is not None:
         weights = gather_average(run)
     else:

@@ -27,6 +27,7 @@ class Judge:
     def __init__(self, config: TrainConfig, spec: ModelSpec, device: torch.device) -> None:
         self._spec = spec
         self._eval_data = config.eval_data
+        self._allow_outside = config.allow_outside
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {
@@ -53,7 +54,7 @@ class Judge:
             found = retrieval(image_NE, class_NE, right_N)
             scores |= {f"recall{k}_{style}": share for k, share in found.image_at.items()}
         if self._eval_data:
-            embedded = embed_data(clip, self._eval_data)
+            embedded = embed_data(clip, self._eval_data, allow_outside=self._allow_outside)
             if any(label is not None for label in embedded.labels):
                 _, accuracies = evaluate.zero_shot(clip, embedded)
                 one_prompt, ensemble = accuracies.values()
