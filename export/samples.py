@@ -19,6 +19,7 @@ from clip_rt.prompts import DEFAULT_TEMPLATE, fill
 from clip_rt.specs import ModelSpec
 from clip_rt.tokenizer import encode
 from clip_rt.transform import prepare
+from training.data.pairs import explain
 from training.evaluation.class_names import NameTable, name_classes, sort_ids
 from training.evaluation.labelled import Sample, read_samples
 
@@ -139,4 +140,4 @@ def _prepare(sample: Sample, side_px: int) -> NDArray[np.uint8]:
     try:
         return prepare(sample.image, side_px=side_px, index=None)
     except ImageError as error:
-        raise InputError(f"{sample.key}: {error}") from error
+        raise InputError(f"{sample.key}: {explain(error)}") from error

@@ -52,7 +52,12 @@ def build(config: TrainConfig, world: parallel.World) -> Run:
     wrapped = parallel.wrap(clip, config.parallel)
     teacher = None
     if config.teacher is not None:
-        teacher = load_clip(find_spec(config.teacher_model), config.teacher).to(world.device)
+        teacher = load_clip(
+            find_spec(config.teacher_model),
+            config.teacher,
+            activation=config.teacher_activation,
+            option="--teacher-activation",
+        ).to(world.device)
     return Run(
         config=config,
         world=world,

@@ -25,6 +25,7 @@ FREE_FIELDS = frozenset(
             "teacher",
             "eval_data",
             "max_bad_share",
+            "teacher_activation",
         ),
     )
 )
@@ -83,6 +84,8 @@ class TrainConfig:
     """Weights, as init_from, of a model to distil from, of the architecture `teacher_model`."""
     teacher_model: str = "ViT-B/32"
     """Architecture of the teacher; it reads images of the same size."""
+    teacher_activation: Activation | None = None
+    """As activation, of the teacher."""
     distill_weight: float = 1.0
     """Weight of the teacher's loss beside the objective's."""
 

@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip_rt.errors import CheckpointError, ClipRTError, InputError
+from clip_rt.errors import CheckpointError, InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import DEFAULT_TEMPLATE
 from clip_rt.specs import Activation
 from training.checkpoint import save_checkpoint
+from training.command import command
 from training.evaluate import zero_shot
 from training.evaluation.class_names import read_name_table, read_templates
 from training.evaluation.embed import class_embeddings, logit_scale, open_model
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy
 from training.evaluation.source import embed_data
 from training.model import CLIP
@@ -142,6 +144,7 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     """
     table = read_name_table(config.class_names) if config.class_names else None
     frames = read_templates(config.templates) if config.templates else [DEFAULT_TEMPLATE]
+    check_exist(config.data)
     model = open_model(config.zero_shot, model=config.model, activation=config.activation)
     name, activation = model.spec.name, model.spec.activation
     first = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -178,7 +181,5 @@ def main(config: InterpolateConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(InterpolateConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -26,9 +26,11 @@ from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import InputError
 from clip_rt.probe import Probe
+from training.command import command
 from training.evaluation.class_names import NameTable
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy, accuracy
 from training.evaluation.source import Embedded, Source, embed_data, find_classes
 from training.weights.load import fingerprint
@@ -187,6 +189,7 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
         InputError, CheckpointError: something it names cannot be used.
     """
     table = config.read_table()
+    check_exist((*config.data, *config.validation, *config.test))
     model = config.open_model()
     embed = partial(embed_data, model, allow_outside=config.allow_outside)
     images = embed(config.data)
@@ -262,7 +265,5 @@ def _same_classes(
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(ProbeConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

@@ -29,6 +29,7 @@ from training import parallel
 from training.accumulate import cached_backward, split_batch
 from training.build import build, claim_folder, seed_everything
 from training.checkpoint import save_checkpoint
+from training.command import command
 from training.config import TrainConfig
 from training.curves import draw_curves
 from training.data.batches import Batch
@@ -60,7 +61,7 @@ def main(config: TrainConfig) -> None:
         parallel.barrier()
         run = build(config, world)
         judge = Judge(config, run.clip.spec, world.device) if world.is_first else None
-        restore(run)
+        is_resumed = restore(run)
         journal = Journal(
             config.out_dir,
             step=run.step,
@@ -69,6 +70,8 @@ def main(config: TrainConfig) -> None:
             tensorboard=config.tensorboard,
             silent=not world.is_first,
         )
+        if config.resume and not is_resumed:
+            journal.say(f"{config.out_dir} holds no run to go on with: a new one begins")
         with stopping(run):
             train(run, judge, journal)
         journal.close()
@@ -304,4 +307,5 @@ def stopping(run: Run) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TrainConfig))
+    with command():
+        main(tyro.cli(TrainConfig))

@@ -16,6 +16,7 @@ from training import evaluate
 from training.config import SAMPLE_DIR, TrainConfig
 from training.data.drawing_batches import load_drawings
 from training.evaluation.embed import class_embeddings, embed_drawings
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import accuracy, retrieval
 from training.evaluation.source import embed_data
 from training.model import CLIP, causal_mask
@@ -28,6 +29,7 @@ class Judge:
         self._spec = spec
         self._eval_data = config.eval_data
         self._allow_outside = config.allow_outside
+        check_exist(config.eval_data)
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {

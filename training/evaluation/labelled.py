@@ -58,6 +58,20 @@ class Sample:
     captions: tuple[str, ...] = ()
 
 
+def check_exist(data: Sequence[Path]) -> None:
+    """Refuse data that are not there, before anything else is done.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    for path in data:
+        if not path.exists():
+            raise InputError(
+                f"{str(path)!r} does not exist: it is neither a folder, nor a table "
+                f"({', '.join(TABLE_SUFFIXES)}), nor a .tar shard."
+            )
+
+
 def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterator[Sample]:
     """Yield the samples of folders, tables and shards, one after the other.
 
@@ -68,6 +82,7 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
     Raises:
         InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
     """
+    check_exist(data)
     count = 0
     for path in data:
         if path.is_dir():
@@ -77,9 +92,8 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
         elif is_table(path):
             samples = read_table(path, allow_outside=allow_outside)
         else:
-            missing = "" if path.exists() else "does not exist: it "
             raise InputError(
-                f"{str(path)!r} {missing}is neither a folder, nor a table "
+                f"{str(path)!r} is neither a folder, nor a table "
                 f"({', '.join(TABLE_SUFFIXES)}), nor a .tar shard."
             )
         for sample in samples:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from clip_rt.decoding import ImageInput
 from clip_rt.errors import ImageError, InputError
 from clip_rt.specs import Activation
+from training.data.pairs import explain
 from training.evaluation.class_names import NameTable, name_classes, read_name_table, sort_ids
 from training.evaluation.embed import embed_images, open_model
 from training.evaluation.labelled import Sample, read_samples
@@ -100,7 +101,7 @@ def embed_samples(model: CLIP, samples: Iterable[Sample]) -> Embedded:
         found.image_NE = embed_images(model, images())
     except ImageError as error:
         where = "" if error.index is None else f"{found.keys[error.index]}: "
-        raise ImageError(f"{where}{error}", index=error.index) from error
+        raise ImageError(f"{where}{explain(error)}", index=error.index) from error
     return found
 
 
