@@ -25,7 +25,6 @@ FREE_FIELDS = frozenset(
             "teacher",
             "eval_data",
             "max_bad_share",
-            "teacher_activation",
         ),
     )
 )

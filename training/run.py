@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -72,9 +72,8 @@ def main(config: TrainConfig) -> None:
         )
         if config.resume and not is_resumed:
             journal.say(f"{config.out_dir} holds no run to go on with: a new one begins")
-        with stopping(run):
+        with closing(journal), stopping(run):
             train(run, judge, journal)
-        journal.close()
     if run.stop_signal:
         raise SystemExit(128 + run.stop_signal)
 

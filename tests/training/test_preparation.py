@@ -140,7 +140,7 @@ def test_the_range_of_pixels_is_obeyed(published, plain, settings, seen):
         ({"size": {"shortest_edge": 36}}, "shortest_edge.*36.* with crop_size '32'"),
         ({"size": 32, "default_to_square": True}, "size '32'"),
         ({"crop_size": {"height": 32, "width": 24}}, "crop_size"),
-        ({"size": 64, "crop_size": 64}, "images of 64 px, and the weights read 32"),
+        ({"size": 64, "crop_size": 64}, "images of 64 px, and the weights read 32 px"),
         ({"resample": "bilinear"}, "resample 'bilinear'"),
         ({"do_pad": True}, "do_pad 'True'"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order 'True'"),

@@ -194,9 +194,8 @@ def _describes_clip(path: Path) -> bool:
 
 def _without_contradiction(first: Claims, second: Claims) -> Claims:
     """Return what the first says, once the second agrees."""
-    if None not in (first.mean, second.mean) and (
-        (first.mean, first.std) != (second.mean, second.std)
-    ):
+    pairs = ((first.mean, second.mean), (first.std, second.std))
+    if any(None not in pair and not preprocessing.are_equal(*pair) for pair in pairs):
         raise CheckpointError(
             f"{first.where} and {second.where} contradict each other: images are normalised by "
             f"mean {first.mean} and deviation {first.std} in the one, by {second.mean} and "
@@ -300,7 +299,7 @@ def _read_processors(folder: Path) -> Preprocessing:
             ("side in pixels", first.side_px, other.side_px),
             ("other settings", first.differs, other.differs),
         ):
-            if here != there and None not in (here, there):
+            if None not in (here, there) and not preprocessing.are_equal(here, there):
                 raise CheckpointError(
                     f"{first.where} and {other.where} contradict each other: the images' {what} is "
                     f"{here} in the one and {there} in the other. Remove the file that is wrong."

@@ -238,8 +238,8 @@ def _check_preparation(
     side_px = _side_of(state_dict, spec)
     if claims.side_px not in (None, side_px):
         differs.append(
-            f"{claims.where} has beside it images of {claims.side_px} px, and the weights read "
-            f"{side_px}"
+            f"the image processor beside {claims.where} makes images of {claims.side_px} px, and "
+            f"the weights read {side_px} px"
         )
     if not differs:
         return

@@ -58,6 +58,15 @@ class Preprocessing:
     """Settings that are not followed here, as "name value"."""
 
 
+def are_equal(these: object, those: object) -> bool:
+    """Compare two settings; colours may be rounded."""
+    if isinstance(these, tuple) and isinstance(those, tuple) and len(these) == len(those) == 3:
+        pairs = zip(these, those, strict=True)
+        if all(isinstance(x, float) and isinstance(y, float) for x, y in pairs):
+            return all(math.isclose(x, y, abs_tol=1e-4) for x, y in zip(these, those, strict=True))
+    return these == those
+
+
 def of_hugging_face(content: Mapping[str, Any], where: str) -> list[Preprocessing]:
     """Read a preprocessor_config.json or a processor_config.json, nested or not.
 
