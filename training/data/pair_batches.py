@@ -95,7 +95,7 @@ class PairBatches:
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._max_bad_share = max_bad_share
-        self._num_good = self._num_filled = self._num_bad_draws = 0
+        self._num_good = self._num_filled = 0
         self._is_judged = False
         self._known = [np.zeros(len(source), np.bool_) for source in self._sources]
         """Of each source, which samples were read so far: each is counted once."""
@@ -103,6 +103,9 @@ class PairBatches:
         for source in self._sources:
             self.skips.merge(source.skips)
         self._skipped_before = self.skips.total
+        self._bad = Skips()
+        """As `skips`, but each sample counts once, however often it is drawn."""
+        self._bad.merge(self.skips)
 
     def stream(self, start_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield this rank's rows of batches `start_step`, `start_step` + 1, ... without end.
@@ -170,13 +173,12 @@ class PairBatches:
         return Batch(normalise_pixels(pixels), tokens_BL.to(self._device), group_B.to(self._device))
 
     def _count(self, rows: Rows) -> None:
-        """Count draws, and each sample once, however often it is drawn."""
         self._num_filled += len(rows.good)
-        self._num_bad_draws += len(rows.bad)
         self._num_good += sum(self._is_new(*sample) for sample in rows.good)
         for bad in rows.bad:
+            self.skips.add(bad.reason, bad.example)
             if self._is_new(bad.source, bad.pair_index):
-                self.skips.add(bad.reason, bad.example)
+                self._bad.add(bad.reason, bad.example)
 
     def _is_new(self, source: int, index: int) -> bool:
         if index < 0:
@@ -188,23 +190,23 @@ class PairBatches:
 
     def _judge(self, is_good: Tensor) -> None:
         """Give up on data of which too much is bad."""
-        num_bad = self.skips.total - self._skipped_before
-        # A streamed shard leaves out samples that never reach a row.
-        num_bad_draws = num_bad if self._pipe is not None else self._num_bad_draws
-        num_draws = self._num_filled + num_bad_draws
-        is_due = num_draws >= NUM_CHECKED and not self._is_judged
+        num_bad_draws = self.num_read - self._num_filled
+        is_due = self.num_read >= NUM_CHECKED and not self._is_judged
         self._is_judged |= is_due
         is_hopeless = not is_good.any() or (self._pipe is None and not is_good.all())
-        if is_hopeless or (is_due and num_bad_draws > self._max_bad_share * num_draws):
+        if is_hopeless or (is_due and num_bad_draws > self._max_bad_share * self.num_read):
+            # A streamed shard leaves out samples that never reach a row.
+            bad = self._bad if self._pipe is None else self.skips
+            num_bad = bad.total - self._skipped_before
             raise InputError(
                 f"{num_bad} of the first {self._num_good + num_bad} samples are bad; at most "
-                f"{self._max_bad_share:.0%} may be: {self.skips}. Repair the data"
+                f"{self._max_bad_share:.0%} may be: {bad}. Repair the data"
                 + ("." if is_hopeless else ", or raise max_bad_share.")
             )
 
     @property
     def num_read(self) -> int:
-        """Rows filled so far, and samples that could not fill one."""
+        """Pairs tried so far, good and bad."""
         return self._num_filled + self.skips.total - self._skipped_before
 
 
