@@ -69,6 +69,8 @@ class CompareConfig(Limits):
     """What the classes of the samples are called, where wnids or numbers say nothing."""
     num_images: int = 1000
     """How many images of each of the samples to measure on."""
+    allow_outside: bool = False
+    """Let paths in tables lead out of the folder of the table."""
     report: Path | None = None
     """JSON file to write everything measured to."""
 
@@ -173,14 +175,19 @@ def _read(config: CompareConfig) -> tuple[list[Images], tuple[str, ...]]:
         return [sample], ("probes are no photographs; pass images like yours with --samples",)
     table = read_name_table(config.class_names) if config.class_names else None
     with stage("read samples") as outcome:
-        samples = [_read_sample(path, config.num_images, table) for path in config.samples]
+        samples = [_read_sample(path, config, table) for path in config.samples]
         num_texts = sum(len(each.texts) for each in samples)
         outcome.append(f"{sum(len(each.keys) for each in samples)} images, {num_texts} texts")
     return samples, ()
 
 
-def _read_sample(path: Path, num_images: int, table: NameTable | None) -> Images:
-    kept, texts, right_N = read_choices(path, num_images=num_images, table=table)
+def _read_sample(path: Path, config: CompareConfig, table: NameTable | None) -> Images:
+    kept, texts, right_N = read_choices(
+        path,
+        num_images=config.num_images,
+        table=table,
+        allow_outside=config.allow_outside,
+    )
     if len(kept) < MIN_IMAGES:
         raise InputError(f"{path} has {len(kept)} images; at least {MIN_IMAGES} are needed.")
     return Images(

@@ -38,6 +38,8 @@ class ExportConfig(Limits):
     """What the classes of the samples are called, where wnids or numbers say nothing."""
     num_images: int = 256
     """How many images of each of the samples to measure on."""
+    allow_outside: bool = False
+    """Let paths in tables lead out of the folder of the table."""
     max_batch_size: int = MAX_BATCH_SIZE
     """Largest batch the server accepts."""
     keep_versions: int = KEEP_VERSIONS

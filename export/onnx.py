@@ -37,6 +37,7 @@ from export.road import (
 )
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
+from training.evaluation.labelled import check_exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
         )
         return None
+    check_exist((*config.samples, *config.calibration))
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()

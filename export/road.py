@@ -93,7 +93,14 @@ def read_samples(
     table = read_name_table(config.class_names) if config.class_names else None
     with stage("read samples") as outcome:
         samples = tuple(
-            load_samples(path, spec, num_images=config.num_images, table=table, limits=config)
+            load_samples(
+                path,
+                spec,
+                num_images=config.num_images,
+                table=table,
+                allow_outside=config.allow_outside,
+                limits=config,
+            )
             for path in paths
         )
         num_images = sum(len(each.pixels_NSSC) for each in samples)

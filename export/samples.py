@@ -56,6 +56,7 @@ def load_samples(
     *,
     num_images: int,
     table: NameTable | None = None,
+    allow_outside: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Samples:
     """Read a data set and prepare some of its images, the same ones each time.
@@ -65,13 +66,16 @@ def load_samples(
         spec: Of the model the images are for.
         num_images: How many to keep, chosen at random; all where there are fewer.
         table: Names of the classes, where their ids say nothing.
+        allow_outside: Whether the paths of a table may lead out of its folder.
         limits: How large an image may be.
 
     Raises:
         InputError: the data cannot be read, or a class has no name.
         ImageError: an image cannot be used; says which.
     """
-    kept, texts, right_N = read_choices(path, num_images=num_images, table=table)
+    kept, texts, right_N = read_choices(
+        path, num_images=num_images, table=table, allow_outside=allow_outside
+    )
     token_ids = encode(texts, context_length=spec.text.context_length, truncate=True)
     return Samples(
         name=path.name,
@@ -82,13 +86,13 @@ def load_samples(
 
 
 def read_choices(
-    path: Path, *, num_images: int, table: NameTable | None = None
+    path: Path, *, num_images: int, table: NameTable | None = None, allow_outside: bool = False
 ) -> tuple[list[Sample], list[str], NDArray[np.int64]]:
     """Read images as they are, the M texts they are told apart by, and which text is right, (N,).
 
     The arguments and errors are those of `load_samples`; `NO_TEXT` stands where none is right.
     """
-    kept, ids = _choose(read_samples([path]), num_images)
+    kept, ids = _choose(read_samples([path], allow_outside=allow_outside), num_images)
     if ids:
         ids = sort_ids(ids)
         own = [each.label for each in kept]

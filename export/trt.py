@@ -57,6 +57,7 @@ from export.samples import Samples
 from export.storage import external_files
 from export.store import Store, sha256_of
 from export.triton_config import Serving
+from training.evaluation.labelled import check_exist
 from training.model import CLIP
 
 
@@ -126,6 +127,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
         return None
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
+    check_exist(config.samples)
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples)

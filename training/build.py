@@ -52,7 +52,12 @@ def build(config: TrainConfig, world: parallel.World) -> Run:
     wrapped = parallel.wrap(clip, config.parallel)
     teacher = None
     if config.teacher is not None:
-        teacher = load_clip(find_spec(config.teacher_model), config.teacher).to(world.device)
+        teacher = load_clip(
+            find_spec(config.teacher_model),
+            config.teacher,
+            activation=config.teacher_activation,
+            option="--teacher-activation",
+        ).to(world.device)
     return Run(
         config=config,
         world=world,
@@ -104,7 +109,11 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
     if config.data:
         return PairBatches(
             open_sources(
-                config.data, templates=config.templates, allow_commands=config.allow_commands
+                config.data,
+                templates=config.templates,
+                allow_commands=config.allow_commands,
+                allow_outside=config.allow_outside,
+                folder_kind=config.folder_kind,
             ),
             batch_size=config.batch_size,
             side_px=spec.side_px,
@@ -118,6 +127,7 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
             ),
             num_workers=config.num_workers,
             device=world.device,
+            max_bad_share=config.max_bad_share,
         )
     data_dir = SAMPLE_DIR if config.sample else config.data_dir
     shards = sorted(data_dir.glob("train/*.tar"))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from clip_rt.errors import InputError
 from clip_rt.specs import Activation
+from training.data.tree import FolderKind
 from training.optimizer import Lock
 
 SAMPLE_DIR = Path(__file__).with_name("sample")
@@ -23,6 +24,7 @@ FREE_FIELDS = frozenset(
             "tensorboard",
             "teacher",
             "eval_data",
+            "max_bad_share",
         ),
     )
 )
@@ -64,6 +66,12 @@ class TrainConfig:
     """Share of the images of `data` that lose their colour."""
     allow_commands: bool = False
     """Let `pipe:` shards of `data` run their commands in a shell."""
+    allow_outside: bool = False
+    """Let paths in tables and links in folders of `data` and `eval_data` lead out of them."""
+    folder_kind: FolderKind = "auto"
+    """What folders of `data` are: images in a folder for each class, or with a .txt beside each."""
+    max_bad_share: float = 0.2
+    """Share of the first 1,000 samples drawn from `data` that may be bad; each is replaced."""
     num_workers: int = 2
     """Processes that decode the images of `data`."""
     eval_data: tuple[Path, ...] = ()
@@ -75,6 +83,8 @@ class TrainConfig:
     """Weights, as init_from, of a model to distil from, of the architecture `teacher_model`."""
     teacher_model: str = "ViT-B/32"
     """Architecture of the teacher; it reads images of the same size."""
+    teacher_activation: Activation | None = None
+    """As activation, of the teacher."""
     distill_weight: float = 1.0
     """Weight of the teacher's loss beside the objective's."""
 
@@ -126,7 +136,9 @@ class TrainConfig:
     """Write the log for TensorBoard as well."""
 
     def __post_init__(self) -> None:
-        for name in ("emoji_fraction", "patch_dropout", "ema_decay", "layer_decay"):
+        for name in (
+            *("emoji_fraction", "patch_dropout", "ema_decay", "layer_decay", "max_bad_share"),
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be within 0 and 1.")
         for name in (

@@ -25,11 +25,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import check_labels, fill
 from clip_rt.tokenizer import encode, pad
+from training.command import command
 from training.evaluation.embed import device_of, logit_scale
+from training.evaluation.labelled import check_exist
 from training.evaluation.source import Source, choose_shots, embed_data, find_classes
 from training.evaluation.tune import Recipe, descend
 from training.model import CLIP, causal_mask
@@ -166,8 +168,11 @@ def run(config: CoopConfig) -> Probe:
         InputError, CheckpointError: something it names cannot be used.
     """
     table = config.read_table()
+    check_exist(config.data)
     model = config.open_model()
-    images = embed_data(model, config.data, limits=config)
+    images = embed_data(
+        model, config.data, allow_outside=config.allow_outside, limits=config
+    )
     classes = find_classes(images.labels, table)
     rows_N, right_N = classes.rows_N, classes.right_N
     if config.shots is not None:
@@ -202,7 +207,5 @@ def main(config: CoopConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(CoopConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

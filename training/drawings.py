@@ -36,6 +36,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from training.command import command
 from training.render import iconify_svg, line_svg, render
 
 PACKAGES = {"@iconify/json": "2.2.535", "openmoji": "17.0.0", "emojibase-data": "17.0.0"}
@@ -453,4 +454,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        typer.run(main)

@@ -26,13 +26,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import InputError
 from clip_rt.prompts import DEFAULT_TEMPLATE
 from clip_rt.zero_shot import classify
+from training.command import command
 from training.data.drawing_batches import Drawings
 from training.evaluation.class_names import NameTable, describe_layout, read_templates
 from training.evaluation.embed import class_embeddings, embed_drawings, embed_texts, logit_scale
-from training.evaluation.labelled import read_captions
+from training.evaluation.labelled import check_exist, read_captions
 from training.evaluation.metrics import Accuracy, Retrieval, accuracy, retrieval
 from training.evaluation.source import Embedded, Source, embed_data, find_classes
 from training.model import CLIP
@@ -143,8 +144,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     table = config.read_table()
     frames = read_templates(config.templates)
     captions = read_captions(config.captions) if config.captions else None
+    check_exist(config.data)
     model = config.open_model()
-    embedded = embed_data(model, config.data, limits=config)
+    embedded = embed_data(
+        model, config.data, allow_outside=config.allow_outside, limits=config
+    )
     if captions is not None:
         embedded.captions = [captions.get(key, ()) for key in embedded.keys]
         _check_captions(captions, embedded.keys, config.captions)
@@ -207,7 +211,5 @@ def _check_captions(
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(EvaluateConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

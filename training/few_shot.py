@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import ImageError, InputError
 from clip_rt.images import preprocess
+from training.command import command
 from training.coop import context_probe, learn_context
 from training.evaluation.class_names import read_templates
 from training.evaluation.embed import class_embeddings, embed_images
-from training.evaluation.labelled import read_samples
+from training.evaluation.labelled import check_exist, read_samples
 from training.evaluation.metrics import accuracy
 from training.evaluation.source import Source, choose_shots, find_classes
 from training.evaluation.tune import Recipe, tune_image, tune_text
@@ -249,16 +250,21 @@ def main(config: FewShotConfig) -> None:
     """Measure, print a table, draw the plot."""
     table = config.read_table()
     templates = read_templates(config.templates)
+    check_exist(config.data)
     model = config.open_model()
-    samples = list(read_samples(config.data))
+    samples = list(read_samples(config.data, allow_outside=config.allow_outside))
     classes = find_classes([sample.label for sample in samples], table)
-    images = (samples[row].image for row in classes.rows_N)
-    pixels = preprocess(
-        images,
-        side_px=model.spec.side_px,
-        max_pixels=config.max_pixels,
-        max_bytes=config.max_bytes,
-    )
+    kept = [samples[row] for row in classes.rows_N]
+    try:
+        pixels = preprocess(
+            (sample.image for sample in kept),
+            side_px=model.spec.side_px,
+            max_pixels=config.max_pixels,
+            max_bytes=config.max_bytes,
+        )
+    except ImageError as error:
+        where = "" if error.index is None else f"{kept[error.index].key}: "
+        raise ImageError(f"{where}{error}", index=error.index) from error
     task = make_task(model, pixels, classes.right_N, classes.names, templates)
     curves = measure(model, task, shots=config.shots, seeds=range(config.num_seeds))
     show(curves, Console())
@@ -282,7 +288,5 @@ def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(FewShotConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

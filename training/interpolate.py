@@ -22,14 +22,16 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_rt.decoding import Limits
-from clip_rt.errors import CheckpointError, ClipRTError, InputError
+from clip_rt.errors import CheckpointError, InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import DEFAULT_TEMPLATE
 from clip_rt.specs import Activation
 from training.checkpoint import save_checkpoint
+from training.command import command
 from training.evaluate import zero_shot
 from training.evaluation.class_names import read_name_table, read_templates
 from training.evaluation.embed import class_embeddings, logit_scale, open_model
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy
 from training.evaluation.source import embed_data
 from training.model import CLIP
@@ -60,6 +62,8 @@ class InterpolateConfig(Limits):
     """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:1."""
+    allow_outside: bool = False
+    """Let paths in tables lead out of the folder of the table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +146,7 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     """
     table = read_name_table(config.class_names) if config.class_names else None
     frames = read_templates(config.templates) if config.templates else [DEFAULT_TEMPLATE]
+    check_exist(config.data)
     model = open_model(config.zero_shot, model=config.model, activation=config.activation)
     name, activation = model.spec.name, model.spec.activation
     first = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -150,9 +155,10 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     found: dict[float, Accuracy] = {}
     for alpha in config.alphas if config.data else ():
         model.load_state_dict(interpolate(first, second, alpha))
-        _, results = zero_shot(
-            model, embed_data(model, config.data, limits=config), table=table, templates=frames
+        embedded = embed_data(
+            model, config.data, allow_outside=config.allow_outside, limits=config
         )
+        _, results = zero_shot(model, embedded, table=table, templates=frames)
         found[alpha] = list(results.values())[-1]
     if config.out:
         best = max(found, key=lambda alpha: found[alpha].top1, default=config.alphas[0])
@@ -179,7 +185,5 @@ def main(config: InterpolateConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(InterpolateConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

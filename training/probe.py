@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from clip_rt.errors import ClipRTError, InputError
+from clip_rt.errors import InputError
 from clip_rt.probe import Probe
+from training.command import command
 from training.evaluation.class_names import NameTable
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy, accuracy
 from training.evaluation.source import Embedded, Source, embed_data, find_classes
 from training.weights.load import fingerprint
@@ -186,13 +189,15 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
         InputError, CheckpointError: something it names cannot be used.
     """
     table = config.read_table()
+    check_exist((*config.data, *config.validation, *config.test))
     model = config.open_model()
-    images = embed_data(model, config.data, limits=config)
+    embed = partial(embed_data, model, allow_outside=config.allow_outside, limits=config)
+    images = embed(config.data)
     classes = find_classes(images.labels, table)
     image_NE, right_N = images.image_NE[classes.rows_N], classes.right_N
     weights = fingerprint(model.state_dict())
     if config.validation:
-        held = embed_data(model, config.validation, limits=config)
+        held = embed(config.validation)
         held_NE, held_right_N = _same_classes(held, classes.ids, table)
         l2 = find_l2(image_NE, right_N, held_NE, held_right_N)
         image_NE = np.concatenate([image_NE, held_NE])
@@ -210,9 +215,7 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
     probe.save(config.out)
     if not config.test:
         return probe, None
-    test_NE, test_right_N = _same_classes(
-        embed_data(model, config.test, limits=config), classes.ids, table
-    )
+    test_NE, test_right_N = _same_classes(embed(config.test), classes.ids, table)
     return probe, accuracy(probe.classify(test_NE).logits, test_right_N)
 
 
@@ -262,7 +265,5 @@ def _same_classes(
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main(tyro.cli(ProbeConfig, description=__doc__))
-    except ClipRTError as error:
-        raise SystemExit(f"error: {error}") from None

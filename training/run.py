@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -29,6 +29,7 @@ from training import parallel
 from training.accumulate import cached_backward, split_batch
 from training.build import build, claim_folder, seed_everything
 from training.checkpoint import save_checkpoint
+from training.command import command
 from training.config import TrainConfig
 from training.curves import draw_curves
 from training.data.batches import Batch
@@ -60,7 +61,7 @@ def main(config: TrainConfig) -> None:
         parallel.barrier()
         run = build(config, world)
         judge = Judge(config, run.clip.spec, world.device) if world.is_first else None
-        restore(run)
+        is_resumed = restore(run)
         journal = Journal(
             config.out_dir,
             step=run.step,
@@ -69,9 +70,10 @@ def main(config: TrainConfig) -> None:
             tensorboard=config.tensorboard,
             silent=not world.is_first,
         )
-        with stopping(run):
+        if config.resume and not is_resumed:
+            journal.say(f"{config.out_dir} holds no run to go on with: a new one begins")
+        with closing(journal), stopping(run):
             train(run, judge, journal)
-        journal.close()
     if run.stop_signal:
         raise SystemExit(128 + run.stop_signal)
 
@@ -241,8 +243,8 @@ def report(run: Run, update: Update, journal: Journal) -> None:
 def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
     """Measure what would be served, write it for export, and redraw the curves."""
     config = run.config
-    if run.data.skips.total:
-        journal.say(f"bad samples left out so far: {run.data.skips}")
+    if left_out := str(run.data.skips):
+        journal.say(f"left out of the data so far: {left_out}")
     if run.average is not None:
         weights = gather_average(run)
     else:
@@ -304,4 +306,5 @@ def stopping(run: Run) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TrainConfig))
+    with command():
+        main(tyro.cli(TrainConfig))

@@ -218,6 +218,35 @@ class TestCommand:
             check=False,
         )
 
+    @pytest.mark.parametrize(
+        ("option", "path"),
+        [
+            ("--weights", "nowhere/clip.safetensors"),
+            ("--samples", "nowhere/val"),
+            ("--calibration", "nowhere/photos.csv"),
+        ],
+    )
+    def test_what_is_not_there_is_said_not_to_be_there(self, tmp_path, option, path):
+        weights = () if option == "--weights" else ("--weights", "random")
+        more = ("--precision", "int8") if option == "--calibration" else ()
+        found = self.run(
+            *("--model", "RN26@64px", "--repository", tmp_path / "models"),
+            *(*weights, option, path, *more),
+        )
+        assert found.returncode == 1
+        assert "Traceback" not in found.stdout + found.stderr
+        assert path in found.stdout
+        assert "does not exist" in found.stdout or "no checkpoint file" in found.stdout
+
+    def test_weights_of_unknown_activation_need_the_option(self, tmp_path):
+        checkpoint = tmp_path / "clip.safetensors"
+        save_file(tiny.make(tiny.VIT).state_dict(), checkpoint)
+        found = self.run("--model", "ViT-B/32", "--weights", checkpoint)
+        assert found.returncode == 1
+        assert "Pass --activation quick_gelu or --activation gelu" in found.stdout
+        asked = self.run("--model", "ViT-B/32", "--weights", checkpoint, "--activation", "gelu")
+        assert "does not fit ViT-B/32" in asked.stdout
+
     def test_publishes_a_checkpoint(self, tmp_path):
         clip = random_clip(MODELS["RN26@64px"], seed=3)
         checkpoint = tmp_path / "clip.safetensors"

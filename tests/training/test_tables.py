@@ -6,6 +6,7 @@ import pytest
 from tar_shards import encode
 
 from clip_rt.errors import InputError
+from training.data.folders import ClassFolder
 from training.data.pairs import MAX_JSON_BYTES, BadSampleError
 from training.data.tables import Table
 
@@ -124,3 +125,40 @@ def test_tables_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         Table(tmp_path / "t.csv")
     with pytest.raises(InputError, match=r"no row .* 1 x no caption"):
         Table(write_jsonl(tmp_path, {"image": "a.jpg"}))
+
+
+def hub_cache(place: Path) -> Path:
+    """A data set as `snapshot_download` leaves it: every file a link to a blob."""
+    (place / "blobs").mkdir(parents=True)
+    (place / "snapshots/abc/train/cat").mkdir(parents=True)
+    for number in range(2):
+        (place / f"blobs/b{number}").write_bytes(encode((number, 9, 9)))
+        link = place / f"snapshots/abc/train/cat/{number}.jpg"
+        link.symlink_to(f"../../../../blobs/b{number}")
+    return place / "snapshots/abc"
+
+
+def test_a_snapshot_of_the_hub_may_link_to_its_own_blobs(tmp_path: Path) -> None:
+    folder = hub_cache(tmp_path / "datasets--x--y")
+    for root in (folder, folder / "train"):
+        assert ClassFolder(root)[0].image == tmp_path / "datasets--x--y/blobs/b0"
+    table = Table(write_jsonl(folder, {"image": "train/cat/1.jpg", "caption": "x"}))
+    assert table[0].image == tmp_path / "datasets--x--y/blobs/b1"
+
+
+@pytest.mark.parametrize(
+    "target", ["../../../../../secret.jpg", "../../../../refs/main", "../../../../blobs/x/deep"]
+)
+def test_a_snapshot_of_the_hub_may_link_to_nothing_else(tmp_path: Path, target: str) -> None:
+    folder = hub_cache(tmp_path / "datasets--x--y")
+    (folder / "train/cat/2.jpg").symlink_to(target)
+    (tmp_path / "secret.jpg").write_bytes(encode((1, 1, 1)))
+    with pytest.raises(BadSampleError, match="path leaves its folder"):
+        ClassFolder(folder)[2]
+
+
+def test_a_table_in_a_snapshot_names_no_blob_by_a_path_of_its_own(tmp_path: Path) -> None:
+    folder = hub_cache(tmp_path / "datasets--x--y")
+    for name in ("../../blobs/b0", str(tmp_path / "datasets--x--y/blobs/b0")):
+        with pytest.raises(BadSampleError, match="path leaves its folder"):
+            Table(write_jsonl(folder, {"image": name, "caption": "x"}))[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from training.data.pairs import (
     MAX_CAPTION_BYTES,
     BadSampleError,
     Pair,
-    Skips,
     Strings,
     check_caption,
 )
 from training.data.tables import resolve
+from training.data.tree import Tree, read_tree
+
+_log = logging.getLogger(__name__)
 
 
 class ClassFolder:
@@ -27,7 +30,7 @@ class ClassFolder:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Tree,
         *,
         templates: str | Iterable[str] | None = None,
         labels: Mapping[str, str] | None = None,
@@ -36,7 +39,7 @@ class ClassFolder:
         """List the images; none is opened yet.
 
         Args:
-            folder: Holds a folder per class.
+            folder: Holds a folder per class; a folder that holds nothing but that is stepped into.
             templates: Captions are these, filled with the label; as in `clip_rt.prompts`.
             labels: Label by folder name, such as ImageNet's n01440764. Otherwise the label is
                 the folder's name with spaces for underscores.
@@ -46,12 +49,13 @@ class ClassFolder:
             InputError: there is no such folder, no image in it, or a class has no label.
             TemplateError: the templates are none.
         """
-        self.folder = Path(folder)
-        self.skips = Skips()
+        tree = folder if isinstance(folder, Tree) else read_tree(Path(folder))
+        self.folder = tree.folder
+        self.skips = tree.skips
         self._allow_outside = allow_outside
         self._templates = find_templates(templates)
-        names = list(_list_images(self.folder, self.skips))
-        class_names = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+        class_by_name = {name: tree.class_of(name) for name in tree.images}
+        class_names = sorted({each for each in class_by_name.values() if each is not None})
         if labels is not None and (unknown := set(class_names) - set(labels)):
             raise InputError(
                 f"{len(unknown)} classes of {self.folder} have no label, such as {min(unknown)!r}."
@@ -60,17 +64,26 @@ class ClassFolder:
         self.labels = [
             labels[name] if labels is not None else name.replace("_", " ") for name in class_names
         ]
-        classes = []
-        for name in names:
-            if os.sep in name:
-                classes.append(number_by_class[name.split(os.sep)[0]])
-            else:
+        names, classes = [], []
+        for name, class_name in class_by_name.items():
+            if class_name is None:
                 self.skips.add("image in no class folder", name)
+            else:
+                names.append(name)
+                classes.append(number_by_class[class_name])
+        tree.note_empty_classes()
         if not classes:
             raise InputError(
-                f"{self.folder} holds no folders of images ({', '.join(IMAGE_EXTENSIONS)})."
+                f"{self.folder} holds no folders of images ({', '.join(IMAGE_EXTENSIONS)}), one "
+                f"for each class, nor images with captions in a .txt beside them. Left out: "
+                f"{self.skips}."
             )
-        self._images = Strings([name for name in names if os.sep in name])
+        if len(class_names) == 1:
+            _log.warning(
+                "%s has one class only, %r: nothing can be told apart.",
+                *(self.folder, class_names[0]),
+            )
+        self._images = Strings(names)
         self._class = np.array(classes, np.int32)
 
     def __len__(self) -> int:
@@ -87,7 +100,7 @@ class ClassFolder:
 class CaptionFolder:
     """Images at any depth, each with its caption in a .txt of the same name beside it."""
 
-    def __init__(self, folder: str | Path, *, allow_outside: bool = False) -> None:
+    def __init__(self, folder: str | Path | Tree, *, allow_outside: bool = False) -> None:
         """List the images; nothing is opened yet.
 
         Args:
@@ -97,13 +110,16 @@ class CaptionFolder:
         Raises:
             InputError: there is no such folder, or no image in it.
         """
-        self.folder = Path(folder)
-        self.skips = Skips()
+        tree = folder if isinstance(folder, Tree) else read_tree(Path(folder))
+        self.folder = tree.folder
+        self.skips = tree.skips
         self._allow_outside = allow_outside
-        images = list(_list_images(self.folder, self.skips))
-        if not images:
-            raise InputError(f"{self.folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}).")
-        self._images = Strings(images)
+        if not tree.images:
+            raise InputError(
+                f"{self.folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}). Left out: "
+                f"{self.skips}."
+            )
+        self._images = Strings(list(tree.images))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -125,14 +141,3 @@ class CaptionFolder:
             raise BadSampleError("caption too long", place)
         image = resolve(self.folder, name, allow_outside=self._allow_outside)
         return Pair(image, (check_caption(caption, place),), place)
-
-
-def _list_images(folder: Path, skips: Skips) -> Iterator[str]:
-    """Yield the names below a folder that end like images, relative to it, in a fixed order."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {str(folder)[:200]!r}.")
-    for path, folders, files in os.walk(folder):
-        folders.sort()  # the order in which os.walk goes on
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lstrip(".").lower() in IMAGE_EXTENSIONS:
-                yield os.path.relpath(os.path.join(path, name), folder)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from training.data.photos import PhotoAugmentation
 from training.data.shards import PipedShards
 
 NUM_CHECKED = 1000
-"""So many samples are read before their share of bad ones is judged."""
+"""So many samples are drawn before their share of bad ones is judged."""
 
 WORKER_END_S = 5.0
 """So long a worker whose socket closed may take to end."""
@@ -65,11 +66,13 @@ class PairBatches:
             num_workers: Processes that decode; 0 decodes in this one.
             device: Where batches are put. To a GPU, pixels travel as pinned bytes and are
                 normalised there.
-            max_bad_share: Of the first `NUM_CHECKED` pairs read; more is an error.
+            max_bad_share: Of the first `NUM_CHECKED` pairs drawn; more is an error.
 
         Raises:
             InputError: a size is not positive, weights do not fit, or streams are mixed.
         """
+        if not 0 <= max_bad_share <= 1:
+            raise InputError(f"max_bad_share is {max_bad_share}; it must be within 0 and 1.")
         for name, size in (("batch_size", batch_size), ("side_px", side_px)):
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
@@ -92,12 +95,17 @@ class PairBatches:
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._max_bad_share = max_bad_share
-        self._num_good = 0
+        self._num_good = self._num_filled = 0
         self._is_judged = False
+        self._known = [np.zeros(len(source), np.bool_) for source in self._sources]
+        """Of each source, which samples were read so far: each is counted once."""
         self.skips = self._pipe.skips if self._pipe is not None else Skips()
         for source in self._sources:
             self.skips.merge(source.skips)
         self._skipped_before = self.skips.total
+        self._bad = Skips()
+        """As `skips`, but each sample counts once, however often it is drawn."""
+        self._bad.merge(self.skips)
 
     def stream(self, start_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield this rank's rows of batches `start_step`, `start_step` + 1, ... without end.
@@ -148,7 +156,7 @@ class PairBatches:
 
     def _assemble(self, chunks: list[Rows]) -> Batch:
         for chunk in chunks:
-            self.skips.merge(chunk.skips)
+            self._count(chunk)
         tokens_BL = torch.cat([chunk.tokens_NL for chunk in chunks])
         group_B = torch.cat([chunk.group_N for chunk in chunks])
         pixels = torch.cat(
@@ -164,24 +172,42 @@ class PairBatches:
         tokens_BL = tokens_BL[:, : int((tokens_BL != 0).any(dim=0).sum())]
         return Batch(normalise_pixels(pixels), tokens_BL.to(self._device), group_B.to(self._device))
 
+    def _count(self, rows: Rows) -> None:
+        self._num_filled += len(rows.good)
+        self._num_good += sum(self._is_new(*sample) for sample in rows.good)
+        for bad in rows.bad:
+            self.skips.add(bad.reason, bad.example)
+            if self._is_new(bad.source, bad.pair_index):
+                self._bad.add(bad.reason, bad.example)
+
+    def _is_new(self, source: int, index: int) -> bool:
+        if index < 0:
+            return True  # Streamed; each comes once in an epoch.
+        known_N = self._known[source]
+        is_new = not known_N[index]
+        known_N[index] = True
+        return is_new
+
     def _judge(self, is_good: Tensor) -> None:
         """Give up on data of which too much is bad."""
-        self._num_good += int(is_good.sum())
-        num_bad = self.num_read - self._num_good
+        num_bad_draws = self.num_read - self._num_filled
         is_due = self.num_read >= NUM_CHECKED and not self._is_judged
         self._is_judged |= is_due
         is_hopeless = not is_good.any() or (self._pipe is None and not is_good.all())
-        if is_hopeless or (is_due and num_bad > self._max_bad_share * self.num_read):
+        if is_hopeless or (is_due and num_bad_draws > self._max_bad_share * self.num_read):
+            # A streamed shard leaves out samples that never reach a row.
+            bad = self._bad if self._pipe is None else self.skips
+            num_bad = bad.total - self._skipped_before
             raise InputError(
-                f"{num_bad} of the first {self.num_read} samples are bad; at most "
-                f"{self._max_bad_share:.0%} may be: {self.skips}. Repair the data, or raise "
-                "max_bad_share."
+                f"{num_bad} of the first {self._num_good + num_bad} samples are bad; at most "
+                f"{self._max_bad_share:.0%} may be: {bad}. Repair the data"
+                + ("." if is_hopeless else ", or raise max_bad_share.")
             )
 
     @property
     def num_read(self) -> int:
         """Pairs tried so far, good and bad."""
-        return self._num_good + self.skips.total - self._skipped_before
+        return self._num_filled + self.skips.total - self._skipped_before
 
 
 def normalise_pixels(pixels_NSSC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from clip_rt.errors import ImageError, TextError
 from clip_rt.tokenizer import encode_text, pad
 from training.data.batches import Purpose, rng
-from training.data.pairs import BadSampleError, Pair, Skips, Source
+from training.data.pairs import BadSampleError, Pair, Source, explain
 from training.data.photos import PhotoAugmentation
 
 _MAX_TRIES = 100
@@ -34,6 +34,16 @@ class Ticket(NamedTuple):
     """A pair that came by a stream."""
 
 
+class Bad(NamedTuple):
+    """A sample that was tried and cannot be used."""
+
+    source: int
+    pair_index: int
+    """Of the pair in its source; -1 if it came by a stream."""
+    reason: str
+    example: str
+
+
 class Rows(NamedTuple):
     """Rows a worker has filled; those it could not are zeros."""
 
@@ -43,7 +53,10 @@ class Rows(NamedTuple):
     """int32 (N, context_length)."""
     group_N: Tensor
     """int64 (N,)."""
-    skips: Skips
+    good: list[tuple[int, int]]
+    """Source and index of each pair that fills a row."""
+    bad: list[Bad]
+    """Each time that one was tried, so that one sample may be among them often."""
 
 
 class Reader(Dataset[Rows]):
@@ -66,40 +79,48 @@ class Reader(Dataset[Rows]):
 
     def __getitems__(self, tickets: list[Ticket]) -> Rows:
         """Fill the rows of some tickets; torch's loader calls this with each chunk."""
-        skips = Skips()
+        good: list[tuple[int, int]] = []
+        bad: list[Bad] = []
         pixels = np.zeros((len(tickets), self._side_px, self._side_px, 3), np.uint8)
         token_ids: list[list[int]] = []
         groups = []
         for ticket, pixels_SSC in zip(tickets, pixels, strict=True):
-            ids, group = self._fill(ticket, pixels_SSC, skips)
+            ids, group = self._fill(ticket, pixels_SSC, good, bad)
             token_ids.append(ids)
             groups.append(group)
         tokens_NL = pad(token_ids, length_tokens=self._context_length)
         return Rows(
-            torch.from_numpy(pixels), torch.from_numpy(tokens_NL), torch.tensor(groups), skips
+            torch.from_numpy(pixels), torch.from_numpy(tokens_NL), torch.tensor(groups), good, bad
         )
 
     def _fill(
-        self, ticket: Ticket, pixels_SSC: NDArray[np.uint8], skips: Skips
+        self,
+        ticket: Ticket,
+        pixels_SSC: NDArray[np.uint8],
+        good: list[tuple[int, int]],
+        bad: list[Bad],
     ) -> tuple[list[int], int]:
         """Read a ticket's pair, or else the first good one of its replacements.
 
         Writes the pixels; returns token ids, none if all were bad, and group.
         """
         for attempt in range(1 if ticket.pair else _MAX_TRIES):
+            index = self._choose(ticket, attempt)
             try:
-                pair = ticket.pair or self._find(ticket, attempt)
-                return self._read(pair, ticket, pixels_SSC)
+                pair = ticket.pair or self._sources[ticket.source][index]
+                filled = self._read(pair, ticket, pixels_SSC)
             except BadSampleError as error:
-                skips.add(error.reason, error.example)
+                bad.append(Bad(ticket.source, index, error.reason, error.example))
+            else:
+                good.append((ticket.source, index))
+                return filled
         return [], 0
 
-    def _find(self, ticket: Ticket, attempt: int) -> Pair:
-        source = self._sources[ticket.source]
-        if attempt == 0:
-            return source[ticket.pair_index]
+    def _choose(self, ticket: Ticket, attempt: int) -> int:
+        if attempt == 0 or ticket.pair:
+            return ticket.pair_index
         spare = rng(Purpose.REPLACEMENT, self._seed, ticket.step, ticket.row, attempt)
-        return source[int(spare.integers(len(source)))]
+        return int(spare.integers(len(self._sources[ticket.source])))
 
     def _read(
         self, pair: Pair, ticket: Ticket, pixels_SSC: NDArray[np.uint8]
@@ -115,7 +136,7 @@ class Reader(Dataset[Rows]):
             generator = rng(Purpose.AUGMENTATION, self._seed, *where)
             pixels_SSC[:] = self._augmentation(pair.image, side_px=self._side_px, rng=generator)
         except ImageError as error:
-            raise BadSampleError("unusable image", f"{pair.name}: {error}") from error
+            raise BadSampleError("unusable image", f"{pair.name}: {explain(error)}") from error
         # A number that all ranks and runs agree on.
         digest = hashlib.blake2b(np.array(meaning, np.int64).tobytes(), digest_size=8).digest()
         return token_ids, int.from_bytes(digest, "little", signed=True)

@@ -6,6 +6,7 @@ Captions are checked here for all sources alike; images are checked when they ar
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clip_rt.errors import InputError
+from clip_rt.errors import ImageError, InputError
 from clip_rt.tokenizer import MAX_TEXT_CHARS
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+    *("jpe", "jfif", "pjpeg", "pjp", "apng"),  # JPEG and PNG by other names
+)
 """What is taken for an image; which decoder runs depends on the bytes, and others never do."""
 MAX_CAPTION_BYTES = 4 * MAX_TEXT_CHARS
 MAX_JSON_BYTES = 1024 * 1024
@@ -68,12 +72,21 @@ class Skips:
 
     counts: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    """Members of shards that are never read, by extension; the rest of their samples is used."""
+    """What no sample is lost by: members of shards that are never read, by extension, files that
+    other programs left, empty folders."""
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, example: str) -> None:
         """Count one more."""
         self.counts[reason] += 1
+        self._remember(reason, example)
+
+    def note(self, reason: str, example: str) -> None:
+        """Count one more of what no sample is lost by."""
+        self.ignored[reason] += 1
+        self._remember(reason, example)
+
+    def _remember(self, reason: str, example: str) -> None:
         known = self.examples.setdefault(reason, [])
         if len(known) < _MAX_EXAMPLES:
             known.append(example[:200])
@@ -86,16 +99,31 @@ class Skips:
             known = self.examples.setdefault(reason, [])
             known.extend(examples[: _MAX_EXAMPLES - len(known)])
 
+    def without(self, reason: str) -> Skips | None:
+        """Return what was left out for other reasons than this; None if nothing was."""
+        counts = Counter({each: n for each, n in self.counts.items() if each != reason and n})
+        return Skips(counts, Counter(), self.examples) if counts else None
+
     @property
     def total(self) -> int:
         """How many were left out."""
         return self.counts.total()
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{count} x {reason} ({', '.join(self.examples[reason])})"
-            for reason, count in self.counts.most_common()
-        )
+        said = [self._say(reason, count) for reason, count in self.counts.most_common()]
+        if self.ignored:
+            noted = [self._say(reason, count) for reason, count in self.ignored.most_common()]
+            said.append(f"no sample is lost by {', '.join(noted)}")
+        return "; ".join(said)
+
+    def _say(self, reason: str, count: int) -> str:
+        examples = self.examples.get(reason)
+        return f"{count} x {reason}" + (f" ({', '.join(examples)})" if examples else "")
+
+
+def explain(error: ImageError) -> str:
+    """Return what is wrong with an image, without the options of the client that would allow it."""
+    return re.sub(r",? or raise max_(pixels|bytes)\b", "", str(error))
 
 
 def check_caption(caption: object, name: str) -> str:

@@ -10,20 +10,29 @@ from clip_rt.errors import InputError
 from training.data.folders import CaptionFolder, ClassFolder
 from training.data.pairs import Source
 from training.data.shards import PipedShards, TarShards
-from training.data.tables import TABLE_SUFFIXES, Table
+from training.data.tables import TABLE_SUFFIXES, Table, is_table
+from training.data.tree import FolderKind, read_tree
 
 
 def open_sources(
-    names: Sequence[str], *, templates: str | None = None, allow_commands: bool = False
+    names: Sequence[str],
+    *,
+    templates: str | None = None,
+    allow_commands: bool = False,
+    allow_outside: bool = False,
+    folder_kind: FolderKind = "auto",
 ) -> list[Source] | PipedShards:
     """Open each name as what it looks like.
 
     Args:
         names: Local tar shards (braces expand), one table, or one folder each; or nothing but
-            URLs of shards, which are streamed together. A folder whose images have a .txt beside
-            them is read as pairs, any other as one folder of images for each class.
+            URLs of shards, which are streamed together. A folder of which at least 80 % of the
+            images have a .txt of the same name beside them is read as pairs, one of which none has
+            one as a folder of images for each class; of what is between, `folder_kind` must say it.
         templates: Captions of what has a class only; a name of `clip_rt.prompts`.
         allow_commands: Whether `pipe:` shards may run their commands.
+        allow_outside: Whether paths of tables, and links in folders, may lead out of them.
+        folder_kind: What folders are.
 
     Raises:
         InputError: a name is none of these, or nothing usable is in it.
@@ -32,22 +41,40 @@ def open_sources(
         if not all(_is_url(name) for name in names):
             raise InputError("streamed shards cannot be mixed with local data; copy them first.")
         return PipedShards(list(names), allow_commands=allow_commands)
-    return [_open(name, templates) for name in names]
+    return [_open(name, templates, allow_outside, folder_kind) for name in names]
 
 
 def _is_url(name: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+:", name, re.IGNORECASE) is not None
 
 
-def _open(name: str, templates: str | None) -> Source:
+def _open(name: str, templates: str | None, allow_outside: bool, folder_kind: FolderKind) -> Source:
     path = Path(name)
-    if name.endswith(".tar"):
+    if path.suffix.lower() == ".tar":
         return TarShards(name)
-    if path.suffix in TABLE_SUFFIXES:
-        return Table(path, templates=templates)
+    if is_table(path):
+        return Table(path, templates=templates, allow_outside=allow_outside)
     if path.is_dir():
-        has_texts = next(path.rglob("*.txt"), None) is not None
-        return CaptionFolder(path) if has_texts else ClassFolder(path, templates=templates)
+        return _open_folder(path, templates, allow_outside, folder_kind)
+    missing = "" if path.exists() else "does not exist: it "
     raise InputError(
-        f"{name!r} is no tar shard, no table ({', '.join(TABLE_SUFFIXES)}) and no folder of images."
+        f"{name!r} {missing}is no tar shard, no table ({', '.join(TABLE_SUFFIXES)}) and no folder "
+        "of images."
     )
+
+
+def _open_folder(
+    path: Path, templates: str | None, allow_outside: bool, folder_kind: FolderKind
+) -> Source:
+    tree = read_tree(path)
+    holds_captions = tree.holds_captions if folder_kind == "auto" else folder_kind == "captions"
+    if holds_captions is None:
+        raise InputError(
+            f"{len(tree.captioned)} of the {len(tree.images)} images of {path} have a .txt beside "
+            f"them, such as {min(tree.captioned)!r}. Say what the folder is: folder_kind classes "
+            "reads a folder of images for each class and no .txt; folder_kind captions reads each "
+            ".txt as the caption of its image, and leaves out the images that have none."
+        )
+    if holds_captions:
+        return CaptionFolder(tree, allow_outside=allow_outside)
+    return ClassFolder(tree, templates=templates, allow_outside=allow_outside)

@@ -108,15 +108,20 @@ _BETWEEN = "\0"
 """Between the captions of one row; none holds it."""
 
 
+def is_table(path: Path) -> bool:
+    """Say whether a file is named as a table, in letters of any case."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
 def read_rows(path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
     """Yield place and cells of each row of a table; what is damaged is counted in `skips`.
 
     Raises:
         InputError: its name has none of `TABLE_SUFFIXES`, or it cannot be read.
     """
-    if path.suffix not in TABLE_SUFFIXES:
+    if not is_table(path):
         raise InputError(f"{path} is no .csv, .tsv or .jsonl. Name it for what it is.")
-    read = _read_csv if path.suffix in DELIMITER_BY_SUFFIX else _read_jsonl
+    read = _read_csv if path.suffix.lower() in DELIMITER_BY_SUFFIX else _read_jsonl
     try:
         with path.open("rb") as file:
             yield from read(file, path, skips)
@@ -135,7 +140,7 @@ def _read_jsonl(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str
 
 def _read_csv(file: IO[bytes], path: Path, skips: Skips) -> Iterator[tuple[str, Row]]:
     text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file, path, skips))
-    rows = csv.DictReader(text, delimiter=DELIMITER_BY_SUFFIX[path.suffix])
+    rows = csv.DictReader(text, delimiter=DELIMITER_BY_SUFFIX[path.suffix.lower()])
     while True:
         try:
             row = next(rows, None)
@@ -173,9 +178,29 @@ def resolve(folder: Path, name: str, *, allow_outside: bool) -> Path:
     """
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))
-    if not allow_outside and os.path.commonpath((root, path)) != root:
+    if not (allow_outside or _is_within(path, root) or _is_blob_of(path, root, name)):
         raise BadSampleError("path leaves its folder (allow_outside permits it)", repr(name))
     return Path(path)
+
+
+def _is_within(path: str, root: str) -> bool:
+    return os.path.commonpath((root, path)) == root
+
+
+def _is_blob_of(path: str, root: str, name: str) -> bool:
+    """Say whether a file of a snapshot in the hub's cache is a link to a blob of its repository.
+
+    `snapshot_download` keeps contents in `blobs` and links to them from `snapshots/<commit>`. Only
+    a name within the folder may lead there, and only by its own link.
+    """
+    link = os.path.normpath(os.path.join(root, name))
+    if not _is_within(link, root) or not os.path.islink(link):
+        return False
+    for place in (root, *map(str, Path(root).parents)):
+        parent, snapshots = os.path.split(os.path.dirname(place))
+        if snapshots == "snapshots":
+            return os.path.dirname(path) == os.path.join(parent, "blobs")
+    return False
 
 
 def read_label(label: object, place: str) -> str | None:

@@ -25,6 +25,7 @@ from training.data.pairs import (
     BadSampleError,
     Skips,
 )
+from training.data.tree import LEFTOVER, is_leftover, unread_reason
 
 T = TypeVar("T")
 
@@ -71,26 +72,37 @@ def read_samples(
     `read` may raise BadSampleError. What is left out is counted in `skips`, each sample once.
     """
     name, parts, reason = "", dict[str, T](), ""
+    unread: str | None = None
+
+    def why_not() -> str | None:
+        """Say why the sample is left out, if it is."""
+        return reason or (unread if parts.keys().isdisjoint(IMAGE_EXTENSIONS) else None)
+
     damages = skips.counts["damaged shard"]
     for header in _headers(tar, shard, skips):
         base, extension = base_plus_ext(header.name)
         refused = _refuse(header)
+        if not refused and not header.isdir() and _is_leftover(header.name):
+            _skip_leftover(header.name, shard, skips)
+            continue
         if base is None or header.isdir() or _METADATA.match(header.name):
             if refused:
                 skips.add(refused, f"{shard}, {header.name!r}")
             continue
         if base != name:
-            if reason:
-                skips.add(reason, f"{shard}, {name!r}")
+            if left_out := why_not():
+                skips.add(left_out, f"{shard}, {name!r}")
             elif parts:
                 yield name, parts
-            name, parts, reason = base, {}, ""
+            name, parts, reason, unread = base, {}, "", None
         extension = extension.lower()
         if refused or extension in parts:
             reason = reason or refused or "two members of one name"
         elif extension in _CODE_EXTENSIONS:
             skips.ignored[f".{extension}"] += 1
-        elif extension in MAX_SIZE_BYTES and not reason:
+        elif extension not in MAX_SIZE_BYTES:
+            unread = unread or unread_reason(extension)
+        elif not reason:
             try:
                 if header.size > MAX_SIZE_BYTES[extension]:
                     raise BadSampleError(f"{extension} too large", name)
@@ -99,10 +111,21 @@ def read_samples(
                 reason = error.reason
     if skips.counts["damaged shard"] > damages and parts:
         reason = reason or CUT_OFF
-    if reason:
-        skips.add(reason, f"{shard}, {name!r}")
+    if left_out := why_not():
+        skips.add(left_out, f"{shard}, {name!r}")
     elif parts:
         yield name, parts
+
+
+def _is_leftover(name: str) -> bool:
+    return any(map(is_leftover, name.replace("\\", "/").split("/")))
+
+
+def _skip_leftover(name: str, shard: str, skips: Skips) -> None:
+    """Count an image among what is no data, and note anything else."""
+    extension = os.path.splitext(name)[1].lstrip(".").lower()
+    is_image = extension in IMAGE_EXTENSIONS or unread_reason(extension) is not None
+    (skips.add if is_image else skips.note)(LEFTOVER, f"{shard}, {name!r}")
 
 
 def _headers(tar: tarfile.TarFile, shard: str, skips: Skips) -> Iterator[tarfile.TarInfo]:
@@ -140,13 +163,17 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield name and members of each sample of a shard that must be whole.
 
     Raises:
-        InputError: the shard is damaged or holds anything that is left out elsewhere.
+        InputError: the shard is damaged or holds anything that is left out elsewhere, but for what
+            other programs left in it.
     """
     skips = Skips()
     with path.open("rb") as file:
         samples = list(index_samples(file, str(path), skips))
-        if skips.total:
-            raise InputError(f"the shard {path} is damaged or not to be trusted: {skips}.")
+        if lost := skips.without(LEFTOVER):
+            raise InputError(
+                f"the shard {path} is damaged or not to be trusted, or holds images that are not "
+                f"read here: {lost}."
+            )
         for name, extents in samples:
             yield name, {key: read_extent(file, *extent) for key, extent in extents.items()}
 

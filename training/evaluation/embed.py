@@ -32,7 +32,7 @@ from clip_rt.zero_shot import pool
 from training.data.augment import normalise
 from training.data.drawing_batches import Drawings
 from training.model import CLIP
-from training.weights.load import load_clip
+from training.weights.load import check_exists, load_clip
 
 CHUNK = 128
 """Rows encoded at once; more is not faster on a processor."""
@@ -53,9 +53,10 @@ def open_model(
         activation: Overrides the checkpoint's and the architecture's.
 
     Raises:
-        CheckpointError: unreadable, or it names no architecture.
+        CheckpointError: missing or unreadable, or it names no architecture.
         UnknownModelError: no such architecture.
     """
+    check_exists(checkpoint)
     facts: dict[str, str] = {}
     path = Path(checkpoint)
     if path.suffix == ".safetensors" and path.is_file():

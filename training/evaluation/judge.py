@@ -16,6 +16,7 @@ from training import evaluate
 from training.config import SAMPLE_DIR, TrainConfig
 from training.data.drawing_batches import load_drawings
 from training.evaluation.embed import class_embeddings, embed_drawings
+from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import accuracy, retrieval
 from training.evaluation.source import embed_data
 from training.model import CLIP, causal_mask
@@ -27,6 +28,8 @@ class Judge:
     def __init__(self, config: TrainConfig, spec: ModelSpec, device: torch.device) -> None:
         self._spec = spec
         self._eval_data = config.eval_data
+        self._allow_outside = config.allow_outside
+        check_exist(config.eval_data)
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {
@@ -53,7 +56,7 @@ class Judge:
             found = retrieval(image_NE, class_NE, right_N)
             scores |= {f"recall{k}_{style}": share for k, share in found.image_at.items()}
         if self._eval_data:
-            embedded = embed_data(clip, self._eval_data)
+            embedded = embed_data(clip, self._eval_data, allow_outside=self._allow_outside)
             if any(label is not None for label in embedded.labels):
                 _, accuracies = evaluate.zero_shot(clip, embedded)
                 one_prompt, ensemble = accuracies.values()

@@ -2,12 +2,15 @@
 
 A folder holds one folder of images for each class, as ImageNet, its V2, Sketch and R do. A table is
 a CSV or JSON lines. A shard is a tar in WebDataset's layout. Nothing is decoded here but JSON and
-text. Unlike in training nothing is left out: what is damaged is an error, or figures would be of
-other data than was named.
+text. Which files of a folder are images, and of which class, is decided as in training. Unlike in
+training nothing is left out: what is damaged, or cannot be read here, is an error, or figures would
+be of other data than was named. Only what other programs left behind is passed over, and said so.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +20,25 @@ from clip_rt.decoding import ImageInput
 from clip_rt.errors import InputError
 from training.data.pairs import (
     IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
     BadSampleError,
     Skips,
     check_captions,
     parse_object,
 )
-from training.data.tables import TABLE_SUFFIXES, Row, check_path, read_label, read_rows, resolve
+from training.data.tables import (
+    TABLE_SUFFIXES,
+    Row,
+    check_path,
+    is_table,
+    read_label,
+    read_rows,
+    resolve,
+)
 from training.data.tar_samples import read_shard as read_members
+from training.data.tree import LEFTOVER, read_tree
+
+_log = logging.getLogger(__name__)
 
 LABEL_KEYS = ("label", "name")
 """Where the JSON of a shard's sample has its class, unless a `cls` member gives its number."""
@@ -43,24 +58,43 @@ class Sample:
     captions: tuple[str, ...] = ()
 
 
-def read_samples(data: Sequence[Path]) -> Iterator[Sample]:
+def check_exist(data: Sequence[Path]) -> None:
+    """Refuse data that are not there, before anything else is done.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    for path in data:
+        if not path.exists():
+            raise InputError(
+                f"{str(path)!r} does not exist: it is neither a folder, nor a table "
+                f"({', '.join(TABLE_SUFFIXES)}), nor a .tar shard."
+            )
+
+
+def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterator[Sample]:
     """Yield the samples of folders, tables and shards, one after the other.
+
+    Args:
+        data: Each is one of these.
+        allow_outside: Whether the paths of a table may lead out of its folder.
 
     Raises:
         InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
     """
+    check_exist(data)
     count = 0
     for path in data:
         if path.is_dir():
             samples = read_folder(path)
-        elif path.suffix == ".tar" and path.is_file():
+        elif path.suffix.lower() == ".tar" and path.is_file():
             samples = read_shard(path)
-        elif path.suffix in TABLE_SUFFIXES:
-            samples = read_table(path)
+        elif is_table(path):
+            samples = read_table(path, allow_outside=allow_outside)
         else:
             raise InputError(
-                f"{str(path)!r} is neither a folder, nor a table ({', '.join(TABLE_SUFFIXES)}), "
-                "nor a .tar shard."
+                f"{str(path)!r} is neither a folder, nor a table "
+                f"({', '.join(TABLE_SUFFIXES)}), nor a .tar shard."
             )
         for sample in samples:
             count += 1
@@ -76,35 +110,55 @@ def read_folder(folder: Path) -> Iterator[Sample]:
     """Yield the images of a tree, each under the folder of its class; loose images have none.
 
     A folder whose only content is one folder of folders is stepped into, as archives of data sets
-    are often packed.
+    are often packed. Where nearly every image has a .txt of the same name beside it, that is its
+    caption. Links may lead out of the folder.
+
+    Raises:
+        InputError: it holds images that are not read here; a caption cannot be read.
     """
-    root = folder
-    while True:
-        children = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-        only = children[0] if len(children) == 1 and children[0].is_dir() else None
-        if only is None or not any(path.is_dir() for path in only.iterdir()):
-            break
-        root = only
-    for child in children:
-        if _is_image(child):
-            yield Sample(child.name, child)
-        elif child.is_dir():
-            for path in sorted(child.rglob("*")):
-                if _is_image(path):
-                    yield Sample(str(path.relative_to(root)), path, label=child.name)
+    tree = read_tree(folder)
+    if lost := tree.skips.without(LEFTOVER):
+        raise InputError(
+            f"{folder} holds images that cannot be read here: {lost}. Convert them to PNG or JPEG, "
+            "or move them out of the folder: figures are of all images or of none."
+        )
+    tree.note_empty_classes()
+    if str(tree.skips):
+        _log.warning("%s: passed over %s", folder, tree.skips)
+    has_captions = bool(tree.holds_captions)
+    if tree.captioned and not has_captions:
+        _log.warning(
+            "%s: %d of %d images have a .txt beside them, which are not read as captions",
+            *(folder, len(tree.captioned), len(tree.images)),
+        )
+    for name in sorted(tree.images, key=lambda name: name.split(os.sep)):
+        captions: tuple[str, ...] = ()
+        if has_captions and name in tree.captioned:
+            captions = _read_caption_file(folder / f"{os.path.splitext(name)[0]}.txt")
+        key = name.removeprefix(tree.class_prefix)
+        yield Sample(key, folder / name, tree.class_of(name), captions)
 
 
-def read_table(path: Path) -> Iterator[Sample]:
+def _read_caption_file(path: Path) -> tuple[str, ...]:
+    try:
+        with path.open("rb") as file:
+            encoded = file.read(MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"the caption {path} cannot be read: {error.strerror}.") from error
+    return check_captions(encoded, str(path)) if encoded.strip() else ()
+
+
+def read_table(path: Path, *, allow_outside: bool = False) -> Iterator[Sample]:
     """Yield each image of a table once, with its `label` and all of its `caption`s.
 
-    Paths are relative to the folder of the table and stay within it.
+    Paths are relative to the folder of the table and stay within it, unless `allow_outside`.
 
     Raises:
         InputError: the table is damaged, or an image has two labels.
     """
     samples: dict[str, Sample] = {}
     for place, image, row in _read_images(path):
-        file = resolve(path.parent, image, allow_outside=False)
+        file = resolve(path.parent, image, allow_outside=allow_outside)
         label = read_label(row.get("label"), place)
         captions = _read_captions(row, place)
         known = samples.setdefault(image, Sample(image, file, label))
@@ -159,10 +213,6 @@ def _read_captions(facts: Row, place: str) -> tuple[str, ...]:
     listed = said if isinstance(said, list) else [said]
     listed = [text for text in listed if not isinstance(text, str) or text.strip()]
     return check_captions(listed, place) if listed else ()
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS and path.is_file()
 
 
 def _sample(place: str, image: bytes, members: dict[str, bytes]) -> Sample:

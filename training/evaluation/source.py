@@ -38,6 +38,8 @@ class Source(Limits):
     """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:1."""
+    allow_outside: bool = False
+    """Let paths in tables lead out of the folder of the table."""
 
     def open_model(self) -> CLIP:
         """Load the checkpoint; see `training.evaluation.embed.open_model`."""
@@ -72,9 +74,16 @@ class Classes:
     """What each class is called."""
 
 
-def embed_data(model: CLIP, data: Sequence[Path], *, limits: Limits = DEFAULT_LIMITS) -> Embedded:
+def embed_data(
+    model: CLIP,
+    data: Sequence[Path],
+    *,
+    allow_outside: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Embedded:
     """Read and embed a folder or shards, with a progress bar; see `embed_samples`."""
-    bar = tqdm(read_samples(data), desc="embedding", unit="image", dynamic_ncols=True)
+    samples = read_samples(data, allow_outside=allow_outside)
+    bar = tqdm(samples, desc="embedding", unit="image", dynamic_ncols=True)
     return embed_samples(model, bar, limits=limits)
 
 

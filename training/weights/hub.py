@@ -20,6 +20,8 @@ from clip_rt.errors import CheckpointError
 from training.weights.claims import (
     HUGGING_FACE_CONFIG,
     HUGGING_FACE_PREPROCESSOR,
+    HUGGING_FACE_PROCESSOR,
+    HUGGING_FACE_TOKENIZER,
     OPEN_CLIP_CONFIG,
     read_json,
 )
@@ -36,7 +38,10 @@ WEIGHTS = (
     *("open_clip_pytorch_model.bin", "pytorch_model.bin"),
 )
 """Files that hold weights, the preferred first."""
-CONFIGS = (OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, HUGGING_FACE_PREPROCESSOR)
+CONFIGS = (
+    *(OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, HUGGING_FACE_PREPROCESSOR, HUGGING_FACE_PROCESSOR),
+    HUGGING_FACE_TOKENIZER,
+)
 
 OPENAI = {
     "RN50": "timm/resnet50_clip.openai",

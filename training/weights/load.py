@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clip_rt.errors import CheckpointError
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, MODELS, Activation, ModelSpec
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, MODELS, Activation, ModelSpec, ViTSpec
 from training.model import CLIP, causal_mask
 from training.weights import hub
 from training.weights.adapt import (
@@ -28,7 +29,7 @@ from training.weights.adapt import (
     resize_text_positions,
 )
 from training.weights.claims import Claims, read_claims
-from training.weights.naming import to_openai_names
+from training.weights.naming import is_hugging_faces, is_openais_archive, to_openai_names
 from training.weights.tensor_files import read_tensors
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def load_clip(
     activation: Activation | None = None,
     side_px: int | None = None,
     context_length: int | None = None,
+    option: str = "--activation",
 ) -> CLIP:
     """Build the model of `spec` with weights from a source.
 
@@ -53,12 +55,14 @@ def load_clip(
             published for this architecture. FP16 and BF16 tensors become float32, which loses
             nothing.
         activation: As the weights were trained. None takes the source's word: `hidden_act` of a
-            config.json, `quick_gelu` of an open_clip_config.json, `activation` in the metadata of
-            our own checkpoints. A bare state dict is silent, and then None is the spec's: OpenAI's
-            weights and open_clip's `-quickgelu` models need quick_gelu, its others gelu.
+            config.json, `quick_gelu` of an open_clip_config.json, also beside a file that is passed
+            alone; `activation` in the metadata of our own checkpoints; OpenAI's own files have
+            quick_gelu. Where nobody says it, it must be asked for, but of architectures that
+            were trained in one way only.
         side_px: Read images of this side: positions are interpolated to it where the weights have
             another. None demands that they have the spec's.
         context_length: Read texts of this length; likewise.
+        option: What the caller's user asks for an activation by, for messages.
 
     Returns:
         The model on the CPU, float32, in eval mode; its `spec` says the activation, side and
@@ -67,15 +71,17 @@ def load_clip(
     Raises:
         CheckpointError: unreadable or unsafe; other names or shapes than the architecture's (the
             message lists them, and names the architecture that does fit); values that are not
-            finite; or a source that says it was trained otherwise than asked for.
+            finite; a source that says it was trained otherwise than asked for, or on images or
+            texts prepared otherwise than here; or an activation that nobody says. A file that is
+            passed alone is taken in spite of another preparation, and a warning names it.
         InputError: the side does not divide into patches, or the context is empty.
     """
-    tensors, claims = _read_source(spec, source)
+    tensors, claims = _read_source(spec, source, asked=activation)
     state_dict = to_openai_names(tensors)
     claims.check_heads(spec)
     spec = replace(
         spec,
-        activation=claims.activation_for(spec, activation),
+        activation=claims.activation_for(spec, activation, source=str(source), option=option),
         side_px=spec.side_px if side_px is None else side_px,
         text=spec.text
         if context_length is None
@@ -98,6 +104,7 @@ def load_clip(
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in state_dict.items()
     }
+    _check_preparation(claims, state_dict, source, spec)
     if claims.mean and claims.std and (claims.mean, claims.std) != (CLIP_MEAN, CLIP_STD):
         state_dict = read_our_colours(state_dict, claims.mean, claims.std)
     for name in resizable:
@@ -146,8 +153,25 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in CLIP(spec).state_dict().items()}
 
 
-def _read_source(spec: ModelSpec, source: str | Path) -> tuple[dict[str, Tensor], Claims]:
+def check_exists(source: str | Path) -> None:
+    """Refuse a source that is neither there nor a name of something on the hub.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    name = str(source)
+    if not (name == "openai" or name.startswith(hub.PREFIX) or Path(source).exists()):
+        raise CheckpointError(
+            f"no checkpoint file at {name!r}. Weights are a file, a folder, "
+            "hf:owner/name[@revision], or openai."
+        )
+
+
+def _read_source(
+    spec: ModelSpec, source: str | Path, *, asked: Activation | None
+) -> tuple[dict[str, Tensor], Claims]:
     """Find the files of a source; read their tensors and what is said about them."""
+    check_exists(source)
     name = str(source)
     if name == "openai" and not Path(name).exists():
         if spec.name not in hub.OPENAI:
@@ -161,14 +185,18 @@ def _read_source(spec: ModelSpec, source: str | Path) -> tuple[dict[str, Tensor]
         found = hub.open_folder(Path(source))
     else:
         tensors, metadata = read_tensors(Path(source))
-        return tensors, _claims_of_our_own(metadata, name)
+        own = _claims_of_our_own(metadata, name)
+        return tensors, own if own.activation else _claims_beside(Path(source), tensors, asked)
     tensors = {}
     for path in found.files:
         shard = read_tensors(path).tensors
         if twice := sorted(tensors.keys() & shard.keys()):
             raise CheckpointError(f"{str(path)!r} repeats {_listing(twice)} of another shard.")
         tensors |= shard
-    return tensors, read_claims(found.folder, by_open_clip=found.by_open_clip)
+    claims = read_claims(found.folder, by_open_clip=found.by_open_clip)
+    if claims.activation is None and is_openais_archive(tensors):
+        claims = _of_openai(found.files[0])
+    return tensors, claims
 
 
 def _claims_of_our_own(metadata: Mapping[str, str], where: str) -> Claims:
@@ -181,6 +209,57 @@ def _claims_of_our_own(metadata: Mapping[str, str], where: str) -> Claims:
     return Claims(
         where=f"the metadata of {where!r}", activation=cast("Activation | None", activation)
     )
+
+
+def _claims_beside(path: Path, tensors: Mapping[str, Tensor], asked: Activation | None) -> Claims:
+    """Read what the configuration beside a file says of it, as if its folder were passed."""
+    if is_openais_archive(tensors):
+        return _of_openai(path)
+    by_open_clip = path.name.startswith("open_clip") or not is_hugging_faces(tensors)
+    try:
+        return read_claims(path.parent, by_open_clip=by_open_clip, for_file=True)
+    except CheckpointError as error:
+        if asked is None:
+            raise
+        # Whoever passes the file and its activation has answered for what lies beside it.
+        _log.warning("%s is passed over: %s", path.parent, error)
+        return Claims()
+
+
+def _of_openai(path: Path) -> Claims:
+    return Claims(where=f"{str(path)!r}, which is OpenAI's,", activation="quick_gelu")
+
+
+def _check_preparation(
+    claims: Claims, state_dict: Mapping[str, Tensor], source: str | Path, spec: ModelSpec
+) -> None:
+    """Refuse weights that expect other images or texts; of a file that is passed alone, warn."""
+    differs = list(claims.differs)
+    side_px = _side_of(state_dict, spec)
+    if claims.side_px not in (None, side_px):
+        differs.append(
+            f"the image processor beside {claims.where} makes images of {claims.side_px} px, and "
+            f"the weights read {side_px} px"
+        )
+    if not differs:
+        return
+    problem = (
+        f"the weights {source} expect images resized in another way, or texts read in another way, "
+        f"than here: {'; '.join(differs)}."
+    )
+    if Path(source).is_file():
+        _log.warning("%s Embeddings will differ from those of their authors.", problem)
+        return
+    raise CheckpointError(
+        f"{problem} If you accept that, pass the file with the weights itself, and its activation."
+    )
+
+
+def _side_of(state_dict: Mapping[str, Tensor], spec: ModelSpec) -> int:
+    """Return the side of the images that the weights have positions for."""
+    cell_px = spec.image.patch_px if isinstance(spec.image, ViTSpec) else spec.image.cell_px
+    (name,) = (name for name in IMAGE_POSITIONS if name in state_dict)
+    return math.isqrt(len(state_dict[name]) - 1) * cell_px
 
 
 def _check_fit(

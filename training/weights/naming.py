@@ -20,6 +20,8 @@ from clip_rt.errors import CheckpointError
 IGNORED = frozenset({"attn_mask", "input_resolution", "context_length", "vocab_size"})
 """Facts of the architecture that some projects store beside the weights, as tensors."""
 
+_OF_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
+
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a name that DistributedDataParallel, torch.compile, FSDP and checkpointing add."""
 
@@ -66,6 +68,20 @@ def to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in renamed and renamed[name].shape == (1,):
             renamed[name] = renamed[name][0]
     return {name: tensor for name, tensor in renamed.items() if name not in IGNORED}
+
+
+def is_hugging_faces(tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether the names are those of Hugging Face's `CLIPModel`."""
+    return any(_unwrap(name).startswith(("vision_model.", "text_model.")) for name in tensors)
+
+
+def is_openais_archive(tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether the tensors come from a file that OpenAI published.
+
+    Only those hold all three facts of the architecture as tensors (openai/CLIP `clip/model.py`,
+    `build_model`); whoever saves the model again leaves them out.
+    """
+    return tensors.keys() >= _OF_OPENAI
 
 
 def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
