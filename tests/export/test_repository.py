@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 from google.protobuf import text_format
+from processes import running
 from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
@@ -80,11 +81,8 @@ def publishing(code, models, towers, fingerprint):
     """Publish from another process."""
     arguments = [fingerprint, str(models), str(towers["image"]), str(Path(__file__).parent)]
     command = [sys.executable, "-c", code, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with running(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process
 
 
 @contextmanager

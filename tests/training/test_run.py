@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from processes import running
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -52,12 +54,27 @@ def start(data: Path, out_dir: Path, *options: str) -> subprocess.Popen[bytes]:
     given += "--eval-every-steps 5 --num-workers 0 --num-threads 1 --device cpu".split()
     given += ["--patch-dropout", "0.25", "--ema-decay", "0.9"]
     root = Path(tiny_run.__file__).parents[2]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, tiny_run.__file__, *given, *options],
         env={**os.environ, "PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    started.append(process)
+    return process
+
+
+started: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def all_end() -> Iterator[None]:
+    """Whatever a test has started ends with it."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -97,7 +114,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_one_never_killed(
         process = start(data, killed, "--resume")
         wait_for_step(killed, step)
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
     finish(start(data, killed, "--resume"))
     assert_same_end(whole, killed)
     logged = [line["step"] for line in read_journal(killed / "log.jsonl") if "loss" in line]
@@ -326,15 +343,15 @@ def torchrun(data: Path, out_dir: Path, *options: str, stop_at: int) -> None:
     given += ["--ema-decay", "0.9"]
     root = Path(tiny_run.__file__).parents[2]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.Popen(
+    with running(
         [*launcher, "--nproc-per-node=2", tiny_run.__file__, *given, *options],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    wait_for_step(out_dir, stop_at)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    ) as process:
+        wait_for_step(out_dir, stop_at)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
     assert "go on with --resume" in output.decode()
 
 
