@@ -23,6 +23,7 @@ FREE_FIELDS = frozenset(
             "tensorboard",
             "teacher",
             "eval_data",
+            "class_names",
         ),
     )
 )
@@ -68,6 +69,8 @@ class TrainConfig:
     """Processes that decode the images of `data`."""
     eval_data: tuple[Path, ...] = ()
     """Folder, table or shards to evaluate on: classes by zero-shot, captions by retrieval."""
+    class_names: Path | None = None
+    """Names of the classes of `eval_data`, as for python -m training.evaluate."""
 
     objective: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
@@ -174,5 +177,5 @@ class TrainConfig:
         if differing:
             raise InputError(
                 f"the run in {self.out_dir} was begun with another configuration: "
-                f"{'; '.join(differing)}. Name the same, or another out_dir."
+                f"{'; '.join(differing)}. Name the same, or another --out-dir."
             )
