@@ -1,11 +1,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from training import build as build_module
 from training import coop
 from training.config import TrainConfig
 from training.coop import CoopConfig
+from training.data.drawing_batches import Drawings, load_drawings
+from training.evaluation import judge
 from training.journal import read_journal
 from training.run import main
 from training.weights.load import load_clip
@@ -88,7 +91,7 @@ def losses_of(out_dir: Path) -> list[float]:
 
 
 def wait_for_step(out_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         log = out_dir / "log.jsonl"
         if log.exists() and any(line["step"] >= step for line in read_journal(log)):
@@ -136,9 +139,16 @@ def test_sigterm_ends_in_a_state_to_resume_from(tmp_path: Path, data: Path) -> N
     assert_same_end(whole, stopped)
 
 
+@pytest.mark.timeout(600)
 def test_a_short_run_on_drawings_learns_and_leaves_what_the_next_step_needs(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load_few(shards: Sequence[Path], *, progress: bool) -> Drawings:
+        """All of them take a minute to judge."""
+        drawings = load_drawings(shards, progress=progress)
+        return replace(drawings, pixels=drawings.pixels[:200], records=drawings.records[:200])
+
+    monkeypatch.setattr(judge, "load_drawings", load_few)
     config = TrainConfig(
         sample=True, out_dir=tmp_path, batch_size=32, total_steps=12, warmup_steps=2,
         log_every_steps=1, eval_every_steps=12,
@@ -239,6 +249,21 @@ def test_one_command_tunes_towers_on_a_users_table_of_labels(tmp_path, data, loc
     assert line["top1_one_prompt"] > 0.5
 
 
+def test_classes_that_say_nothing_are_named_by_a_table(tmp_path: Path, data: Path) -> None:
+    wnids = dict(
+        zip(("blue", "green", "red"), ("n01440764", "n01443537", "n01484850"), strict=True)
+    )
+    for name, wnid in wnids.items():
+        shutil.copytree(data / name, tmp_path / "data" / wnid)
+    table = tmp_path / "names.tsv"
+    table.write_text("".join(f"{wnid}\t{name}\n" for name, wnid in wnids.items()))
+    config = {"eval_data": (tmp_path / "data",), "total_steps": 1, "eval_every_steps": 1}
+    with pytest.raises(InputError, match=r"n01440764.*--class-names"):
+        main(tiny_run.config(data, tmp_path / "unnamed", **config))
+    main(tiny_run.config(data, tmp_path / "named", class_names=table, **config))
+    assert "top1_ensemble" in read_journal(tmp_path / "named/log.jsonl")[-1]
+
+
 def test_words_are_learned_from_the_same_table(tmp_path, data) -> None:
     main(tiny_run.config(data, tmp_path / "first", total_steps=1))
     coop.main(
@@ -320,6 +345,7 @@ def test_a_run_that_never_recovers_says_so(tmp_path, data, monkeypatch) -> None:
         main(tiny_run.config(data, tmp_path / "out"))
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_and_one_goes_on_from_their_snapshot(
     tmp_path: Path, data: Path
 ) -> None:
