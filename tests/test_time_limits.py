@@ -67,7 +67,7 @@ def test_a_test_that_waits_fails_and_the_next_one_runs(waits: str, tmp_path: Pat
 
 @pytest.mark.parametrize("loader", ["CDLL", "PyDLL"])  # The second keeps the GIL.
 def test_a_call_into_c_that_never_returns_ends_the_run(loader: str, tmp_path: Path) -> None:
-    code, output = run_pytest(tmp_path, BLOCKED_IN_C.format(loader=loader), grace_s=1)
+    code, output = run_pytest(tmp_path, BLOCKED_IN_C.format(loader=loader), grace_s=3)
     assert code == 1
     assert WATCHDOG in output
     assert "in test_hangs" in output
@@ -103,7 +103,7 @@ def test_a_call_into_c_that_never_returns_ends_the_run(loader: str, tmp_path: Pa
     ids=["fixture", "thread", "import"],
 )
 def test_what_hangs_outside_a_test_ends_the_run(program: str, tmp_path: Path) -> None:
-    code, output = run_pytest(tmp_path, program, grace_s=1)
+    code, output = run_pytest(tmp_path, program, grace_s=3)
     assert code == 1
     assert WATCHDOG in output
     assert "test_planted.py" in output
