@@ -199,6 +199,7 @@ class Probe:
     Args:
         budget_s: For measuring, beside a few seconds to load libraries; the least there must be is
             measured even when it is over.
+        divisor: How many times smaller the products are, for a test; see `peaks`.
 
     Attributes:
         peaks: What was measured.
@@ -209,12 +210,12 @@ class Probe:
         RuntimeError: it ended; the message has what it said last.
     """
 
-    def __init__(self, budget_s: float = 10.0) -> None:
+    def __init__(self, budget_s: float = 10.0, *, divisor: int = 1) -> None:
         num_threads = usable_cores()
         threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         env = {name: value for name, value in os.environ.items() if name not in SLOW_VARIABLES}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peaks", str(num_threads), str(budget_s)],
+            [sys.executable, "-m", "benchmarks.peaks", *map(str, (num_threads, budget_s, divisor))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

@@ -1,12 +1,13 @@
 """What this machine can do at most, measured in a process of its own; see `machine.Probe`.
 
-    python -m benchmarks.peaks NUM_THREADS BUDGET_S
+    python -m benchmarks.peaks NUM_THREADS BUDGET_S [DIVISOR]
 
 reads requests, one JSON a line, and answers each with one: "peaks" first, then "time" as often as
 rounds are made. It ends when nobody can ask any more. The libraries that multiply matrices are
 tried against each other, because none is the fastest on every processor, and a limit that was
 measured with a slow one would be passed. Matrices are as ViT-B/32 has them at 32 images, and one
-larger, whose product is also the probe of every round.
+larger, whose product is also the probe of every round. A divisor makes them, and the memory that is
+read, so many times smaller: for a test of the program, whose figures are then none of the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -42,6 +43,10 @@ class Shape(NamedTuple):
         """Operations, a multiplication and an addition each for 2."""
         return 2 * self.m * self.k * self.n
 
+    def smaller(self, divisor: int) -> Shape:
+        """Return one with so many times fewer rows, and as many times fewer operations."""
+        return self._replace(m=self.m // divisor)
+
 
 def _vit_shapes(model: str, num_images: int) -> tuple[Shape, ...]:
     spec = MODELS[model]
@@ -55,7 +60,11 @@ def _vit_shapes(model: str, num_images: int) -> tuple[Shape, ...]:
 PROBE_SHAPE = Shape(2048, 2048, 2048)
 MODEL_SHAPES = _vit_shapes("ViT-B/32", 32)
 """Of the four products that each layer has."""
-SHAPES = (PROBE_SHAPE, *MODEL_SHAPES)
+TRIAL_SHAPE = Shape(512, 512, 512)
+MAX_INT8_SLOWNESS = 4.0
+"""Of an INT8 product, in times of NumPy's in float32. A slower one is a plain loop, no peak: torch
+has that where the processor has no VNNI, and every shape of it would take minutes."""
+TRIAL_CALLS = 5
 READ_BYTES = 768 * 2**20
 """More than any cache holds."""
 CHOICE_SHARE = 0.4
@@ -131,8 +140,8 @@ LIBRARIES: dict[str, Callable[[Array, Array, int], Call]] = {
 """Each makes a call that multiplies two float32 matrices; the second is a constant, as weights."""
 
 
-def _products(library: str, num_threads: int) -> dict[Shape, Call]:
-    """Return the product of every shape by one library.
+def _products(library: str, shapes: Sequence[Shape], num_threads: int) -> dict[Shape, Call]:
+    """Return the product of each shape by one library.
 
     Raises:
         ImportError: it is not installed.
@@ -144,7 +153,7 @@ def _products(library: str, num_threads: int) -> dict[Shape, Call]:
             rng.random((shape.k, shape.n), np.float32),
             num_threads,
         )
-        for shape in SHAPES
+        for shape in shapes
     }
 
 
@@ -180,22 +189,30 @@ INT8_LIBRARIES: dict[str, Callable[[Shape, int], Call]] = {
 """Each makes a call that multiplies INT8 matrices and adds the products up in INT32."""
 
 
-def _int8_products(num_threads: int) -> dict[tuple[str, Shape], Call]:
-    """Return the INT8 products of all shapes by each library that has them."""
+def _int8_products(shapes: Sequence[Shape], num_threads: int) -> dict[tuple[str, Shape], Call]:
+    """Return the INT8 products of the shapes by each library that has fast ones."""
+    float32_s = _fastest_s(_products("numpy", [TRIAL_SHAPE], num_threads)[TRIAL_SHAPE])
     calls: dict[tuple[str, Shape], Call] = {}
     for library, make in INT8_LIBRARIES.items():
         try:
-            made = {(library, shape): make(shape, num_threads) for shape in SHAPES}
-            made[library, PROBE_SHAPE]()
+            trial = make(TRIAL_SHAPE, num_threads)
+            if _fastest_s(trial) > MAX_INT8_SLOWNESS * float32_s:
+                continue
+            calls |= {(library, shape): make(shape, num_threads) for shape in shapes}
         except (ImportError, AttributeError, RuntimeError):  # torch's is not everywhere
             continue
-        calls |= made
     return calls
 
 
-def _reader(num_threads: int) -> Call:
-    """Return a call that reads `READ_BYTES` with all cores; a maximum waits for memory only."""
-    part = np.ones(READ_BYTES // 8 // num_threads, np.int64)
+def _fastest_s(call: Call) -> float:
+    """Return the seconds of the fastest of a few calls."""
+    time_calls = _way(call)
+    return min(time_calls(TRIAL_CALLS))
+
+
+def _reader(num_bytes: int, num_threads: int) -> Call:
+    """Return a call that reads so much with all cores; a maximum waits for memory only."""
+    part = np.ones(num_bytes // 8 // num_threads, np.int64)
     parts = [part, *(part.copy() for _ in range(num_threads - 1))]
     pool = ThreadPoolExecutor(num_threads)
     return lambda: list(pool.map(np.max, parts))
@@ -216,9 +233,12 @@ def _way(call: Call) -> Way:
 class Peaks:
     """The measurements, and the product that stays as the probe."""
 
-    def __init__(self, num_threads: int, budget_s: float) -> None:
+    def __init__(self, num_threads: int, budget_s: float, divisor: int = 1) -> None:
         self._num_threads = num_threads
         self._budget_s = budget_s
+        self._probe_shape = PROBE_SHAPE.smaller(divisor)
+        self._model_shapes = tuple(shape.smaller(divisor) for shape in MODEL_SHAPES)
+        self._read_bytes = READ_BYTES // divisor
         self._probe: Way | None = None
 
     def measure(self) -> dict[str, Any]:
@@ -227,15 +247,17 @@ class Peaks:
         The products of the model have a library of their own where another is faster at these.
         """
         by_library = {}
+        shapes = (self._probe_shape, *self._model_shapes)
         for library in LIBRARIES:
             try:
-                by_library[library] = _products(library, self._num_threads)
+                by_library[library] = _products(library, shapes, self._num_threads)
             except ImportError:
                 continue
         choice_ways = {}
         for library, calls in by_library.items():
-            choice_ways[library] = _way(_all_of(calls.values()))
-            choice_ways[f"model {library}"] = _way(_all_of(calls[each] for each in MODEL_SHAPES))
+            choice_ways[f"probe {library}"] = _way(calls[self._probe_shape])
+            model_calls = [calls[each] for each in self._model_shapes]
+            choice_ways[f"model {library}"] = _way(_all_of(model_calls))
         choice = take_turns(
             choice_ways,
             budget_s=CHOICE_SHARE * self._budget_s,
@@ -243,18 +265,22 @@ class Peaks:
             min_turn_s=TURN_S,
             max_rounds=MAX_ROUNDS,
         )
-        library = min(by_library, key=lambda name: choice[name].interval_s.median)
-        model_library = min(by_library, key=lambda name: choice[f"model {name}"].interval_s.median)
+
+        def median_s(library: str, *parts: str) -> float:
+            return sum(choice[f"{part} {library}"].interval_s.median for part in parts)
+
+        library = min(by_library, key=lambda name: median_s(name, "probe", "model"))
+        model_library = min(by_library, key=lambda name: median_s(name, "model"))
         products = {(library, shape): call for shape, call in by_library[library].items()}
         products |= {
-            (model_library, each): by_library[model_library][each] for each in MODEL_SHAPES
+            (model_library, each): by_library[model_library][each] for each in self._model_shapes
         }
         by_library.clear()
-        int8_products = _int8_products(self._num_threads)
-        self._probe = _way(products[library, PROBE_SHAPE])
+        int8_products = _int8_products(shapes, self._num_threads)
+        self._probe = _way(products[library, self._probe_shape])
         ways = {_name("fp32", *key): _way(call) for key, call in products.items()}
         ways |= {_name("int8", *key): _way(call) for key, call in int8_products.items()}
-        ways["read"] = _way(_reader(self._num_threads))
+        ways["read"] = _way(_reader(self._read_bytes, self._num_threads))
         turns = take_turns(
             ways,
             budget_s=(1 - CHOICE_SHARE) * self._budget_s,
@@ -262,19 +288,21 @@ class Peaks:
             max_rounds=MAX_ROUNDS,
         )
 
-        probe_s = turns[_name("fp32", library, PROBE_SHAPE)].samples_s
+        probe_s = turns[_name("fp32", library, self._probe_shape)].samples_s
 
         def speed(precision: str, library: str, shape: Shape) -> float:
             """In rates of the probe in the same rounds, so that a slow moment decides nothing."""
             samples_s = turns[_name(precision, library, shape)].samples_s
             times = median_interval(ratios(probe_s, samples_s)).median
-            return times * shape.flop / PROBE_SHAPE.flop
+            return times * shape.flop / self._probe_shape.flop
 
         def rate(precision: str, library: str, shape: Shape) -> dict[str, float]:
             time_s = turns[_name(precision, library, shape)].interval_s
             return asdict(inverse(time_s, shape.flop / 1e9))
 
-        model_s = [turns[_name("fp32", model_library, each)].samples_s for each in MODEL_SHAPES]
+        model_s = {
+            each: turns[_name("fp32", model_library, each)].samples_s for each in self._model_shapes
+        }
         best = max(products, key=lambda key: speed("fp32", *key))
         best_int8 = max(int8_products, key=lambda key: speed("int8", *key), default=None)
         return {
@@ -284,8 +312,8 @@ class Peaks:
             "gemm_fp32_gflop_per_s": rate("fp32", *best),
             "gemm_fp32_model_gflop_per_s": asdict(model_rate(model_s)),
             "gemm_int8_gop_per_s": rate("int8", *best_int8) if best_int8 else None,
-            "read_gb_per_s": asdict(inverse(turns["read"].interval_s, READ_BYTES / 1e9)),
-            "flop_while_probe": PROBE_SHAPE.flop * speed("fp32", *best),
+            "read_gb_per_s": asdict(inverse(turns["read"].interval_s, self._read_bytes / 1e9)),
+            "flop_while_probe": self._probe_shape.flop * speed("fp32", *best),
         }
 
     def time(self, num_calls: int) -> list[float]:
@@ -298,14 +326,14 @@ class Peaks:
         return self._probe(num_calls)
 
 
-def model_rate(samples_s: Sequence[Sequence[float]]) -> Interval:
+def model_rate(samples_s: Mapping[Shape, Sequence[float]]) -> Interval:
     """Return the GFLOP/s of the model's products one after another, each weighing as its work does.
 
     Args:
-        samples_s: Of each of `MODEL_SHAPES`, its times in the same rounds.
+        samples_s: Of each product, its times in the same rounds.
     """
-    rounds_s = [sum(times_s) for times_s in zip(*samples_s, strict=True)]
-    gflop = sum(shape.flop for shape in MODEL_SHAPES) / 1e9
+    rounds_s = [sum(times_s) for times_s in zip(*samples_s.values(), strict=True)]
+    gflop = sum(shape.flop for shape in samples_s) / 1e9
     return inverse(median_interval(rounds_s), gflop)
 
 
@@ -328,7 +356,8 @@ def main() -> None:
     # Libraries may print; what goes to the other side is only what is written here.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    peaks = Peaks(num_threads=int(sys.argv[1]), budget_s=float(sys.argv[2]))
+    num_threads, budget_s, *divisor = sys.argv[1:]
+    peaks = Peaks(int(num_threads), float(budget_s), *map(int, divisor))
     for line in sys.stdin:
         request = json.loads(line)
         answer: object

@@ -750,7 +750,7 @@ def _until(deadline: Deadline, items: Iterable[Item]) -> Iterator[Item]:
         if deadline.remaining_s() <= 0:
             raise ServerTimeoutError(
                 f"the {deadline.timeout_s:g} s of the call were over before all of its items were "
-                "read and prepared. Allow more with timeout_s=, or use stream_images.",
+                "read and prepared. Allow more with timeout_s=, or use stream_images().",
                 timeout_s=deadline.timeout_s,
             )
         yield item

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from clip_rt.errors import ServerStartError
 
-OTHER_WAY = "Or name a running server with url=."
+OTHER_WAY = "Or name a running server: clip_rt.Client(url=...)."
 GLIBC = (2, 35)
 """The oldest that the wheel runs with: its tag is manylinux_2_35."""
 SHARED_MEMORY = "/dev/shm"

@@ -1,4 +1,4 @@
-"""The reference that preprocessing, tokens and towers are compared with: the real open_clip."""
+"""For all tests: signals, time limits, and the reference they compare with, open_clip."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import sys
 from types import ModuleType
 
 import pytest
+from processes import make_signals_deliverable
+
+pytest_plugins = ["time_limits"]
 
 OPEN_CLIP_VERSION = "3.3.0"
 
 _declared: list[object] = []
+
+
+def pytest_configure() -> None:
+    make_signals_deliverable()
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def load_last_snapshot(folder: Path) -> Snapshot | None:
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} snapshots in {str(folder)!r} can be read "
-            f"({problems[0]}). Start anew in another out_dir."
+            f"({problems[0]}). Start anew in another --out-dir."
         )
     return None
 
@@ -135,7 +135,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
         partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{str(path)!r} cannot be written: {error}. What was saved before is intact; make room "
-            "and go on with --resume."
+            "and run it again, python -m training.run --resume."
         ) from error
 
 

@@ -25,6 +25,7 @@ FREE_FIELDS = frozenset(
             "teacher",
             "eval_data",
             "max_bad_share",
+            "class_names",
         ),
     )
 )
@@ -76,6 +77,8 @@ class TrainConfig:
     """Processes that decode the images of `data`."""
     eval_data: tuple[Path, ...] = ()
     """Folder, table or shards to evaluate on: classes by zero-shot, captions by retrieval."""
+    class_names: Path | None = None
+    """Names of the classes of `eval_data`, as for python -m training.evaluate."""
 
     objective: Literal["infonce", "sigmoid"] = "infonce"
     """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
@@ -186,5 +189,5 @@ class TrainConfig:
         if differing:
             raise InputError(
                 f"the run in {self.out_dir} was begun with another configuration: "
-                f"{'; '.join(differing)}. Name the same, or another out_dir."
+                f"{'; '.join(differing)}. Name the same, or another --out-dir."
             )

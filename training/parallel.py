@@ -247,7 +247,8 @@ def _find_device(device: str, local_rank: int) -> torch.device:
     if local_rank >= num_devices:
         raise InputError(
             f"process {local_rank} of this machine needs a CUDA device of its own, and "
-            f"{num_devices} can be seen. Start fewer (torchrun --nproc-per-node), or use cpu."
+            f"{num_devices} can be seen. Start fewer (torchrun --nproc-per-node), or use "
+            "--device cpu."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -272,7 +272,7 @@ def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
 def roll_back(run: Run, journal: Journal) -> None:
     """Take the weights of the last snapshot, and go on with data that were not seen yet."""
     run.num_rollbacks += 1
-    way_out = "Lower peak_lr or max_grad_norm, or use bf16 or fp32."
+    way_out = "Lower --peak-lr or --max-grad-norm, or use --precision bf16 or fp32."
     if run.num_rollbacks > MAX_ROLLBACKS:
         raise TrainingError(
             f"after {MAX_ROLLBACKS} returns to a snapshot the loss is still not finite at step "

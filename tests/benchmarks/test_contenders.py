@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tiny_clip
 from PIL import Image
+from processes import running
 
 from benchmarks import contenders, findings
 from benchmarks.contenders import AbsentError, ContenderError, forms, start
@@ -200,7 +201,9 @@ def test_who_asks_imports_none_of_them():
         "heavy = 'torch', 'onnx', 'onnxruntime', 'openvino', 'grpc', 'PIL', 'skimage', 'httpx'\n"
         "sys.exit(str([name for name in heavy if name in sys.modules] or ''))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stderr.strip() == ""
 
 
@@ -362,7 +365,7 @@ def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
             load_all(contestant, make_items(64), tmp_path / "items")
             assert min_cosine(contestant.answer("jpegs"), expected["jpegs"]) > 0.99999
         with pytest.raises(AbsentError, match=r"triton localhost:1:"):
-            nowhere.result()
+            nowhere.result(60)
 
 
 def test_a_planted_fault_is_there_in_the_process(drawings, expected, tmp_path):
@@ -394,9 +397,9 @@ def peers(tiny) -> Iterator[dict[str, Contestant]]:
         started = [pool.submit(start, name, tiny) for name in names]
         # Each that has started is closed, whatever became of the others.
         for future in started:
-            if future.exception() is None:
-                stack.enter_context(future.result())
-        yield {name: future.result() for name, future in zip(names, started, strict=True)}
+            if future.exception(60) is None:
+                stack.enter_context(future.result(60))
+        yield {name: future.result(60) for name, future in zip(names, started, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +608,7 @@ with Contestant(facts, order) as contestant:
     contestant.answer("x")
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen(
+    with running(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -74,7 +74,8 @@ def test_a_ratio_is_of_the_same_round() -> None:
 
 
 def test_threads_call_at_once_and_make_each_call_once() -> None:
-    together, made = threading.Barrier(4, timeout=10), []
+    together = threading.Barrier(4, timeout=10)
+    made = []
 
     def call(n: int) -> None:
         if n < 4:

@@ -140,6 +140,6 @@ def test_only_the_server_on_its_port_is_found(tmp_path: Path) -> None:
         kill(None)
     finally:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
     assert process.returncode in (0, -signal.SIGKILL)
     assert os.getpid() not in find_children(os.getpid())

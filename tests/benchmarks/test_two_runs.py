@@ -214,7 +214,7 @@ def test_a_commit_has_a_plus_where_files_differ(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
 
     git("init")
     (tmp_path / "a.py").write_text("1\n")

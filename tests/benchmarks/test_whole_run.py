@@ -257,6 +257,11 @@ def test_no_engine_is_loaded_beside_those_that_are_measured() -> None:
         "print({'torch', 'openvino', 'onnxruntime', 'onnx'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "set()"

@@ -69,7 +69,7 @@ class Owner:
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.communicate(timeout=60)
 
 
 def find_remains(owner_pid: int) -> list[str]:

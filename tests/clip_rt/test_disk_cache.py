@@ -524,6 +524,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
             [sys.executable, "-c", textwrap.dedent(program), tmp_path, str(is_small), HERE],
             capture_output=True,
             text=True,
+            timeout=120,
         )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be used in full") == 1
@@ -533,7 +534,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
 def mount_small(folder):
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "clip_rt-test", str(folder)]
     with contextlib.suppress(FileNotFoundError):
-        return subprocess.run(command, capture_output=True).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     return False
 
 

@@ -96,7 +96,7 @@ def test_a_server_that_was_there_is_waited_for_until_the_deadline(fake, client):
     back = threading.Timer(3.0, fake.start)
     back.start()
     assert client.encode_images(squares(2), timeout_s=30).shape == (2, 16)
-    back.join()
+    back.join(60)
     fake.stop()
     start_s = time.monotonic()
     with pytest.raises(clip_rt.ServerUnavailableError, match=fake.url):

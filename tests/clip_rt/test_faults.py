@@ -153,7 +153,7 @@ def test_f01_a_server_killed_with_32_requests_in_flight_mixes_up_nothing(tmp_pat
             # None is answered before: the server has stopped, all of it.
             assert wait_until(lambda: all(call.running() for call in calls))
             os.kill(pid, signal.SIGKILL)
-            outcomes = [call.exception(timeout=60) or call.result() for call in calls]
+            outcomes = [call.exception(timeout=60) or call.result(60) for call in calls]
     for index, outcome in enumerate(outcomes):
         if isinstance(outcome, Exception):
             assert isinstance(outcome, clip_rt.ServerError), outcome
@@ -467,7 +467,7 @@ def test_f13_clients_of_different_servers_stay_apart(fake, client, server):
 
 
 def test_f21_64_threads_get_their_own_rows_over_few_connections(proxy, far, truth):
-    barrier = threading.Barrier(64)
+    barrier = threading.Barrier(64, timeout=60)
 
     def work(thread):
         barrier.wait()

@@ -687,7 +687,11 @@ def test_bombs_cost_no_memory(tmp_path):
         print(refused, peak_kib() - before)
     """
     done = subprocess.run(
-        [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     refused, grown_kib = map(int, done.stdout.split())
     assert refused == len(paths)
@@ -786,7 +790,7 @@ def test_a_bad_file_does_not_load_pillow_s_other_decoders():
             print(any(loaded))
     """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "False"
 

@@ -27,7 +27,11 @@ print(json.dumps([seconds, sorted({name.split(".")[0] for name in sys.modules}),
 
 def import_in_a_new_process(module: str) -> tuple[float, set[str], list[tuple[str, str]]]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, module], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, module],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stderr == ""
     seconds, loaded, opened = json.loads(done.stdout)

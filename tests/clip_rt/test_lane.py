@@ -53,7 +53,7 @@ def test_what_gathers_while_others_are_under_way_goes_out_together(fake, client)
     with ThreadPoolExecutor(120) as pool:
         shots = [pool.submit(client.encode_images, image) for image in images]
         words = [pool.submit(client.encode_texts, text) for text in texts]
-        together = [np.concatenate([call.result() for call in calls]) for calls in (shots, words)]
+        together = [np.concatenate([call.result(60) for call in calls]) for calls in (shots, words)]
     np.testing.assert_array_equal(together, alone)
     for tower in ("image", "text"):
         assert sum(sent(fake, tower, before)) == 60
@@ -69,7 +69,7 @@ def test_texts_of_unlike_length_do_not_travel_together(fake, client):
     with ThreadPoolExecutor(40) as pool:
         calls = [pool.submit(client.encode_texts, (short, long)[i % 2]) for i in range(40)]
         for call in calls:
-            call.result()
+            call.result(60)
     widths = {request.array.shape[1] for request in fake.requests[before:]}
     assert widths == {3, 62}
 
@@ -89,10 +89,10 @@ def test_a_refused_neighbour_harms_nobody(fake, client):
         for index, call in enumerate(calls):
             if index == 7:
                 with pytest.raises(clip_rt.InferenceError, match="item 0 was refused") as caught:
-                    call.result()
+                    call.result(60)
                 assert caught.value.index == 0
             else:
-                np.testing.assert_array_equal(call.result()[0], expected[index])
+                np.testing.assert_array_equal(call.result(60)[0], expected[index])
 
 
 def test_a_caller_in_a_hurry_does_not_hurry_the_others(fake, client):
@@ -102,8 +102,8 @@ def test_a_caller_in_a_hurry_does_not_hurry_the_others(fake, client):
         hasty = [
             pool.submit(client.encode_images, image, timeout_s=0.1) for image in squares(10, 1)
         ]
-        assert all(call.result().shape == (1, 16) for call in patient)
-        outcomes = [call.exception() for call in hasty]
+        assert all(call.result(60).shape == (1, 16) for call in patient)
+        outcomes = [call.exception(60) for call in hasty]
     assert any(isinstance(outcome, clip_rt.ServerTimeoutError) for outcome in outcomes)
     assert all(outcome is None or isinstance(outcome, TimeoutError) for outcome in outcomes)
 
@@ -114,7 +114,7 @@ def test_no_place_is_lost_however_calls_end(fake, client):
             fake.fail_next(fault, times=8)
             calls = [pool.submit(client.encode_images, image) for image in squares(16)]
             for call in calls:
-                error = call.exception()
+                error = call.exception(60)
                 assert error is None or isinstance(error, clip_rt.ServerError)
     fake.heal()
     assert client.encode_images(squares(5)).shape == (5, 16)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from owners import wait_until
 from PIL import Image, ImageSequence
+from processes import running
 
 from clip_rt import images as images_module
 from clip_rt import telemetry
@@ -372,11 +373,9 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 def test_ctrl_c_ends_it(tmp_path):
     program = """
-        import io, itertools, signal, sys
+        import io, itertools
         from PIL import Image
         from clip_rt.images import prepare_each
-        # Whoever runs the tests in the background of a shell has it ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         file = io.BytesIO()
         Image.effect_noise((1500, 1500), 90).convert("RGB").save(file, "JPEG")
         try:
@@ -387,20 +386,16 @@ def test_ctrl_c_ends_it(tmp_path):
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     """
-    process = subprocess.Popen(
+    with running(
         [sys.executable, "-c", textwrap.dedent(program)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
+    ) as process:
         assert process.stdout.readline() == "at work\n"
         process.send_signal(signal.SIGINT)
         start_s = time.monotonic()
         output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.communicate()
     assert (output, process.returncode) == ("interrupted\n", 0)
     assert time.monotonic() - start_s < 10
 

@@ -89,7 +89,7 @@ def test_merged_requests_are_split_again_and_a_bad_one_harms_no_other(transport,
     # OpenVINO reads zeros where the table has no row, and says nothing.
     assert bad == ([3, 4] if runtime == "onnxruntime" else [3])
     assert "60000" in str(errors[3])
-    together = [calls[n].result() for n in (0, 1, 2, 5, 6, 7)]
+    together = [calls[n].result(60) for n in (0, 1, 2, 5, 6, 7)]
     for merged, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(merged, single, atol=1e-6)
 

@@ -52,7 +52,7 @@ def names() -> Iterator[socketserver.UDPServer]:
         thread.start()
         yield server
         server.shutdown()
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture

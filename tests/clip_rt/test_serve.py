@@ -48,7 +48,7 @@ def start_serve(tmp_path: Path) -> Iterator[Start]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 def read_url(process: subprocess.Popen[str]) -> str:

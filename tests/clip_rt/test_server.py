@@ -209,7 +209,7 @@ def test_it_outlives_the_thread_that_started_it(bare_repository):
     server = EmbeddedServer(bare_repository)
     thread = threading.Thread(target=server.start)
     thread.start()
-    thread.join()
+    thread.join(60)
     pid = find_server_pid(server)
     assert not wait_until(lambda: not is_running(pid), timeout_s=1.0)
     server.stop()
@@ -475,7 +475,7 @@ start(repository)
 
 def test_disks_that_are_small_full_read_only_or_noexec(tmp_path):
     namespace = ["unshare", "--map-root-user", "--mount"]
-    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+    if subprocess.run([*namespace, "true"], capture_output=True, timeout=120).returncode:
         pytest.skip("this user may not mount anything in a namespace of its own")
     repository = tiny_repository.write(tmp_path / "models")
     done = subprocess.run(
@@ -484,6 +484,7 @@ def test_disks_that_are_small_full_read_only_or_noexec(tmp_path):
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | {"XDG_RUNTIME_DIR": ""},
         check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     small, usual, noexec, full, read_only = done.stdout.splitlines()

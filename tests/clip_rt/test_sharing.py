@@ -84,7 +84,7 @@ def test_eight_processes_at_once_share_one_server_until_the_last_has_left(
     others = [owner for owner in owners if owner is not starter]
     # The one that started it has no say in when it ends.
     kill(starter.pid)
-    starter.process.wait()
+    starter.process.wait(timeout=60)
     assert others[0].ask("leave") == "left"
     for owner in others[1:4]:
         kill(owner.pid)

@@ -102,15 +102,15 @@ class TestMeasure:
     def test_hears_nothing_of_another_thread_until_it_is_carried_there(self):
         with telemetry.measure() as timings, ThreadPoolExecutor(1) as pool:
             listeners = telemetry.current()
-            pool.submit(telemetry.count, "images").result()
+            pool.submit(telemetry.count, "images").result(60)
             assert timings.counts == {}
 
             def work():
                 with telemetry.within(listeners):
                     telemetry.count("images")
 
-            pool.submit(work).result()
-            pool.submit(telemetry.count, "images").result()
+            pool.submit(work).result(60)
+            pool.submit(telemetry.count, "images").result(60)
         assert timings.counts == {"images": 1}
 
     def test_a_shared_batch_is_work_for_all_who_share_it_once_each(self):
@@ -137,7 +137,7 @@ class TestMeasure:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                thread.join(60)
         assert timings.counts == {"images": 16_000, "decode": 16_000}
         assert timings.seconds["decode"] == 8_000
 
@@ -177,7 +177,7 @@ except telemetry.InputError as error:
     print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert "pip install 'clip-rt[telemetry]'" in done.stdout
 

@@ -66,7 +66,7 @@ with testing.FakeServer(model="shop-v3", embedding_dim=16, side_px=32) as server
 
 def test_another_process_gets_the_same_embeddings(client):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == client.encode_texts("red").tobytes().hex()
 
@@ -74,7 +74,7 @@ def test_another_process_gets_the_same_embeddings(client):
 def test_it_needs_no_test_runner():
     program = "import sys, clip_rt.testing; print('pytest' in sys.modules, 'onnx' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.split() == ["False", "False"]
 

@@ -358,7 +358,7 @@ def test_threads_that_come_at_once_agree():
     tokenizer._load.cache_clear()
     expected, found = encode(TEXTS[:50], context_length=1000), []
     tokenizer._load.cache_clear()
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=60)
 
     def work():
         barrier.wait()
@@ -368,7 +368,7 @@ def test_threads_that_come_at_once_agree():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert found == [expected] * 8
 
 

@@ -335,7 +335,7 @@ def test_threads_share_one_channel(real, monkeypatch):
         "open_channel",
         lambda *args, **options: opened.append(1) or open_channel(*args, **options),
     )
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=60)
 
     def work(_):
         barrier.wait()

@@ -84,6 +84,7 @@ def test_the_command_says_what_it_did(published):
         capture_output=True,
         text=True,
         check=True,
+        timeout=120,
     )
     assert "shop carries a canary" in done.stdout
     assert read_manifest(published / "shop_image").canary is not None

@@ -51,7 +51,9 @@ def test_a_process_survives_its_childrens_end_after_int8(quantised):
     )
     # With -X faulthandler signals are handled on a stack of their own, as they are under pytest.
     command = [sys.executable, "-X", "faulthandler", "-c", script, *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=EXPORT_DIR.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=EXPORT_DIR.parent, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 

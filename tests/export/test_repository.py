@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 from google.protobuf import text_format
+from processes import running
 from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
@@ -66,7 +67,7 @@ PUBLISH = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = sys.argv[4:]
 from test_repository import MANIFEST
 from export.repository import publish
 fingerprint, models, image = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -78,13 +79,11 @@ publish(models, manifest, image=image, text=image.with_name("b.onnx"))
 @contextmanager
 def publishing(code, models, towers, fingerprint):
     """Publish from another process."""
-    arguments = [fingerprint, str(models), str(towers["image"]), str(Path(__file__).parent)]
-    command = [sys.executable, "-c", code, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    here = Path(__file__).parent
+    arguments = [fingerprint, models, towers["image"], here, here.parent]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with running(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process
 
 
 @contextmanager

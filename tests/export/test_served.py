@@ -69,6 +69,7 @@ def client(reference, tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
     assert export.returncode == 0, export.stdout + export.stderr
     # Started ahead of the client, with more patience than it has: the weights are 600 MB.

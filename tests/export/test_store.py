@@ -88,7 +88,7 @@ def test_two_at_once_agree_on_one(store):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(set(found)) == 1
     assert found[0].read_bytes() == b"x"
     assert len(list(store.folder.iterdir())) == 1

@@ -232,7 +232,11 @@ def test_peak_memory_does_not_grow_with_the_batch():
         code = PEAK_MEMORY.format(path=sys.path, num_chunks=num_chunks)
         return float(
             subprocess.run(
-                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+                [sys.executable, "-c", code],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=120,
             ).stdout
         )
 

@@ -78,7 +78,7 @@ except CheckpointError as error:
     print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert "cannot be written" in done.stdout
     assert "--resume" in done.stdout

@@ -116,6 +116,7 @@ def test_resnets_equal_open_clip(open_clip, name, activation):
 @pytest.mark.parametrize(
     ("name", "activation"), [*((name, "quick_gelu") for name in VITS), ("ViT-B/32", "gelu")]
 )
+@pytest.mark.timeout(600)
 def test_vits_equal_hugging_face_and_open_clip(open_clip, transformers, name, activation, tmp_path):
     spec = replace(find_spec(name), activation=activation)
     torch.manual_seed(0)

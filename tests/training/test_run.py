@@ -1,10 +1,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from processes import running
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -22,6 +25,8 @@ from training import build as build_module
 from training import coop
 from training.config import TrainConfig
 from training.coop import CoopConfig
+from training.data.drawing_batches import Drawings, load_drawings
+from training.evaluation import judge
 from training.journal import read_journal
 from training.run import main
 from training.weights.load import load_clip
@@ -52,12 +57,27 @@ def start(data: Path, out_dir: Path, *options: str) -> subprocess.Popen[bytes]:
     given += "--eval-every-steps 5 --num-workers 0 --num-threads 1 --device cpu".split()
     given += ["--patch-dropout", "0.25", "--ema-decay", "0.9"]
     root = Path(tiny_run.__file__).parents[2]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, tiny_run.__file__, *given, *options],
         env={**os.environ, "PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    started.append(process)
+    return process
+
+
+started: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def all_end() -> Iterator[None]:
+    """Whatever a test has started ends with it."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -71,7 +91,7 @@ def losses_of(out_dir: Path) -> list[float]:
 
 
 def wait_for_step(out_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         log = out_dir / "log.jsonl"
         if log.exists() and any(line["step"] >= step for line in read_journal(log)):
@@ -97,7 +117,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_one_never_killed(
         process = start(data, killed, "--resume")
         wait_for_step(killed, step)
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
     finish(start(data, killed, "--resume"))
     assert_same_end(whole, killed)
     logged = [line["step"] for line in read_journal(killed / "log.jsonl") if "loss" in line]
@@ -119,9 +139,16 @@ def test_sigterm_ends_in_a_state_to_resume_from(tmp_path: Path, data: Path) -> N
     assert_same_end(whole, stopped)
 
 
+@pytest.mark.timeout(600)
 def test_a_short_run_on_drawings_learns_and_leaves_what_the_next_step_needs(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load_few(shards: Sequence[Path], *, progress: bool) -> Drawings:
+        """All of them take a minute to judge."""
+        drawings = load_drawings(shards, progress=progress)
+        return replace(drawings, pixels=drawings.pixels[:200], records=drawings.records[:200])
+
+    monkeypatch.setattr(judge, "load_drawings", load_few)
     config = TrainConfig(
         sample=True, out_dir=tmp_path, batch_size=32, total_steps=12, warmup_steps=2,
         log_every_steps=1, eval_every_steps=12,
@@ -222,6 +249,21 @@ def test_one_command_tunes_towers_on_a_users_table_of_labels(tmp_path, data, loc
     assert line["top1_one_prompt"] > 0.5
 
 
+def test_classes_that_say_nothing_are_named_by_a_table(tmp_path: Path, data: Path) -> None:
+    wnids = dict(
+        zip(("blue", "green", "red"), ("n01440764", "n01443537", "n01484850"), strict=True)
+    )
+    for name, wnid in wnids.items():
+        shutil.copytree(data / name, tmp_path / "data" / wnid)
+    table = tmp_path / "names.tsv"
+    table.write_text("".join(f"{wnid}\t{name}\n" for name, wnid in wnids.items()))
+    config = {"eval_data": (tmp_path / "data",), "total_steps": 1, "eval_every_steps": 1}
+    with pytest.raises(InputError, match=r"n01440764.*--class-names"):
+        main(tiny_run.config(data, tmp_path / "unnamed", **config))
+    main(tiny_run.config(data, tmp_path / "named", class_names=table, **config))
+    assert "top1_ensemble" in read_journal(tmp_path / "named/log.jsonl")[-1]
+
+
 def test_words_are_learned_from_the_same_table(tmp_path, data) -> None:
     main(tiny_run.config(data, tmp_path / "first", total_steps=1))
     coop.main(
@@ -303,6 +345,7 @@ def test_a_run_that_never_recovers_says_so(tmp_path, data, monkeypatch) -> None:
         main(tiny_run.config(data, tmp_path / "out"))
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_and_one_goes_on_from_their_snapshot(
     tmp_path: Path, data: Path
 ) -> None:
@@ -326,15 +369,15 @@ def torchrun(data: Path, out_dir: Path, *options: str, stop_at: int) -> None:
     given += ["--ema-decay", "0.9"]
     root = Path(tiny_run.__file__).parents[2]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.Popen(
+    with running(
         [*launcher, "--nproc-per-node=2", tiny_run.__file__, *given, *options],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    wait_for_step(out_dir, stop_at)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    ) as process:
+        wait_for_step(out_dir, stop_at)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
     assert "go on with --resume" in output.decode()
 
 

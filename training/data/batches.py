@@ -87,7 +87,7 @@ def check_rank(start_step: int, rank: int, world_size: int, *, batch_size: int) 
     if batch_size % world_size:
         raise InputError(
             f"a batch of {batch_size} pairs cannot be split evenly over {world_size} processes. "
-            f"Make batch_size a multiple of {world_size}."
+            f"Make --batch-size a multiple of {world_size}."
         )
 
 

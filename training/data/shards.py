@@ -139,8 +139,8 @@ class PipedShards:
         for url in self.urls:
             if url.lower().startswith("pipe:") and not allow_commands:
                 raise InputError(
-                    f"{url[:80]!r} is a command that would be run. Pass allow_commands=True if it "
-                    "is yours."
+                    f"{url[:80]!r} is a command that would be run. Pass --allow-commands, in "
+                    "Python allow_commands=True, if it is yours."
                 )
             if not _URL.match(url):
                 raise InputError(f"{url[:80]!r} is no URL. Local shards are read by TarShards.")

@@ -15,6 +15,7 @@ from clip_rt.specs import ModelSpec
 from training import evaluate
 from training.config import SAMPLE_DIR, TrainConfig
 from training.data.drawing_batches import load_drawings
+from training.evaluation.class_names import read_name_table
 from training.evaluation.embed import class_embeddings, embed_drawings
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import accuracy, retrieval
@@ -30,6 +31,7 @@ class Judge:
         self._eval_data = config.eval_data
         self._allow_outside = config.allow_outside
         check_exist(config.eval_data)
+        self._table = read_name_table(config.class_names) if config.class_names else None
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {
@@ -58,7 +60,7 @@ class Judge:
         if self._eval_data:
             embedded = embed_data(clip, self._eval_data, allow_outside=self._allow_outside)
             if any(label is not None for label in embedded.labels):
-                _, accuracies = evaluate.zero_shot(clip, embedded)
+                _, accuracies = evaluate.zero_shot(clip, embedded, table=self._table)
                 one_prompt, ensemble = accuracies.values()
                 for prompts, each in ("one_prompt", one_prompt), ("ensemble", ensemble):
                     scores |= {f"top1_{prompts}": each.top1, f"top5_{prompts}": each.top5}

@@ -299,7 +299,8 @@ def _way_out(spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> str:
     if differing <= {*IMAGE_POSITIONS, TEXT_POSITIONS}:
         return (
             "Only positions differ: the weights are for another image side or context length. Ask "
-            "for the side_px or context_length you want, and positions are interpolated to it."
+            "for the side you want by load_clip(side_px=..., context_length=...), which "
+            "interpolates positions; python -m training.run --init-from does so for its --model."
         )
     if any(name.startswith("visual.trunk.") for name in found):
         return "Its image tower is one of timm's, which is not built here."
