@@ -162,6 +162,14 @@ class ContractError(ClipRTError):
         self.found = found
 
 
+class ModelReplacedError(ContractError):
+    """The servers came back with other weights while a call was under way.
+
+    A call that does not insist on a fingerprint is made again by itself, on the new weights; this
+    is raised where it cannot be.
+    """
+
+
 class CheckpointError(ClipRTError):
     """Weights are unreadable, unsafe to read, or do not fit the architecture."""
 
