@@ -90,6 +90,7 @@ class Callers:
 
     def start(self) -> Callers:
         images = make_images()
+        read_expected(self.client)  # The first call of all may start a server.
         calls = {
             "images": lambda: self.client.encode_images(images),
             "texts": lambda: self.client.encode_texts(TEXTS),
