@@ -292,6 +292,11 @@ class Connection:
         if is_last:
             self.close()
 
+    def is_current(self, lane: Lane) -> bool:
+        """Whether a lane is of the model last found."""
+        model = self._model
+        return model is not None and lane in (model.image, model.text)
+
     def serves_as(self, other: Connection) -> bool:
         """Whether both lead to the same server of our own."""
         return [each.server for each in self.endpoints] == [each.server for each in other.endpoints]
@@ -424,7 +429,7 @@ class Connection:
         """Admit a server that has the model in use, and no other; the lock is held."""
         differences = find_differences(model.towers, seen.towers)
         if not differences:
-            endpoint.admit(seen.generation)
+            endpoint.admit(seen.generation, {each.name: each.version for each in seen.towers})
             return
         endpoint.lose()
         fingerprint = seen.towers[0].manifest.fingerprint

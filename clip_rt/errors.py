@@ -17,6 +17,7 @@ ClipRTError
 │   └── ProtocolError                   the answer is malformed
 │       └── NonFiniteEmbeddingError     NaN, infinite or zero vectors; carries .index
 ├── ContractError                       server and client disagree; carries .expected and .found
+│   └── ModelReplacedError              other weights came during a call that cannot be made again
 ├── CheckpointError                     weights that cannot be read or do not fit the architecture
 ├── TrainingError                       a training run cannot go on
 ├── ExportError                         a model cannot be compiled here

@@ -27,8 +27,10 @@ source, versions = sys.argv[1:]
 options = dict(repository=source) if "/" in source else dict(url=source)
 import numpy as np
 loaded = np.load(versions)
-expected = [updating.Expected(*(loaded[f"{{name}}{{index}}"] for name in ("images", "texts", "logits")))
-            for index in (0, 1)]
+names = ("images", "texts", "logits")
+expected = [
+    updating.Expected(*(loaded[f"{{name}}{{index}}"] for name in names)) for index in (0, 1)
+]
 with clip_rt.Client(**options) as client:
     callers = updating.Callers(client, expected).start()
     callers.wait_until_seen(0)
@@ -97,7 +99,7 @@ def test_the_embedded_server_is_updated_and_rolled_back(versions, tmp_path, save
         finally:
             callers.stop()
         callers.check()
-        print(other.ask("end"))
+        other.say("end")
         assert other.process.wait(timeout=30) == 0
     assert wait_until(lambda: not [each for each in find_remains(os.getpid()) if "models" in each])
 
@@ -129,7 +131,7 @@ def test_the_server_of_serve_is_updated_and_rolled_back(
         finally:
             callers.stop()
         callers.check()
-        print(other.ask("end"))
+        other.say("end")
         assert other.process.wait(timeout=30) == 0
         with pytest.raises(clip_rt.InputError, match="clip_rt reload"):
             client.reload()
@@ -152,11 +154,12 @@ def test_what_does_not_load_changes_nothing(versions, tmp_path, start_serve, cap
         np.testing.assert_allclose(own.encode_texts(TEXTS), expected[0].texts, atol=1e-6)
         broken = tmp_path / "broken"
         shutil.copytree(second, broken)
-        (broken / "tiny_text" / "1" / "model.onnx").write_bytes(b"no model")
+        (broken / "tiny_text" / "2" / "model.onnx").write_bytes(b"no model")
         publish(broken, repository)
         assert main(["reload", "--port", port]) == 1
         said = capsys.readouterr().err
-        assert "goes on with what it had" in said and "tiny_text" in said
+        assert "goes on with what it had" in said
+        assert "tiny_text" in said
         with pytest.raises(clip_rt.ServerStartError, match="tiny_text"):
             own.reload()
         for each in (client, own):
