@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--repository", required=True, help="folder of models")
     serve.add_argument("--port", type=int, default=8001, help="of 127.0.0.1; 0 is any free one")
     serve.add_argument("--start-timeout-s", type=float, default=60.0, help="to load the models in")
+    reload = commands.add_parser("reload", help="have `serve` take what its repository holds now")
+    reload.add_argument("--port", type=int, default=8001, help="of `serve`")
+    reload.add_argument("--timeout-s", type=float, default=90.0, help="to load the models in")
     commands.add_parser("doctor", add_help=False, help="check the installation and a server")
     options, rest = parser.parse_known_args(arguments)
     if options.command == "doctor":
@@ -33,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         return examine(rest)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    if options.command == "reload":
+        return _reload(options.port, options.timeout_s)
     return _serve(options.repository, options.port, options.start_timeout_s)
 
 
@@ -47,6 +52,19 @@ def _serve(repository: str, port: int, start_timeout_s: float) -> int:
         return 1
     except KeyboardInterrupt:
         return 130  # Asked twice, so it did not wait for the requests under way.
+    return 0
+
+
+def _reload(port: int, timeout_s: float) -> int:
+    try:
+        from clip_rt.reload import reload
+
+        is_new = reload(port, timeout_s=timeout_s)
+    except ClipRTError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    what = "what its repository holds now" if is_new else "what it did: nothing new is there"
+    sys.stdout.write(f"the server on port {port} serves {what}\n")
     return 0
 
 

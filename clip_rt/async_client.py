@@ -184,6 +184,10 @@ class AsyncClient:
         call = functools.partial(self._client.classify, images, probe, on_error=on_error)
         return await self._run(functools.partial(call, timeout_s=timeout_s))
 
+    async def reload(self, *, timeout_s: float | None = None) -> bool:
+        """As `Client.reload`."""
+        return await self._run(lambda: self._client.reload(timeout_s=timeout_s))
+
     async def close(self) -> None:
         """As `Client.close`; calls under way end with `ClientClosedError`."""
         self._is_closed = True

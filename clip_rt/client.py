@@ -12,7 +12,7 @@ import re
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, TracebackType
@@ -34,6 +34,7 @@ from clip_rt.errors import (
     ImageError,
     InferenceError,
     InputError,
+    ModelReplacedError,
     NonFiniteEmbeddingError,
     ServerError,
     ServerTimeoutError,
@@ -53,6 +54,7 @@ CACHE_VARIABLE = "CLIP_RT_CACHE_DIR"
 CHECKOUT_REPOSITORY = Path(__file__).parents[1] / "model_repository"
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
@@ -189,8 +191,8 @@ class Client:
         Raises:
             ServerError, UnknownModelError, ContractError: see `encode_images`.
         """
-        model, _ = self._begin(None)
-        return model.manifest
+        with self._begun(None) as (model, _):
+            return model.manifest
 
     @property
     def cache(self) -> PromptCache:
@@ -238,9 +240,12 @@ class Client:
             ClientClosedError: the client was closed.
         """
         check_on_error(on_error)
-        with self._call("encode_images", timeout_s) as (model, deadline):
+
+        def work(model: Model, deadline: Deadline) -> NDArray[np.float32] | Encoded:
             encoded = self._embed_images(model, images, deadline, on_error)
             return encoded if on_error == "skip" else encoded.embeddings
+
+        return self._call("encode_images", timeout_s, work, images)
 
     def stream_images(
         self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
@@ -309,9 +314,12 @@ class Client:
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
         check_on_error(on_error)
-        with self._call("encode_texts", timeout_s) as (model, deadline):
+
+        def work(model: Model, deadline: Deadline) -> NDArray[np.float32] | Encoded:
             encoded = self._embed_texts(model, texts, deadline, on_error, truncate=truncate)
             return encoded if on_error == "skip" else encoded.embeddings
+
+        return self._call("encode_texts", timeout_s, work, texts)
 
     def class_embeddings(
         self,
@@ -340,8 +348,11 @@ class Client:
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
         checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
-        with self._call("class_embeddings", timeout_s) as (model, deadline):
+
+        def work(model: Model, deadline: Deadline) -> NDArray[np.float32]:
             return self._embed_classes(model, checked, found, deadline)
+
+        return self._call("class_embeddings", timeout_s, work)
 
     def zero_shot(
         self,
@@ -373,7 +384,8 @@ class Client:
         checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         if not checked:
             raise InputError("labels is empty; name at least one.")
-        with self._call("zero_shot", timeout_s) as (model, deadline):
+
+        def work(model: Model, deadline: Deadline) -> Scores:
             manifest = model.manifest
             class_embeddings = self._embed_classes(model, checked, found, deadline)
             encoded = self._embed_images(model, images, deadline, on_error)
@@ -385,6 +397,8 @@ class Client:
                     logit_scale=manifest.logit_scale,
                     logit_bias=manifest.logit_bias,
                 ).of_items(encoded.indices, encoded.failures)
+
+        return self._call("zero_shot", timeout_s, work, images)
 
     def classify(
         self,
@@ -411,7 +425,8 @@ class Client:
             ServerError, UnknownModelError, ClientClosedError: see `encode_images`.
         """
         check_on_error(on_error)
-        with self._call("classify", timeout_s) as (model, deadline):
+
+        def work(model: Model, deadline: Deadline) -> Scores:
             served = model.manifest.fingerprint
             if probe.fingerprint != served:
                 raise ContractError(
@@ -427,6 +442,8 @@ class Client:
                     encoded.indices, encoded.failures
                 )
 
+        return self._call("classify", timeout_s, work, images)
+
     def server_seconds(self) -> dict[str, float]:
         """Return what the server has spent on all its clients since it started.
 
@@ -438,18 +455,64 @@ class Client:
             InferenceError: the server does not tell.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
-        model, deadline = self._begin(None)
-        names = [lane.tower.name for lane in (model.image, model.text)]
-        counted = [
-            each
-            for endpoint in model.image.connection.endpoints
-            if endpoint.is_admitted
-            for each in endpoint.transport.read_statistics(names, deadline).values()
-        ]
-        return {
-            "server_queue": sum(each.queue_s for each in counted),
-            "server_compute": sum(each.compute_s for each in counted),
-        }
+        with self._begun(None) as (model, deadline):
+            names = [lane.tower.name for lane in (model.image, model.text)]
+            counted = [
+                each
+                for endpoint in model.image.connection.endpoints
+                if endpoint.is_admitted
+                for each in endpoint.transport.read_statistics(names, deadline).values()
+            ]
+            return {
+                "server_queue": sum(each.queue_s for each in counted),
+                "server_compute": sum(each.compute_s for each in counted),
+            }
+
+    def reload(self, *, timeout_s: float | None = None) -> bool:
+        """Take what the repository of the embedded server holds now, without a pause.
+
+        A second server is started, or joined where another process has started it, and calls go
+        on with the first until the second is ready. Each call is of one model from begin to end,
+        and the first server ends when nobody uses it any more: for a while both are in memory.
+
+        Args:
+            timeout_s: Longest time for the new server to answer, once `start_timeout_s` or less
+                has been spent on its start; the client's own if None.
+
+        Returns:
+            Whether there was anything new.
+
+        Raises:
+            InputError: the server is not this client's own.
+            ServerStartError, ServerError, ContractError: what is new cannot be used; calls go on
+                with the server there was.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        _check_timeout(timeout_s)
+        with self._reloading:
+            with self._begun(timeout_s) as (model, _):
+                before = model.image.connection
+            if any(endpoint.server is None for endpoint in before.endpoints):
+                raise InputError(
+                    f"the server at {before.urls} is not this client's own, so it cannot have it "
+                    "reload its models. Of a `python -m clip_rt serve`: python -m clip_rt reload "
+                    "--port PORT."
+                )
+            found = self._dial()
+            try:
+                is_new = not found.serves_as(before)
+                if is_new:
+                    deadline = Deadline.after(timeout_s)
+                    found.find_model(self._model, self._fingerprint, deadline)
+                    with self._locked(timeout_s):
+                        if self._is_closed:
+                            raise ClientClosedError("the client is closed. Make a new one.")
+                        self._use(found)
+            except BaseException:
+                found.close()
+                raise
+            (before if is_new else found).retire()
+            return is_new
 
     def close(self) -> None:
         """Close the connection, and end the embedded server when no other client uses it.
@@ -466,31 +529,71 @@ class Client:
         self._lock = threading.Lock()
         self._is_closed = False
         self._connection = None
+        self._finalizer: weakref.finalize[..., Client] | None = None
+        self._reloading = threading.Lock()
         self._cache = PromptCache(self._cache_bytes, self._cache_dir)
         _clients.add(self)
 
-    @contextlib.contextmanager
-    def _call(self, name: str, timeout_s: float | None) -> Iterator[tuple[Model, Deadline]]:
-        """Begin a public call, and report how it goes."""
-        with telemetry.call(name) as call:
-            model, deadline = self._begin(timeout_s)
-            call.attributes["model"] = model.manifest.model
-            yield model, deadline
+    def _call(
+        self,
+        name: str,
+        timeout_s: float | None,
+        work: Callable[[Model, Deadline], Result],
+        source: object = (),
+    ) -> Result:
+        """Make a public call and report how it goes: anew when the model is replaced meanwhile.
 
-    def _begin(self, timeout_s: float | None) -> tuple[Model, Deadline]:
-        """Make sure of a connection to the right model, and start the clock."""
+        Args:
+            name: Of the call.
+            timeout_s: For all of it.
+            work: Uses one model from begin to end, so that no result is of two.
+            source: What it reads; an iterator cannot be read again.
+
+        Raises:
+            ModelReplacedError: the client insists on a fingerprint, or the source is an iterator.
+        """
+        with telemetry.call(name) as call, self._begun(timeout_s) as (model, deadline):
+            while True:
+                call.attributes["model"] = model.manifest.model
+                try:
+                    return work(model, deadline)
+                except ModelReplacedError as error:
+                    if self._fingerprint is not None:
+                        raise
+                    if isinstance(source, Iterator) and not hasattr(source, "read"):
+                        raise ModelReplacedError(
+                            f"{error} It cannot be done again by itself, because its items came "
+                            "from an iterator, which is used up: pass a list.",
+                            expected=error.expected,
+                            found=error.found,
+                        ) from error
+                connection = model.image.connection
+                model = connection.find_model(self._model, None, deadline)
+
+    @contextlib.contextmanager
+    def _begun(self, timeout_s: float | None) -> Iterator[tuple[Model, Deadline]]:
+        """Make sure of a connection to the right model, start the clock, and keep both."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         _check_timeout(timeout_s)
-        with self._locked(timeout_s):
-            if self._is_closed:
-                raise ClientClosedError("the client is closed. Make a new one.")
-            if self._connection is None:
-                self._connection = self._dial()
-                # One that is dropped without being closed hangs up.
-                weakref.finalize(self, self._connection.close)
-            connection = self._connection
-        deadline = Deadline.after(timeout_s)
-        return connection.find_model(self._model, self._fingerprint, deadline), deadline
+        with contextlib.ExitStack() as until_end:
+            with self._locked(timeout_s):
+                if self._is_closed:
+                    raise ClientClosedError("the client is closed. Make a new one.")
+                if self._connection is None:
+                    self._use(self._dial())
+                connection = self._connection
+                assert connection is not None
+                until_end.enter_context(connection.used())
+            deadline = Deadline.after(timeout_s)
+            yield connection.find_model(self._model, self._fingerprint, deadline), deadline
+
+    def _use(self, connection: Connection) -> None:
+        """Make calls with a connection from now on; the lock is held."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._connection = connection
+        # One that is dropped without being closed hangs up.
+        self._finalizer = weakref.finalize(self, connection.close)
 
     @contextlib.contextmanager
     def _locked(self, timeout_s: float) -> Iterator[None]:
@@ -548,7 +651,24 @@ class Client:
     def _stream_images(
         self, images: Images, on_error: OnError, timeout_s: float
     ) -> Iterator[Encoded]:
-        model, _ = self._begin(timeout_s)
+        with self._begun(timeout_s) as (model, _):
+            num_done = 0
+            try:
+                for encoded in self._stream_from(model, images, on_error, timeout_s):
+                    yield encoded
+                    num_done += len(encoded.indices) + len(encoded.failures)
+            except ModelReplacedError as error:
+                raise ModelReplacedError(
+                    f"{error} The {num_done} images before were embedded with the old weights, "
+                    f"those from image {num_done} on were not; do not mix them: begin the stream "
+                    "anew.",
+                    expected=error.expected,
+                    found=error.found,
+                ) from error
+
+    def _stream_from(
+        self, model: Model, images: Images, on_error: OnError, timeout_s: float
+    ) -> Iterator[Encoded]:
         lane = model.image
         parts: list[Gathering] = []
 
@@ -791,7 +911,7 @@ def _check_timeout(timeout_s: float, name: str = "timeout_s") -> None:
 def _after_fork_in_child() -> None:
     for client in _clients:
         # Another thread may have held it at the fork, and that thread does not exist here.
-        client._lock = threading.Lock()
+        client._lock, client._reloading = threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

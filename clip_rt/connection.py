@@ -27,6 +27,7 @@ from clip_rt.errors import (
     ClipRTError,
     ContractError,
     InferenceError,
+    ModelReplacedError,
     ServerTimeoutError,
     ServerUnavailableError,
     UnknownModelError,
@@ -82,6 +83,8 @@ class Connection:
         self._asking = threading.Lock()
         self._turn = 0
         self._is_closed = False
+        self._num_calls = 0
+        self._is_retired = False
         _connections.add(self)
 
     @classmethod
@@ -144,7 +147,7 @@ class Connection:
         """Make sure that somebody serves the model a call began with, and nobody another.
 
         Raises:
-            ContractError: another came back.
+            ModelReplacedError: another came back.
             ServerError: nobody answers.
         """
         if self._model is model and self._is_fresh():
@@ -156,7 +159,7 @@ class Connection:
                 found = self._ask(model.manifest.model, None, deadline)
         if found is not model:
             before, now = model.manifest.fingerprint, found.manifest.fingerprint
-            raise ContractError(
+            raise ModelReplacedError(
                 f"{model.image.tower.name} at {self.urls} was replaced during the call: its "
                 f"weights were {before}, now they are {now}. Call again.",
                 expected=before,
@@ -267,6 +270,37 @@ class Connection:
             timeout_s=deadline.timeout_s,
         )
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it open for a call in a `with` block, even when it is retired meanwhile."""
+        with self._lock:
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_calls -= 1
+                is_last = self._is_retired and self._num_calls == 0
+            if is_last:
+                self.close()
+
+    def retire(self) -> None:
+        """Close it once the calls that use it have ended; no other may begin."""
+        with self._lock:
+            self._is_retired = True
+            is_last = self._num_calls == 0
+        if is_last:
+            self.close()
+
+    def is_current(self, lane: Lane) -> bool:
+        """Whether a lane is of the model last found."""
+        model = self._model
+        return model is not None and lane in (model.image, model.text)
+
+    def serves_as(self, other: Connection) -> bool:
+        """Whether both lead to the same server of our own."""
+        return [each.server for each in self.endpoints] == [each.server for each in other.endpoints]
+
     def close(self) -> None:
         """Hang up, and give back the server if it is our own. Closing twice is harmless."""
         with self._lock:
@@ -284,6 +318,7 @@ class Connection:
         """Begin anew in a forked child: locks may be held, and nothing under way comes back."""
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self.budget = RetryBudget()
+        self._num_calls = 0
         for endpoint in self.endpoints:
             endpoint.places.clear()
             endpoint.is_being_asked = False
@@ -394,7 +429,7 @@ class Connection:
         """Admit a server that has the model in use, and no other; the lock is held."""
         differences = find_differences(model.towers, seen.towers)
         if not differences:
-            endpoint.admit(seen.generation)
+            endpoint.admit(seen.generation, {each.name: each.version for each in seen.towers})
             return
         endpoint.lose()
         fingerprint = seen.towers[0].manifest.fingerprint

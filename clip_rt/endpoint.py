@@ -43,6 +43,7 @@ class Endpoint:
         """Requests under way, by the name of the tower."""
         self._server_id = None if server is None else server.server_id
         self._generation: int | None = None
+        self._version_by_tower: dict[str, str] = {}
         self._starting: Future[str] | None = None
         self._answered_at_s = float("-inf")
         self._ask_again_at_s = float("-inf")
@@ -124,8 +125,20 @@ class Endpoint:
                 timeout_s=deadline.timeout_s,
             ) from None
 
-    def admit(self, generation: int) -> None:
-        """Note that it serves the model in use, as it said on a connection."""
+    def is_version(self, tower: str, version: str) -> bool:
+        """Whether it may have answered in a version, as it said which it has; else ask it again.
+
+        A server that takes another's place at once is reached without a connection being seen to
+        fail, and one may exchange its models in place.
+        """
+        if self._version_by_tower.get(tower, "") in ("", version):
+            return True
+        self._generation = None
+        return False
+
+    def admit(self, generation: int, version_by_tower: dict[str, str]) -> None:
+        """Note that it serves the model in use, as it said on a connection, in which versions."""
+        self._version_by_tower = version_by_tower
         self.is_admitted = self.was_reached = True
         self._generation = generation
         self._num_losses = 0

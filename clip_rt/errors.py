@@ -17,6 +17,7 @@ ClipRTError
 │   └── ProtocolError                   the answer is malformed
 │       └── NonFiniteEmbeddingError     NaN, infinite or zero vectors; carries .index
 ├── ContractError                       server and client disagree; carries .expected and .found
+│   └── ModelReplacedError              other weights came during a call that cannot be made again
 ├── CheckpointError                     weights that cannot be read or do not fit the architecture
 ├── TrainingError                       a training run cannot go on
 ├── ExportError                         a model cannot be compiled here
@@ -160,6 +161,14 @@ class ContractError(ClipRTError):
         super().__init__(message)
         self.expected = expected
         self.found = found
+
+
+class ModelReplacedError(ContractError):
+    """The servers came back with other weights while a call was under way.
+
+    A call that does not insist on a fingerprint is made again by itself, on the new weights; this
+    is raised where it cannot be.
+    """
 
 
 class CheckpointError(ClipRTError):

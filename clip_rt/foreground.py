@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_rt.deadline import START_TIMEOUT_S
-from clip_rt.errors import InputError
+from clip_rt.errors import InputError, ServerStartError
 from clip_rt.installation import find_models
+from clip_rt.reload import Reloader, take_port
 from clip_rt.server import EmbeddedServer
 
 URL = "127.0.0.1:8001"
@@ -41,6 +42,7 @@ def serve(
     One line on standard output says when it is ready; Triton's log goes to standard error. Asked to
     end, it accepts no more requests, answers those under way, and returns; the second time it
     ends at once. A server that dies is started again, and given up when it dies again and again.
+    After `python -m clip_rt reload` another one takes its place; see `clip_rt.reload`.
     Outside the main thread, which alone hears signals, it serves as long as the process lives.
 
     Args:
@@ -52,28 +54,41 @@ def serve(
         InputError: the address is not one on the loopback interface.
         ServerStartError: it cannot run here, the port is taken, or it dies again and again.
     """
-    server = EmbeddedServer(
-        repository,
-        start_timeout_s=start_timeout_s,
-        port=_find_port(url),
-        restricted=RESTRICTED,
-        shows_log=True,
-    )
-    names = ", ".join(sorted(find_models(Path(repository))))
-    try:
-        with _told_to_end():
-            while True:
-                found = server.start()
-                _say(
-                    f"serving {names} from {repository} on {found}, for this machine only; "
-                    "production runs NVIDIA's container"
-                )
-                server.wait()
-    except _ToldToEndError as told:
-        _log.info("told to end by %s: requests under way are answered first", told)
-        server.drain()
-    finally:
-        server.stop()
+    port, listener = take_port(_find_port(url))
+
+    def make_server() -> EmbeddedServer:
+        return EmbeddedServer(
+            repository,
+            start_timeout_s=start_timeout_s,
+            port=port,
+            restricted=RESTRICTED,
+            shows_log=True,
+            shares_port=True,
+        )
+
+    with contextlib.closing(listener):
+        reloader = Reloader(listener, Path(repository), make_server)
+        try:
+            with _told_to_end():
+                while True:
+                    server = reloader.server
+                    names = ", ".join(sorted(find_models(Path(repository))))
+                    found = server.start()
+                    _say(
+                        f"serving {names} from {repository} on {found}, for this machine only; "
+                        "production runs NVIDIA's container"
+                    )
+                    reloader.open()
+                    try:
+                        server.wait()
+                    except ServerStartError:
+                        if server is reloader.server:
+                            raise
+        except _ToldToEndError as told:
+            _log.info("told to end by %s: requests under way are answered first", told)
+            reloader.close().drain()
+        finally:
+            reloader.close().stop()
 
 
 def _say(line: str) -> None:

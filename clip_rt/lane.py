@@ -277,7 +277,11 @@ class Lane:
             problem = f"{transport.url} answered what cannot be read: {error!r:.300}"
             self._end(request, ProtocolError(problem, url=transport.url))
             return
-        start, is_unsure = 0, not request.endpoint.is_known(request.generation)
+        version = request.future.result().model_version
+        is_same = request.endpoint.is_version(self.tower.name, version)
+        is_same = is_same and request.endpoint.is_known(request.generation)
+        # Last: a server is admitted with another model only once that is the connection's.
+        start, is_unsure = 0, not (is_same and self.connection.is_current(self))
         for job in request.jobs:
             job.is_unsure = is_unsure
             end = start + len(job.array)

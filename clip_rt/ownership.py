@@ -192,16 +192,15 @@ class Run:
         Returns:
             False when it died instead.
         """
-        with contextlib.closing(Transport(self.facts.url)) as transport:
-            while time.monotonic() < deadline_s:
-                if not self.is_alive():
-                    return False
-                if self._is_listening() and self._is_ready(transport):
-                    self._ready_at_s = time.monotonic()
-                    # From now on the supervisor watches the processes of the models as well.
-                    self._say(supervisor.IS_READY)
-                    return True
-                time.sleep(_POLL_S)
+        while time.monotonic() < deadline_s:
+            if not self.is_alive():
+                return False
+            if self._is_listening() and self._is_ready():
+                self._ready_at_s = time.monotonic()
+                # From now on the supervisor watches the processes of the models as well.
+                self._say(supervisor.IS_READY)
+                return True
+            time.sleep(_POLL_S)
         report = self.end()
         raise ServerStartError(
             f"the embedded server was not ready after {start_timeout_s:g} s, loading "
@@ -336,18 +335,20 @@ class Run:
             probe.settimeout(1.0)
             return probe.connect_ex(("127.0.0.1", self.facts.port)) == 0
 
-    def _is_ready(self, transport: Transport) -> bool:
+    def _is_ready(self) -> bool:
         """Ask who listens there: Triton does once its models are loaded.
 
-        If it is somebody else, our server will find its port taken, and end.
+        If it is somebody else, our server will find its port taken, and end; or it shares the port
+        with the one it is to replace, and the next connection may be to ours.
         """
-        try:
-            found = transport.read_server(timeout_s=_ANSWER_TIMEOUT_S)
-            return found.name == self.facts.server_id and transport.is_ready(
-                timeout_s=_ANSWER_TIMEOUT_S
-            )
-        except ServerError:
-            return False
+        with contextlib.closing(Transport(self.facts.url)) as transport:
+            try:
+                found = transport.read_server(timeout_s=_ANSWER_TIMEOUT_S)
+                return found.name == self.facts.server_id and transport.is_ready(
+                    timeout_s=_ANSWER_TIMEOUT_S
+                )
+            except ServerError:
+                return False
 
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()

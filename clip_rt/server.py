@@ -69,6 +69,7 @@ class EmbeddedServer:
         port: Listen on this one; 0 is any that is free.
         restricted: Protocols of Triton that answer only to owners.
         shows_log: Pass the server's log on to standard error.
+        shares_port: Let another server of this user, which says the same, listen on the port too.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class EmbeddedServer:
         port: int = 0,
         restricted: str = RESTRICTED,
         shows_log: bool = False,
+        shares_port: bool = False,
     ) -> None:
         self.repository = Path(repository)
         self.start_timeout_s = start_timeout_s
@@ -87,6 +89,7 @@ class EmbeddedServer:
         self._fixed_port = port
         self._restricted = restricted
         self._shows_log = shows_log
+        self._shares_port = shares_port
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._crashes = _Crashes()
@@ -284,6 +287,7 @@ class EmbeddedServer:
                 "--allow-grpc=true",
                 "--grpc-address=127.0.0.1",
                 f"--grpc-port={facts.port}",
+                f"--reuse-grpc-port={str(self._shares_port).lower()}",
                 f"--grpc-restricted-protocol={self._restricted}:{TOKEN_KEY}={facts.token}",
                 "--allow-http=false",
                 "--allow-metrics=false",

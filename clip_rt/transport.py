@@ -108,6 +108,8 @@ class ServedModel:
     embedding_dim: int
     max_batch_size: int
     manifest: Manifest
+    version: str = field(default="", compare=False)
+    """The only one that the server has of it, where its configuration says so."""
     runs_on: str = field(default="", compare=False)
     """Backend, instances and execution providers, in words, as far as a server tells."""
 
@@ -604,8 +606,14 @@ def _read_config(config: Any) -> ServedModel:
         embedding_dim=manifest.embedding_dim,
         max_batch_size=config.max_batch_size,
         manifest=manifest,
+        version=_read_only_version(config),
         runs_on=_describe_execution(config, parameters, manifest.precision),
     )
+
+
+def _read_only_version(config: Any) -> str:
+    versions = config.version_policy.specific.versions
+    return str(versions[0]) if len(versions) == 1 else ""
 
 
 def _describe_execution(config: Any, parameters: Mapping[str, str], precision: str) -> str:

@@ -35,7 +35,7 @@ from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
 from export.console import command, console, mib
-from export.repository import publish
+from export.repository import RELOAD, publish
 from export.triton_config import Serving, read_config, read_manifest, read_serving
 from export.version_folder import CONFIG, REPORT, list_weights, served_version
 
@@ -354,7 +354,7 @@ def main_unpack(*, file: Path, repository: Path = Path("model_repository")) -> N
         repository: Triton model repository; made when it does not exist.
     """
     bundle, folders = unpack(file, repository)
-    _show(bundle, f"published {folders[0]} and {folders[1]}")
+    _show(bundle, f"published {folders[0]} and {folders[1]}. {RELOAD}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from export import int8, parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, print_parity, print_plan, stage
 from export.parity import Precision
-from export.repository import check_name, publish
+from export.repository import check_name, publish, tell_published
 from export.road import (
     RANDOM,
     choose_islands,
@@ -148,6 +148,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             keep_versions=config.keep_versions,
         )
         outcome.extend(str(folder) for folder in folders)
+    tell_published(config.repository, config.served_name)
     print_parity(report.to_json())
     return report
 

@@ -64,6 +64,19 @@ from export.version_folder import (
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
 KEEP_VERSIONS = 2
 """Versions that stay in a repository: the one that is served and the one to go back to."""
+RELOAD = (
+    "Servers that run go on with what they have loaded, until they are told: `python -m clip_rt "
+    "serve` by `python -m clip_rt reload --port PORT`, the server of a client's own by "
+    "Client.reload(), any other Triton by its restart."
+)
+"""What is to be done after a repository has changed."""
+
+
+def tell_published(repository: Path, name: str) -> None:
+    """Print which version of a model is published, and how running servers come to it."""
+    version = served_version(_folders(repository, name)[0])
+    said = f"{name} is published in version {version}. {RELOAD}"
+    console.print(said, markup=False, soft_wrap=True)
 
 
 def check_name(name: str, repository: Path) -> None:
@@ -175,7 +188,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
         version: Which; None is the newest before the one that is served now.
 
     Returns:
-        The version that is served now; a running server notices when it reloads the model.
+        The version; a server that runs goes on with its own, see `RELOAD`.
 
     Raises:
         InputError: there is no such model or version; lists those there are.
@@ -210,7 +223,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
         settings: Fields of `Serving`; the others stay as they are.
 
     Returns:
-        How it is served now; a running server notices when it reloads the model.
+        How a server serves it that starts or reloads from now on, see `RELOAD`.
 
     Raises:
         InputError: there is no such model, or the backend or the runtime cannot run its file.
@@ -462,6 +475,7 @@ def main(config: RepositoryConfig) -> None:
         raise InputError("pass --name too: which model is to change?")
     if config.settings:
         console.print(configure(config.repository, str(config.name), **config.settings))
+        tell_published(config.repository, str(config.name))
     if not config.ensembles and (config.max_pixels, config.max_bytes) != (None, None):
         raise InputError("--max-pixels and --max-bytes are for --ensembles: pass that too.")
     if config.ensembles:
@@ -476,8 +490,8 @@ def main(config: RepositoryConfig) -> None:
     if config.rollback or config.version is not None:
         if config.name is None or (config.rollback and config.version is not None):
             raise InputError("pass --name with one of --rollback and --version.")
-        now = switch_version(config.repository, config.name, config.version)
-        console.print(f"{config.name} is served in version {now}", markup=False)
+        switch_version(config.repository, config.name, config.version)
+        tell_published(config.repository, config.name)
     if not config.repository.is_dir():
         raise InputError(f"there is no folder {config.repository}.")
     table = Table("model", "architecture", "precision", "backend", "served", "kept", "weights")

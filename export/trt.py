@@ -43,7 +43,7 @@ from export.engine import (
     text_profiles,
 )
 from export.engine_runner import EngineRunner
-from export.repository import check_name, publish
+from export.repository import RELOAD, check_name, publish
 from export.road import (
     Towers,
     choose_islands,
@@ -172,6 +172,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
                 join=config.join,
             )
             outcome.extend(map(str, folders))
+            outcome.append(RELOAD)
         else:
             document["manifest"] = manifest.to_parameters()
             _place(folder, engines, document)

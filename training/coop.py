@@ -170,9 +170,7 @@ def run(config: CoopConfig) -> Probe:
     table = config.read_table()
     check_exist(config.data)
     model = config.open_model()
-    images = embed_data(
-        model, config.data, allow_outside=config.allow_outside, limits=config
-    )
+    images = embed_data(model, config.data, allow_outside=config.allow_outside, limits=config)
     classes = find_classes(images.labels, table)
     rows_N, right_N = classes.rows_N, classes.right_N
     if config.shots is not None:

@@ -146,9 +146,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     captions = read_captions(config.captions) if config.captions else None
     check_exist(config.data)
     model = config.open_model()
-    embedded = embed_data(
-        model, config.data, allow_outside=config.allow_outside, limits=config
-    )
+    embedded = embed_data(model, config.data, allow_outside=config.allow_outside, limits=config)
     if captions is not None:
         embedded.captions = [captions.get(key, ()) for key in embedded.keys]
         _check_captions(captions, embedded.keys, config.captions)

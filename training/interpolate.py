@@ -155,9 +155,7 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     found: dict[float, Accuracy] = {}
     for alpha in config.alphas if config.data else ():
         model.load_state_dict(interpolate(first, second, alpha))
-        embedded = embed_data(
-            model, config.data, allow_outside=config.allow_outside, limits=config
-        )
+        embedded = embed_data(model, config.data, allow_outside=config.allow_outside, limits=config)
         _, results = zero_shot(model, embedded, table=table, templates=frames)
         found[alpha] = list(results.values())[-1]
     if config.out:

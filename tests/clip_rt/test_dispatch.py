@@ -109,7 +109,7 @@ def test_another_model_that_comes_back_ends_the_call_and_not_the_client(fake, cl
     fake.fail_next(testing.Crash(back_after_s=0.2))
     fingerprint = fake.swap_weights()
     with pytest.raises(clip_rt.ContractError, match="replaced during the call") as caught:
-        client.encode_images(squares(1))
+        client.encode_images(iter(squares(1)))
     assert caught.value.found == fingerprint
     assert client.encode_images(squares(1)).shape == (1, 16)
     assert client.manifest.fingerprint == fingerprint

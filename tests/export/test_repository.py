@@ -659,7 +659,9 @@ class TestVersions:
     def test_the_command_lists_and_rolls_back(self, models, capsys):
         main(RepositoryConfig(repository=models, name="shop-v3", rollback=True))
         printed = capsys.readouterr().out
-        assert "shop-v3 is served in version 2" in printed
+        assert "shop-v3 is published in version 2" in printed
+        assert "python -m clip_rt reload --port PORT" in printed
+        assert "Client.reload()" in printed
         assert "2, 3" in printed
         with pytest.raises(InputError, match="pass --name"):
             main(RepositoryConfig(repository=models, rollback=True))

@@ -1,0 +1,212 @@
+"""A `python -m clip_rt serve` told to take what its repository holds now, and how it does.
+
+A second Triton is started on the same port, and once its models are loaded the first one ends: new
+connections then reach the second. Until that moment the first goes on, and for good if the second
+does not start. Requests that the first still works on are lost with it, which `clip_rt.Client`
+makes good; each of its calls is of one model.
+
+Who serves a port listens on a socket named for it in Linux's abstract namespace, which ends with
+the process and is as large as that of ports. It is the lock of the port, too, because two servers
+that may share one would not notice each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from clip_rt import sharing
+from clip_rt.errors import ClipRTError, InputError, ServerStartError
+from clip_rt.installation import find_home, find_models
+from clip_rt.server import EmbeddedServer
+
+CONNECT_TIMEOUT_S = 5.0
+_BACKLOG = 16
+
+_log = logging.getLogger(__name__)
+
+
+def reload(port: int, *, timeout_s: float) -> bool:
+    """Have the server of a port take what its repository holds now.
+
+    Args:
+        port: Of `python -m clip_rt serve`.
+        timeout_s: Longest wait; it goes on by itself afterwards.
+
+    Returns:
+        Whether there was anything new.
+
+    Raises:
+        InputError: this user serves nothing there.
+        ServerStartError: what is new does not start, and the server goes on with what it had.
+    """
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            link.connect(_name(port))
+        except OSError as error:
+            raise InputError(
+                f"no `python -m clip_rt serve` of this user is ready on port {port}: "
+                f"{error.strerror or error}. Name its port with --port; a client with a server of "
+                "its own has Client.reload()."
+            ) from error
+        link.settimeout(timeout_s)
+        words = b""
+        try:
+            while part := link.recv(65536):
+                words += part
+        except TimeoutError:
+            raise ServerStartError(
+                f"the server on port {port} has not said within {timeout_s:g} s what came of it. "
+                "It may still do it; wait longer with --timeout-s."
+            ) from None
+        except OSError:
+            words = b""
+    if not words:
+        raise ServerStartError(
+            f"the server on port {port} ended, or belongs to another user, and has reloaded "
+            "nothing. Start it again with python -m clip_rt serve."
+        )
+    said = json.loads(words)
+    if said["error"]:
+        raise ServerStartError(
+            f"the server on port {port} goes on with what it had: {said['error']}"
+        )
+    return bool(said["is_new"])
+
+
+def take_port(port: int) -> tuple[int, socket.socket]:
+    """Take a port, and return it with the socket where who serves it can be asked to reload.
+
+    Args:
+        port: 0 is any that is free.
+
+    Raises:
+        ServerStartError: somebody else has it.
+    """
+    with socket.socket() as probe:
+        # As a server would: one that ended a moment ago is no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            port = probe.getsockname()[1]
+            listener = socket.socket(socket.AF_UNIX)
+            try:
+                listener.bind(_name(port))
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ServerStartError(
+                    f"port {port} of 127.0.0.1 cannot be used: {error.strerror}. Name another port."
+                ) from error
+            raise ServerStartError(
+                f"port {port} of 127.0.0.1 is taken by another process. End that one, or name "
+                "another port."
+            ) from None
+    return port, listener
+
+
+class Reloader:
+    """Where a server can be asked to reload, and the server that serves now. Thread-safe.
+
+    Args:
+        listener: From `take_port`.
+        repository: What is served.
+        make_server: Makes a server over it, not started.
+    """
+
+    def __init__(
+        self, listener: socket.socket, repository: Path, make_server: Callable[[], EmbeddedServer]
+    ) -> None:
+        self.server = make_server()
+        self._listener = listener
+        self._repository = repository
+        self._make_server = make_server
+        self._key = self._make_key()
+        self._lock = threading.Lock()
+        self._is_open = self._is_closed = False
+
+    def open(self) -> None:
+        """Begin to answer, once the server is ready."""
+        if self._is_open:
+            return
+        self._is_open = True
+        self._listener.listen(_BACKLOG)
+        threading.Thread(target=self._answer_all, daemon=True).start()
+
+    def close(self) -> EmbeddedServer:
+        """Have no other server take over any more, and return the one that serves."""
+        with self._lock:
+            self._is_closed = True
+            return self.server
+
+    def _answer_all(self) -> None:
+        with contextlib.suppress(OSError):  # It is closed as we end.
+            while True:
+                link, _ = self._listener.accept()
+                with link:
+                    if _find_user(link) == os.getuid():
+                        answer = json.dumps(self._answer()).encode("utf-8", "replace")
+                        with contextlib.suppress(OSError):
+                            link.sendall(answer)
+
+    def _answer(self) -> dict[str, object]:
+        try:
+            is_new = self._reload()
+        except (ClipRTError, OSError) as error:
+            _log.warning("nothing was reloaded: %s", error)
+            return {"is_new": False, "error": str(error)}
+        return {"is_new": is_new, "error": ""}
+
+    def _reload(self) -> bool:
+        with _unchanging(self._repository):
+            key = self._make_key()
+            if key == self._key:
+                return False
+            new = self._make_server()
+            new.start()
+        with self._lock:
+            is_closed = self._is_closed
+            if not is_closed:
+                old, self.server, self._key = self.server, new, key
+        if is_closed:
+            new.stop()
+            raise ServerStartError("it was told to end meanwhile.")
+        old.stop()
+        return True
+
+    def _make_key(self) -> str:
+        return sharing.make_key(find_home(), find_models(self._repository))
+
+
+@contextlib.contextmanager
+def _unchanging(repository: Path) -> Iterator[None]:
+    """Wait until no export changes the repository, and keep exports out: both towers are of one."""
+    descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _name(port: int) -> str:
+    return f"\0clip_rt-serve-{port}"
+
+
+def _find_user(link: socket.socket) -> int:
+    """Return the user at the other end."""
+    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    return int(user)
