@@ -117,7 +117,7 @@ class Processor:
 
     def lacks(self, *names: str) -> str:
         """Say that sets are missing: "has no VNNI or AMX", or that a cap keeps libraries off."""
-        missing = " or ".join(names)
+        missing = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
         if self.caps and self.usable_flags != frozenset(self.flags):
             caps = ", ".join(f"{name}={value[:40]}" for name, value in self.caps)
             return f"may use no {missing} ({caps})"

@@ -210,8 +210,8 @@ class TestProcessor:
         ("precision", "found", "status", "words"),
         [
             ("int8", ZEN4, "ok", "fastest in int8"),
-            ("int8", HASWELL, "warn", "a processor that has no AVX-512 or VNNI or AMX"),
-            ("int8", CAPPED, "warn", "may use no AVX-512 or VNNI or AMX (ONEDNN_MAX_CPU_ISA"),
+            ("int8", HASWELL, "warn", "a processor that has no AVX-512, VNNI or AMX"),
+            ("int8", CAPPED, "warn", "may use no AVX-512, VNNI or AMX (ONEDNN_MAX_CPU_ISA"),
             ("fp16", ZEN4, "warn", "computes FP16 in FP32"),
             ("fp32", ZEN4, "ok", "fastest in int8"),
             ("fp32", HASWELL, "ok", "fastest in fp32"),

@@ -100,6 +100,7 @@ def test_whose_fault_a_missing_set_is() -> None:
     capped = read(CPUINFO["zen 4"], {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert capped.lacks("VNNI", "AMX") == "may use no VNNI or AMX (ONEDNN_MAX_CPU_ISA=AVX2)"
     assert read(CPUINFO["haswell"], {}).lacks("AMX") == "has no AMX"
+    assert read(CPUINFO["haswell"], {}).lacks("a", "b", "c") == "has no a, b or c"
 
 
 @pytest.mark.parametrize(
