@@ -56,13 +56,18 @@ console = Console()
 
 
 def write_towers(spec: ModelSpec, folder: Path) -> None:
-    """Write both towers of random weights, as model.onnx and model.xml in a folder each."""
+    """Write both towers of random weights, as model.onnx and model.xml in a folder each.
+
+    Those that are there are left as they are.
+    """
+    if all((folder / tower / "model.xml").is_file() for tower in SIZES):
+        return
     clip = random_clip(spec)
     for tower, graph, rows in (
         ("image", ImageGraph(clip), probes.images(spec.side_px)),
         ("text", TextGraph(clip), probes.tokens(spec.text.context_length)),
     ):
-        (folder / tower).mkdir()
+        (folder / tower).mkdir(parents=True, exist_ok=True)
         write_onnx(graph, spec, folder / tower / "model.onnx")
         calibration: list[NDArray[Any]] = [row[None] for row in rows]
         int8.write_int8(folder / tower / "model.onnx", calibration, folder / tower / "model.xml")
@@ -209,19 +214,23 @@ def main(
     budget_s: Annotated[float, typer.Option(help="For the calls of each case.")] = 4.0,
     num_pairs: Annotated[int, typer.Option(help="Of a training step.")] = 16,
     tolerance: Annotated[float, typer.Option(help="Share that is no difference.")] = 0.1,
-    towers: Annotated[Path | None, typer.Option(help="Internal: measure these.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keeps the towers for later runs.")] = None,
+    is_part: Annotated[bool, typer.Option("--part", hidden=True)] = False,
 ) -> None:
     """Measure, print tables, write a dated JSON, and judge."""
-    if towers is not None:
-        typer.echo(json.dumps(measure(model, towers, budget_s, num_pairs)))
+    if is_part:
+        assert folder is not None
+        typer.echo(json.dumps(measure(model, folder, budget_s, num_pairs)))
         return
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        place = folder or Path(scratch)
         with console.status("make the towers"):
-            write_towers(find_spec(model), Path(folder))
+            write_towers(find_spec(model), place)
         for each in cap:
             caps = {} if each == NO_CAP else {"ONEDNN_MAX_CPU_ISA": each, "OV_CPU_MAX_ISA": each}
-            command = [sys.executable, "-m", "benchmarks.defaults", "--towers", folder]
+            command = [sys.executable, "-m", "benchmarks.defaults", "--part"]
+            command += ["--folder", str(place)]
             command += ["--model", model, "--budget-s", str(budget_s)]
             command += ["--num-pairs", str(num_pairs)]
             with console.status(f"measure, cap {each}"):

@@ -209,7 +209,7 @@ def test_names_change_with_what_decides_the_speed(tmp_path, monkeypatch) -> None
     file = tmp_path / "model.onnx"
     file.write_bytes(b"1234")
     names = [digest_model(file, 2), digest_model(file, 4)]
-    os.utime(file, ns=(0, 0))
+    file.write_bytes(b"1235")
     names.append(digest_model(file, 2))
     (tmp_path / "model.onnx.data").write_bytes(b"weights")
     names.append(digest_model(file, 2))
@@ -220,6 +220,19 @@ def test_names_change_with_what_decides_the_speed(tmp_path, monkeypatch) -> None
     assert len(set(names)) == len(names)
     assert digest_model(file, 2) == names[3]
     assert all(name.isalnum() and len(name) == 32 for name in names)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7, 2**20 + 1, 3 * 2**20])
+def test_a_copy_has_the_name_of_its_model_and_another_model_has_not(tmp_path, num_bytes) -> None:
+    names = []
+    for index, tail in enumerate((b"", b"", b"x", b"y")):
+        file = tmp_path / str(index) / "model.onnx"
+        file.parent.mkdir()
+        file.write_bytes(bytes(num_bytes) + tail)
+        os.utime(file, ns=(index, index))
+        names.append(digest_model(file))
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
 
 
 def test_the_folder_is_the_users(monkeypatch) -> None:

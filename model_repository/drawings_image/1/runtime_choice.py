@@ -41,6 +41,7 @@ MAX_LOAD_S = 5.0
 BYTES_PER_BYTE = 6
 """Memory that both runtimes together may take while they load, for each byte of the model."""
 LOCK_TIMEOUT_S = 20.0
+END_BYTES = 2**20
 MAX_ENTRIES = 256
 MAX_ENTRY_BYTES = 16_384
 
@@ -131,8 +132,17 @@ def model_bytes(file: Path) -> int:
 
 
 def digest_model(file: Path, *facts: object) -> str:
-    """Name a model by its file's size and time, and whatever else decides how fast it is."""
-    return digest(model_bytes(file), file.stat().st_mtime_ns, *facts)
+    """Name a model by its size, both ends of its file, and whatever else decides how fast it is.
+
+    Copies have the same name, so that they are computed by the same runtime: the last bits of an
+    embedding depend on it. All of a large file would take too long to read at each start.
+    """
+    hashed = hashlib.sha256()
+    with file.open("rb") as opened:
+        hashed.update(opened.read(END_BYTES))
+        opened.seek(max(0, file.stat().st_size - END_BYTES))
+        hashed.update(opened.read(END_BYTES))
+    return digest(model_bytes(file), hashed.hexdigest(), *facts)
 
 
 def fits_twice(num_bytes: int) -> bool:
