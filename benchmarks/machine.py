@@ -19,16 +19,11 @@ import psutil
 
 from benchmarks.findings import Conditions, Interval, Peaks
 from benchmarks.intervals import median_interval, scaled
+from clip_rt import processor
 
 ROOT = Path(__file__).parents[1]
 CPU_DIR = Path("/sys/devices/system/cpu/cpu0")
 CGROUP_DIR = Path("/sys/fs/cgroup")
-FLAGS = (
-    *("avx2", "avx512f", "avx512_fp16", "avx512_bf16", "avx512_vnni", "avx_vnni"),
-    *("amx_bf16", "amx_int8", "amx_tile"),
-    *("asimd", "asimddp", "bf16", "i8mm", "sve"),
-)
-"""Of processors, those that decide how fast matrices are multiplied; the last row is Arm's."""
 SAMPLE_EVERY_S = 2.0
 MAX_LOAD_SHARE = 0.25
 """Of the cores, busy before the run with something else."""
@@ -44,19 +39,20 @@ def describe() -> dict[str, Any]:
 
     Equal on every call, so that runs can be compared by it.
     """
-    cpuinfo = _cpuinfo()
-    flags = set(cpuinfo.get("flags", cpuinfo.get("Features", "")).split())
+    found = processor.read()
+    caps = {"cpu_caps": dict(found.caps)} if found.caps else {}
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": cpuinfo.get("model name", platform.processor() or platform.machine()),
-        "cpu_flags": [flag for flag in FLAGS if flag in flags],
+        "cpu": found.name,
+        "cpu_flags": list(found.flags),
+        **caps,
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "container_cores": _quota_cores(),
         "l2_mib": _cache_mib(2),
         "l3_mib": _cache_mib(3),
         "governor": _read(CPU_DIR / "cpufreq/scaling_governor"),
-        "is_virtual": "hypervisor" in flags,
+        "is_virtual": "hypervisor" in processor.read_cpuinfo().get("flags", "").split(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -76,13 +72,6 @@ def cache_bytes() -> int:
     cores = usable_cores()
     mib = (_cache_mib(3) or 0.0) + cores * (_cache_mib(2) or 0.0)
     return int(mib * 2**20)
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Return what the kernel says of the first core."""
-    first = (_read(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _cache_mib(level: int) -> float | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import clip_rt
-from clip_rt import canary
+from clip_rt import canary, processor, runtime_choice
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClipRTError,
@@ -36,7 +36,9 @@ from clip_rt.errors import (
 
 if TYPE_CHECKING:
     from clip_rt.client import Client
-    from clip_rt.transport import Transport
+    from clip_rt.processor import Processor
+    from clip_rt.runtime_choice import Choice
+    from clip_rt.transport import ServedModel, Transport
 
 TIMEOUT_S = 30.0
 PYTHONS = ((3, 10), (3, 13))
@@ -119,6 +121,7 @@ def examine(
     yield packages
     if packages.status == "fail":
         return
+    yield check_processor(processor.read())
     yield from _check_cache_folder()
     targets = _find_targets(urls, repository, model)
     for index, target in enumerate(targets):
@@ -192,6 +195,75 @@ def _check_packages() -> Finding:
     return Finding("packages", "ok", ", ".join(found))
 
 
+def check_processor(found: Processor) -> Finding:
+    """Name the instruction sets that matter, what of them may be used, and what follows."""
+    sets = ", ".join(processor.name_sets(found.flags)) or "no instruction set that we know"
+    used = processor.name_sets(found.usable_flags)
+    detail = f"{found.name} has {sets}"
+    if found.caps:
+        detail += f"; {', '.join(f'{name}={value[:40]}' for name, value in found.caps)}"
+        detail += f" leaves {', '.join(used) or 'none'}"
+    detail += f"; INT8 is {'fast' if found.has_fast_int8 else 'no faster than FP32'}"
+    detail += f", BF16 training {'fast' if found.has_fast_bf16 else 'slow'}"
+    numbers = {flag: float(flag in found.usable_flags) for flag in found.flags}
+    numbers["int8_is_fast"] = float(found.has_fast_int8)
+    numbers["bf16_is_fast"] = float(found.has_fast_bf16)
+    if found.usable_flags != frozenset(found.flags):
+        names = " and ".join(name for name, _ in found.caps)
+        way_out = f"Unset {names} to use all of it."
+        return Finding("processor", "warn", f"{detail}.", way_out, numbers=numbers)
+    return Finding("processor", "ok", detail, numbers=numbers)
+
+
+def check_precision(
+    precision: str,
+    found: Processor,
+    measured: Mapping[str, Choice],
+    *,
+    name: str,
+    is_here: bool,
+) -> Finding:
+    """Say whether the served precision is the fastest on this machine's processor.
+
+    Args:
+        precision: Of the manifest.
+        found: This machine's.
+        measured: By tower, what the embedded server measured of this model here.
+        name: Of the server.
+        is_here: Whether the server computes on this machine.
+    """
+    fastest = "int8" if found.has_fast_int8 else "fp32"
+    times = "; ".join(f"{tower}: {choice}" for tower, choice in measured.items())
+    detail = f"{precision} is served; by its processor this machine is fastest in {fastest}"
+    detail += f"; measured, {times}" if times else ""
+    detail += "" if is_here else "; that is about this machine, the server may be another"
+    way_out = ""
+    if precision == "int8" and fastest != "int8":
+        lacking = found.lacks("AVX-512", "VNNI", "AMX")
+        detail += f"; INT8 is slower than FP32 on a processor that {lacking}."
+        way_out = "Export with --precision fp32 for machines like this."
+    elif precision == "fp16":
+        detail += "; a processor computes FP16 in FP32 with roundings between."
+        way_out = "Export with --precision fp32, or int8, for processors; fp16 is for GPUs."
+    status: Status = "warn" if way_out and is_here else "ok"
+    numbers = {
+        f"{tower}_{runtime}_ms": ms
+        for tower, choice in measured.items()
+        for runtime, ms in choice.times_ms.items()
+    }
+    return Finding("precision", status, detail, way_out, name, numbers)
+
+
+def _check_precision(
+    client: Client, towers: Sequence[ServedModel], name: str, *, is_here: bool
+) -> Finding:
+    found = processor.read()
+    machine = runtime_choice.digest_machine(asdict(found))
+    known = runtime_choice.recall_all(runtime_choice.default_folder(), machine) if is_here else {}
+    measured = {tower.name: known[tower.name] for tower in towers if tower.name in known}
+    return check_precision(client.manifest.precision, found, measured, name=name, is_here=is_here)
+
+
 def _check_cache_folder() -> Iterator[Finding]:
     from clip_rt.client import CACHE_VARIABLE
 
@@ -253,7 +325,12 @@ def _examine_server(target: Target, deadline: Deadline) -> Iterator[Finding]:
             client = stack.enter_context(_make_client(target, deadline))
             yield _check_contract(client, name)
             check = "execution"
-            yield _check_execution(transport, client, name, deadline)
+            towers = _describe_towers(transport, client, deadline)
+            yield _check_execution(towers, name)
+            check = "precision"
+            if all(" on CPU" in tower.runs_on for tower in towers):
+                is_here = target.url is None or _is_loopback(target.url)
+                yield _check_precision(client, towers, name, is_here=is_here)
             check = "canary"
             yield _check_canary(client, name, deadline)
             check = "latency"
@@ -349,13 +426,16 @@ def _check_contract(client: Client, name: str) -> Finding:
     return Finding("contract", "ok", detail, server=name)
 
 
-def _check_execution(
-    transport: Transport, client: Client, name: str, deadline: Deadline
-) -> Finding:
+def _describe_towers(
+    transport: Transport, client: Client, deadline: Deadline
+) -> Sequence[ServedModel]:
     from clip_rt.specs import image_model, text_model
 
     model = client.manifest.model
-    towers = transport.describe((image_model(model), text_model(model)), deadline)
+    return transport.describe((image_model(model), text_model(model)), deadline)
+
+
+def _check_execution(towers: Sequence[ServedModel], name: str) -> Finding:
     detail = "; ".join(f"{tower.name} by {tower.runs_on}" for tower in towers)
     return Finding("execution", "ok", detail, server=name)
 

@@ -634,8 +634,8 @@ def _describe_execution(config: Any, parameters: Mapping[str, str], precision: s
             words += ", runtime openvino"
         elif runtime == "auto":
             words += (
-                ", runtime auto (OpenVINO where it is installed, else ONNX Runtime: the server's "
-                "log says which)"
+                ", runtime auto (the faster of OpenVINO and ONNX Runtime there: the server's log "
+                "says which)"
             )
         else:
             words += f", runtime {runtime[:40]}"

@@ -18,9 +18,10 @@ from typing import Literal
 
 import tyro
 
+from clip_rt import processor
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
-from export import int8, parity
+from export import int8, parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import command, print_parity, print_plan, stage
 from export.parity import Precision
@@ -46,7 +47,8 @@ class OnnxConfig(ExportConfig):
 
     precision: Precision = "fp32"
     """Of the graph. fp16_weights halves the file and computes in FP32; int8 is the fastest on a
-    processor; fp16 is for GPUs: on a processor it is computed in FP32 with roundings between."""
+    processor with AVX-512, VNNI or AMX; fp16 is for GPUs: on a processor it is computed in FP32
+    with roundings between."""
     calibration: tuple[Path, ...] = ()
     """For int8: images like those to come, with classes or captions, in any form of samples."""
     backend: Literal["python", "onnxruntime"] = "python"
@@ -54,8 +56,8 @@ class OnnxConfig(ExportConfig):
     device: Device = "cpu"
     """Where Triton places it."""
     runtime: Runtime = "auto"
-    """What runs it in the python backend on cpu; auto is OpenVINO where that is there. int8 is
-    OpenVINO's."""
+    """What runs it in the python backend on cpu; auto is what the server measures to be the faster.
+    int8 is OpenVINO's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,8 +120,10 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
     libraries: dict[str, str] = {}
     if config.precision == "int8":
         calibration = read_samples(config.calibration, config, clip.spec)
-        towers = make_int8(towers, calibration, clip.spec, store)
+        fp32, towers = towers, make_int8(towers, calibration, clip.spec, store)
         libraries = int8.library_versions()
+        with stage("time INT8 beside FP32") as outcome:
+            outcome.append(speed.compare(fp32, towers, clip.spec).in_words(processor.read()))
     with stage("compare with torch") as outcome:
         report = parity.check_files(
             clip,

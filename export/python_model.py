@@ -1,21 +1,29 @@
 """Serve the model file beside this one in Triton's python backend.
 
-`model.onnx` is run by OpenVINO or ONNX Runtime, `model.xml` (INT8) by OpenVINO.
+`model.onnx` is run by OpenVINO or ONNX Runtime, `model.xml` (INT8) by OpenVINO. Which of the two is
+the faster for a model in ONNX on this processor is measured at the first load and remembered.
 
 In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
 `embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
-Export copies this file verbatim to `<model>/1/model.py`, and `python_dlpack.py` beside it as
-`dlpack.py`; they import nothing else of this project.
+Export copies this file verbatim to `<model>/1/model.py`, and beside it `python_dlpack.py` as
+`dlpack.py` and clip_rt's `processor.py` and `runtime_choice.py`; they import nothing else of this
+project.
 
 Read from config.pbtxt: the input and the output, the kind of the instance, and the parameters
 `runtime`, `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them
-optional. The log says which runtime it became.
+optional. The log says which runtime it became, and why.
 """
 
+import dataclasses
 import json
 import os
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import processor
+import runtime_choice
 import triton_python_backend_utils as pb_utils
 from dlpack import Loan
 
@@ -26,7 +34,10 @@ TensorRT inside ONNX Runtime builds an engine during the first requests, for min
 only when it is asked for.
 """
 RUNTIMES = ("auto", "onnxruntime", "openvino")
-"""Values of `runtime`. auto on a processor is OpenVINO where it is there and takes the model."""
+"""Values of `runtime`. auto on a processor is the faster of the two, as far as both are there and
+take the model."""
+TEXT_LENGTH_TOKENS = 16
+"""Of the text that runtimes are timed on."""
 
 
 class RefusedError(Exception):
@@ -119,22 +130,110 @@ class TritonPythonModel:
 
 
 def _load(args, parameters):
-    """Load the model file into the runtime that `runtime` asks for."""
+    """Load the model file into the runtime that `runtime` asks for; return what embeds a batch."""
     folder = os.path.join(args["model_repository"], args["model_version"])
     is_int8 = not os.path.exists(os.path.join(folder, "model.onnx"))
     _check_runtime(is_int8, args, parameters)
-    name, runtime = args["model_name"], parameters.get("runtime", "auto")
-    may_choose = runtime == "auto" and not is_int8
+    runtime = parameters.get("runtime", "auto")
     on_processor = args["model_instance_kind"] == "CPU" and "execution_providers" not in parameters
-    if is_int8 or runtime == "openvino" or (may_choose and on_processor):
-        path = os.path.join(folder, "model.xml" if is_int8 else "model.onnx")
+    path = os.path.join(folder, "model.xml" if is_int8 else "model.onnx")
+    if is_int8 or runtime == "openvino":
+        encode, words = _load_openvino(path, args, parameters)
+    elif runtime == "auto" and on_processor:
+        encode, words = _load_fastest(path, args, parameters)
+    else:
+        encode, words = _load_onnx(path, args, parameters)
+    pb_utils.Logger.log_info(f"{args['model_name']} is run by {words}")
+    return encode
+
+
+def _load_fastest(path, args, parameters):
+    """Load into the runtime that is remembered as the faster here, or measure both first."""
+    folder, machine = runtime_choice.default_folder(), _name_machine()
+    model = _name_model(path, args, parameters)
+    choice = runtime_choice.recall(folder, machine, model)
+    has_both = all(map(runtime_choice.installed, runtime_choice.RUNTIMES))
+    if choice is None and has_both:
+        # One after the other, or the towers and instances of a model would slow each other.
+        with runtime_choice.alone(folder) as is_alone:
+            choice = runtime_choice.recall(folder, machine, model)
+            if choice is None and is_alone:
+                return _measure(path, args, parameters, (folder, machine, model))
+    reason = "not measured: other models still were" if has_both else ""
+    if choice is not None:
+        reason = f"{choice}, measured at an earlier start"
+    order = sorted(LOADERS, key=lambda name: choice is not None and name != choice.runtime)
+    return _load_first_of(order, path, args, parameters, reason)
+
+
+def _load_first_of(order, path, args, parameters, reason):
+    """Load into the first runtime that takes the model; the last one's refusal is raised."""
+    first, second = order
+    try:
+        encode, words = LOADERS[first](path, args, parameters)
+    except Exception as error:
+        pb_utils.Logger.log_warn(
+            f"{args['model_name']}: not by {runtime_choice.RUNTIMES[first]}, by "
+            f"{runtime_choice.RUNTIMES[second]} instead: {error}"
+        )
+        return LOADERS[second](path, args, parameters)
+    return encode, f"{words} ({reason})" if reason else words
+
+
+def _measure(path, args, parameters, place):
+    """Load into both runtimes, time one row, and keep the faster; of one that fails, the other.
+
+    A model that is loaded slowly, or that memory might not hold twice, is OpenVINO's without.
+    """
+    name, (folder, machine, model) = args["model_name"], place
+    first, second = LOADERS
+    start_s = time.perf_counter()
+    try:
+        loaded = {first: LOADERS[first](path, args, parameters)}
+    except Exception:
+        return _load_first_of([first, second], path, args, parameters, "")
+    load_s = time.perf_counter() - start_s
+    num_bytes = runtime_choice.model_bytes(Path(path))
+    reason = None
+    if load_s > runtime_choice.MAX_LOAD_S:
+        reason = f"not measured: it took {load_s:.0f} s to load"
+    elif not runtime_choice.fits_twice(num_bytes):
+        reason = f"not measured: {num_bytes / 2**20:.0f} MiB twice might not fit into memory"
+    else:
+        batch = _make_row(args, parameters)
         try:
-            return _load_openvino(path, args, parameters)
-        except Exception as error:
-            if not may_choose:
-                raise
-            pb_utils.Logger.log_warn(f"{name}: not by OpenVINO, by ONNX Runtime instead: {error}")
-    return _load_onnx(os.path.join(folder, "model.onnx"), args, parameters)
+            loaded[second] = LOADERS[second](path, args, parameters)
+            choice = runtime_choice.choose(
+                runtime_choice.time_by_turns(
+                    {each: partial(encode, batch) for each, (encode, _) in loaded.items()}
+                )
+            )
+        except Exception as error:  # The first runs it, as it did before there was a second.
+            pb_utils.Logger.log_warn(f"{name}: not measured: {error}")
+            reason = "not measured"
+        else:
+            runtime_choice.remember(folder, machine, model, choice, name=name)
+            encode, words = loaded[choice.runtime]
+            return encode, f"{words} ({choice}, measured now)"
+    encode, words = loaded[first]
+    return encode, f"{words} ({reason})"
+
+
+def _make_row(args, parameters):
+    """Make one row of zeros, as the model reads them."""
+    (config,) = json.loads(args["model_config"])["input"]
+    length = min(TEXT_LENGTH_TOKENS, int(parameters.get("context_length", TEXT_LENGTH_TOKENS)))
+    dims = [length if int(side) < 0 else int(side) for side in config["dims"]]
+    return np.zeros((1, *dims), pb_utils.triton_string_to_numpy(config["data_type"]))
+
+
+def _name_machine():
+    return runtime_choice.digest_machine(dataclasses.asdict(processor.read()))
+
+
+def _name_model(path, args, parameters):
+    (config,) = json.loads(args["model_config"])["input"]
+    return runtime_choice.digest_model(Path(path), config["dims"], _num_threads(parameters))
 
 
 def _check_runtime(is_int8, args, parameters):
@@ -167,6 +266,8 @@ def _check_runtime(is_int8, args, parameters):
 
 
 def _load_onnx(path, args, parameters):
+    # Or it keeps an identifier in the user's cache folder and sends to its maker what it runs.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     kind, available = args["model_instance_kind"], onnxruntime.get_available_providers()
@@ -195,9 +296,9 @@ def _load_onnx(path, args, parameters):
             f"ONNX Runtime {onnxruntime.__version__} can use {', '.join(available)} here. "
             "Install onnxruntime-gpu with its CUDA libraries, or export for CPU."
         )
-    _log(args, f"ONNX Runtime {onnxruntime.__version__} with {', '.join(taken)}")
     name = session.get_inputs()[0].name
-    return lambda batch: session.run(None, {name: batch})[0]
+    words = f"ONNX Runtime {onnxruntime.__version__} with {', '.join(taken)}"
+    return lambda batch: session.run(None, {name: batch})[0], words
 
 
 def _load_openvino(path, args, parameters):
@@ -218,13 +319,14 @@ def _load_openvino(path, args, parameters):
         "ENABLE_CPU_PINNING": False,
     }
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    _log(args, f"OpenVINO {openvino.__version__.split('-')[0]}")
+    words = f"OpenVINO {openvino.__version__.split('-')[0]}"
     # Not shared outputs: a response is copied when all are made, and each run would overwrite them.
-    return lambda batch: request.infer({0: batch}, share_inputs=True)[0]
+    return lambda batch: request.infer({0: batch}, share_inputs=True)[0], words
 
 
-def _log(args, words):
-    pb_utils.Logger.log_info(f"{args['model_name']} is run by {words}")
+LOADERS = {"openvino": _load_openvino, "onnxruntime": _load_onnx}
+"""By runtime, in the order in which they are taken where nothing was measured. Each returns what
+embeds a batch, and the words of the log."""
 
 
 def _failure(message, code):

@@ -448,7 +448,8 @@ class RepositoryConfig:
     device: Device | None = None
     """Run it there."""
     runtime: Runtime | None = None
-    """What runs it in the python backend on a processor; auto is OpenVINO where that is there."""
+    """What runs it in the python backend on a processor; auto is what the server measures to be the
+    faster."""
     num_instances: int | None = None
     """Copies of the model, per device."""
     max_batch_size: int | None = None

@@ -51,8 +51,8 @@ class Serving:
     """python needs no more than the embedded server has; the others are in NVIDIA's container."""
     device: Device = "cpu"
     runtime: Runtime = "auto"
-    """What runs an ONNX file in the python backend on a processor. auto is OpenVINO where the
-    server has it, and ONNX Runtime elsewhere; INT8 is OpenVINO's in any case."""
+    """What runs an ONNX file in the python backend on a processor. auto is the faster of OpenVINO
+    and ONNX Runtime, measured where it is served; INT8 is OpenVINO's in any case."""
     num_instances: int = 1
     """One per device: each instance of ONNX Runtime already uses every core."""
     max_batch_size: int = MAX_BATCH_SIZE

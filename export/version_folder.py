@@ -4,7 +4,8 @@ config.pbtxt                     how this version is served, to go back to
 parity.json                      what the gate measured
 model.onnx, model.onnx.data      or model.xml and model.bin, or model.plan,
 model-<cc>.plan                  or an engine for each compute capability
-model.py, dlpack.py              what Triton's python backend runs; copies of this package's
+model.py, dlpack.py,             what Triton's python backend runs; copies of this package's
+processor.py, runtime_choice.py  and of clip_rt's
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
+from clip_rt import processor, runtime_choice
 from clip_rt.errors import InputError
 from export.ensembles import PYTHON_DLPACK
 from export.storage import external_files
@@ -30,7 +32,13 @@ MODEL_FILE: dict[Backend, tuple[str, ...]] = {
 }
 """What each backend can run, by its file's name."""
 PYTHON_MODEL = Path(__file__).with_name("python_model.py")
-"""What the python backend runs; copied verbatim into the version folder."""
+PYTHON_FILES = {
+    "model.py": PYTHON_MODEL,
+    "dlpack.py": PYTHON_DLPACK,
+    "processor.py": Path(processor.__file__),
+    "runtime_choice.py": Path(runtime_choice.__file__),
+}
+"""What the python backend runs, by its name in the version folder; copied there verbatim."""
 
 
 def list_versions(folder: Path) -> list[int]:
@@ -114,5 +122,5 @@ def write_version(
 
 def copy_python_model(folder: Path) -> None:
     """Put what the python backend runs into a version's folder."""
-    shutil.copyfile(PYTHON_MODEL, folder / "model.py")
-    shutil.copyfile(PYTHON_DLPACK, folder / "dlpack.py")
+    for name, source in PYTHON_FILES.items():
+        shutil.copyfile(source, folder / name)

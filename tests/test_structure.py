@@ -2,9 +2,12 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from export.version_folder import PYTHON_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["clip_rt", "training", "export", "benchmarks"]
@@ -64,5 +67,11 @@ def test_architecture_knows_every_module_of_the_client() -> None:
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_the_bundled_model_runs_what_an_export_would_write(tower: str) -> None:
     folder = ROOT / f"model_repository/drawings_{tower}/1"
-    for name, source in (("model.py", "python_model.py"), ("dlpack.py", "python_dlpack.py")):
-        assert (folder / name).read_bytes() == (ROOT / "export" / source).read_bytes()
+    for name, source in PYTHON_FILES.items():
+        assert (folder / name).read_bytes() == source.read_bytes()
+    assert {path.name for path in folder.glob("*.py")} == set(PYTHON_FILES)
+
+
+@pytest.mark.parametrize("name", ["processor.py", "runtime_choice.py"])
+def test_what_is_copied_into_a_server_imports_the_standard_library_only(name: str) -> None:
+    assert imported(ROOT / "clip_rt" / name) <= sys.stdlib_module_names

@@ -87,12 +87,27 @@ def load_last_snapshot(folder: Path) -> Snapshot | None:
     Raises:
         CheckpointError: there are snapshots, and none can be read.
     """
+    return _read_last(folder, with_tensors=True)
+
+
+def read_last_facts(folder: Path) -> dict[str, Any] | None:
+    """Read what is no tensor of the snapshot that `load_last_snapshot` would most likely load.
+
+    Raises:
+        CheckpointError: there are snapshots, and none can be read.
+    """
+    snapshot = _read_last(folder, with_tensors=False)
+    return snapshot.facts if snapshot else None
+
+
+def _read_last(folder: Path, *, with_tensors: bool) -> Snapshot | None:
     problems = []
     for step, path in reversed(_list_snapshots(folder)):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 facts = json.loads((file.metadata() or {})[_FACTS])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = file.keys() if with_tensors else []
+                tensors = {name: file.get_tensor(name) for name in names}
             return Snapshot(step, tensors, facts)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             problems.append(f"{path.name}: {error}")

@@ -12,6 +12,7 @@ from clip_rt.specs import Activation
 from training.data.tree import FolderKind
 from training.optimizer import Lock
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SAMPLE_DIR = Path(__file__).with_name("sample")
 
 FREE_FIELDS = frozenset(
@@ -114,8 +115,9 @@ class TrainConfig:
     ema_decay: float = 0.998
     """Decay of the average of the weights, which is then what is evaluated and saved; 0 is none."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of matrix products and convolutions; fp16 scales the loss."""
+    precision: Precision = "auto"
+    """Of matrix products and convolutions; auto is bf16 where the device has instructions for it,
+    else fp32, and a resumed run keeps its own. fp16 scales the loss."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     compile_backend: str = ""

@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor
 
 from clip_rt.errors import TrainingError
-from training import parallel
+from training import parallel, precision
 from training.accumulate import cached_backward, split_batch
 from training.build import build, claim_folder, seed_everything
 from training.checkpoint import save_checkpoint
@@ -59,6 +59,7 @@ def main(config: TrainConfig) -> None:
         if world.is_first:
             claim_folder(config)
         parallel.barrier()
+        config, settled = precision.settle(config, world)
         run = build(config, world)
         judge = Judge(config, run.clip.spec, world.device) if world.is_first else None
         is_resumed = restore(run)
@@ -70,6 +71,10 @@ def main(config: TrainConfig) -> None:
             tensorboard=config.tensorboard,
             silent=not world.is_first,
         )
+        journal.say(f"precision {settled.precision}: {settled.reason}")
+        journal.write(run.step, precision=settled.precision, precision_reason=settled.reason)
+        if settled.warning:
+            journal.say(f"warning: {settled.warning}")
         if config.resume and not is_resumed:
             journal.say(f"{config.out_dir} holds no run to go on with: a new one begins")
         with closing(journal), stopping(run):

@@ -10,6 +10,7 @@ from typing import Literal
 from benchmarks.findings import Contender, Level, Row, Run
 from benchmarks.intervals import half_width
 from benchmarks.report import words
+from clip_rt.processor import in_brackets
 
 KEY_CASES: tuple[tuple[str, int | None], ...] = (
     ("image", 1),
@@ -222,9 +223,16 @@ def remarks(run: Run) -> list[Remark]:
 
 
 def machine(run: Run) -> str:
-    """Return what the run was made on: "2 cores of Intel Xeon, 23.5 GiB"."""
+    """Return what the run was made on: "2 cores of Intel Xeon (AVX-512, VNNI), 23.5 GiB".
+
+    How fast it is depends on the instruction sets more than on the name; older runs do not say.
+    """
     facts = run.machine
     cpu = str(facts.get("cpu") or "an unnamed processor")
+    flags, caps = facts.get("cpu_flags"), facts.get("cpu_caps")
+    cpu += in_brackets(
+        flags if isinstance(flags, list) else (), caps if isinstance(caps, dict) else {}
+    )
     cores = facts.get("usable_cores") or facts.get("cores")
     parts = [f"{cores} cores of {cpu}" if cores else cpu]
     if facts.get("memory_gib"):

@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import findings_made_up
 import psutil
 import pytest
 
 from benchmarks import machine, peaks
 from benchmarks.machine import Probe, Watch, cache_bytes, describe, usable_cores
 from benchmarks.peaks import MODEL_SHAPES, PROBE_SHAPE, Shape, model_rate
+from benchmarks.report import answers
+from clip_rt import processor
 
 
 def test_it_says_what_the_kernel_says() -> None:
@@ -24,6 +27,66 @@ def test_it_says_what_the_kernel_says() -> None:
     assert found["memory_gib"] == pytest.approx(psutil.virtual_memory().total / 2**30, rel=0.02)
     assert 1 <= found["usable_cores"] <= found["cores"]
     assert found == describe() == json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "environment", "label"),
+    [
+        ("model name : A\nflags : avx2\n", {}, "2 cores of A (AVX2), 8 GiB"),
+        (
+            "model name : B\nflags : avx2 avx512f avx512_vnni avx512_bf16\n",
+            {},
+            "2 cores of B (AVX-512, VNNI, BF16), 8 GiB",
+        ),
+        (
+            "model name : C\nflags : avx2 avx512f avx512_vnni avx_vnni amx_tile amx_int8\n",
+            {},
+            "2 cores of C (AVX-512, VNNI, AMX), 8 GiB",
+        ),
+        (
+            "model name : B\nflags : avx2 avx512f avx512_vnni\n",
+            {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+            "2 cores of B (AVX-512, VNNI; ONEDNN_MAX_CPU_ISA=AVX2), 8 GiB",
+        ),
+        (
+            "model name : D\nFeatures : asimd asimddp\n",
+            {},
+            "2 cores of D (NEON, dot product), 8 GiB",
+        ),
+    ],
+)
+def test_a_run_is_labelled_by_the_instruction_sets(
+    cpuinfo: str,
+    environment: dict[str, str],
+    label: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in processor.CAP_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    found = describe()
+    assert found.get("cpu_caps", {}) == environment
+    facts = found | {"usable_cores": 2, "memory_gib": 8}
+    made = findings_made_up.run(findings_made_up.row(), machine=facts)
+    assert answers.machine(made) == label
+
+
+@pytest.mark.parametrize(
+    ("facts", "label"),
+    [
+        # As runs of before say them.
+        ({"cpu": "AMD EPYC", "cores": 2}, "2 cores of AMD EPYC"),
+        ({"cpu": "AMD EPYC", "cores": 2, "cpu_flags": []}, "2 cores of AMD EPYC"),
+        ({"cores": 4, "cpu_flags": ["avx2"]}, "4 cores of an unnamed processor (AVX2)"),
+        ({"cpu": "x", "cpu_flags": None, "cpu_caps": None, "gpu": "H100"}, "x, H100"),
+    ],
+)
+def test_a_label_says_no_more_than_was_recorded(facts: dict[str, object], label: str) -> None:
+    assert answers.machine(findings_made_up.run(machine=facts)) == label
 
 
 def test_fewer_cores_where_the_process_is_pinned() -> None:

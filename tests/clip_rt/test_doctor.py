@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from clip_rt import canary, doctor, installation
 from clip_rt import server as server_module
 from clip_rt.deadline import Deadline
 from clip_rt.errors import ServerStartError
+from clip_rt.processor import Processor
 from clip_rt.server import EmbeddedServer
 from clip_rt.transport import ServerFacts
 
@@ -101,7 +103,7 @@ class TestServer:
         output = capsys.readouterr().out
         lines = output.splitlines()
         assert {line.split()[0] for line in lines} == {"ok", "warn"}
-        assert sum(f"{patients.url} " in line for line in lines) == 7
+        assert sum(f"{patients.url} " in line for line in lines) == 8
         (token,) = patients.headers.values()
         assert token not in output
 
@@ -172,6 +174,76 @@ def test_a_version_with_known_holes_must_not_be_reached_from_elsewhere(url, vers
 )
 def test_warns_of_what_others_can_read(url, status):
     assert doctor._check_encryption(url).status == status
+
+
+ZEN4 = Processor("AMD EPYC", ("avx2", "avx512f", "avx512_bf16", "avx512_vnni"))
+HASWELL = Processor("Intel(R) Xeon(R) CPU E5-2680 v4", ("avx2",))
+CAPPED = replace(ZEN4, caps=(("ONEDNN_MAX_CPU_ISA", "AVX2"),))
+NEOVERSE = Processor("aarch64", ("asimd", "asimddp", "bf16", "i8mm", "sve"))
+
+
+class TestProcessor:
+    @pytest.mark.parametrize(
+        ("found", "words"),
+        [
+            (ZEN4, "AMD EPYC has AVX-512, AVX2, VNNI, BF16; INT8 is fast, BF16 training fast"),
+            (HASWELL, "v4 has AVX2; INT8 is no faster than FP32, BF16 training slow"),
+            (NEOVERSE, "aarch64 has SVE, NEON, dot product, I8MM, BF16; INT8 is fast"),
+            (Processor("x", ()), "x has no instruction set that we know; INT8 is no faster"),
+        ],
+    )
+    def test_its_instruction_sets_are_named(self, found, words):
+        finding = doctor.check_processor(found)
+        assert finding.status == "ok"
+        assert words in finding.detail
+        assert finding.numbers["int8_is_fast"] == found.has_fast_int8
+        assert set(found.flags) < set(finding.numbers)
+
+    def test_a_cap_is_a_warning_and_named(self):
+        finding = doctor.check_processor(CAPPED)
+        assert finding.status == "warn"
+        assert "ONEDNN_MAX_CPU_ISA=AVX2 leaves AVX2" in finding.detail
+        assert finding.way_out == "Unset ONEDNN_MAX_CPU_ISA to use all of it."
+        assert (finding.numbers["avx2"], finding.numbers["avx512_vnni"]) == (1.0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("precision", "found", "status", "words"),
+        [
+            ("int8", ZEN4, "ok", "fastest in int8"),
+            ("int8", HASWELL, "warn", "a processor that has no AVX-512, VNNI or AMX"),
+            ("int8", CAPPED, "warn", "may use no AVX-512, VNNI or AMX (ONEDNN_MAX_CPU_ISA"),
+            ("fp16", ZEN4, "warn", "computes FP16 in FP32"),
+            ("fp32", ZEN4, "ok", "fastest in int8"),
+            ("fp32", HASWELL, "ok", "fastest in fp32"),
+            ("fp16_weights", HASWELL, "ok", "fastest in fp32"),
+        ],
+    )
+    def test_a_served_precision_that_is_slow_here_is_a_warning(
+        self, precision, found, status, words
+    ):
+        finding = doctor.check_precision(precision, found, {}, name="embedded", is_here=True)
+        assert finding.status == status
+        assert words in finding.detail
+        assert ("--precision fp32" in finding.way_out) is (status == "warn")
+
+    def test_of_a_server_elsewhere_it_only_speaks_of_this_machine(self):
+        finding = doctor.check_precision("int8", HASWELL, {}, name="a:1", is_here=False)
+        assert finding.status == "ok"
+        assert "that is about this machine, the server may be another" in finding.detail
+
+    def test_what_was_measured_is_said(self, capsys, patients):
+        # The server of the fixture measured its towers, on this machine.
+        _, found = consult(capsys, "--url", patients.url, "--model", "well")
+        assert {"bf16_is_fast", "int8_is_fast"} <= set(found["processor"]["numbers"])
+        precision = found["precision"]
+        assert "well_image: " in precision["detail"]
+        assert precision["numbers"].keys() == {
+            f"well_{tower}_{runtime}_ms"
+            for tower in ("image", "text")
+            for runtime in ("openvino", "onnxruntime")
+        }
+        # The models of the fixture are of the precision fp16.
+        assert precision["status"] == "warn"
 
 
 class TestThisMachine:

@@ -5,7 +5,9 @@ Everything is asked of both runtimes.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import tiny_repository
 from owners import find_processes
 
 import clip_rt
-from clip_rt import installation
+from clip_rt import installation, runtime_choice
 from clip_rt.deadline import Deadline
 from clip_rt.server import EmbeddedServer
 from clip_rt.transport import ServedModel, Transport
@@ -167,13 +169,95 @@ def without_openvino(tmp_path, monkeypatch) -> None:
     )
 
 
-def test_auto_is_openvino_and_the_log_says_so(tiny, capfd):
-    version = pytest.importorskip("openvino").__version__.split("-")[0]
+SAID = re.compile(
+    r"(tiny_\w+) is run by (OpenVINO|ONNX Runtime) [\d.]+[^(]*"
+    r"\((OpenVINO|ONNX Runtime) is the faster here: "
+    r"OpenVINO ([\d.e+-]+) ms, ONNX Runtime ([\d.e+-]+) ms, (measured .*)\)"
+)
+
+
+@pytest.fixture
+def choices(tmp_path, monkeypatch) -> Path:
+    """An empty folder of choices."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/clip_rt/runtimes"
+
+
+def test_auto_is_the_faster_measured_once_and_the_log_says_so(tiny, capfd, choices):
     set_parameters(tiny / "tiny_text", runtime="auto")
-    log = serve(tiny, capfd)
+    first, second = (SAID.findall(serve(tiny, capfd)) for _ in range(2))
     # One says auto, the other nothing.
+    assert sorted(name for name, *_ in first) == ["tiny_image", "tiny_text"]
+    for _, taken, faster, openvino_ms, onnxruntime_ms, when in first:
+        expected = "OpenVINO" if float(openvino_ms) <= float(onnxruntime_ms) else "ONNX Runtime"
+        assert (taken, faster, when) == (expected, expected, "measured now")
+    again = sorted((*said[:-1], "measured at an earlier start") for said in first)
+    assert sorted(second) == again
+    assert len(list(choices.glob("*.json"))) == 2
+    # ONNX Runtime would keep an identifier of this machine.
+    assert [path.name for path in choices.parents[1].iterdir()] == ["clip_rt"]
+
+
+@pytest.mark.parametrize("name", ["OpenVINO", "ONNX Runtime"])
+def test_what_is_remembered_is_taken_without_the_other(tiny, capfd, choices, name):
+    serve(tiny, capfd)
+    runtime = {value: key for key, value in runtime_choice.RUNTIMES.items()}[name]
+    for entry in choices.glob("*.json"):
+        entry.write_text(json.dumps(json.loads(entry.read_text()) | {"runtime": runtime}))
+    taken = [said[1] for said in SAID.findall(serve(tiny, capfd))]
+    assert taken == [name, name]
+
+
+def test_another_cap_of_the_environment_is_measured_anew(tiny, capfd, choices, monkeypatch):
+    serve(tiny, capfd)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert {said[-1] for said in SAID.findall(serve(tiny, capfd))} == {"measured now"}
+    assert len(list(choices.glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize("in_the_way", ["a file", "a wrong entry"])
+def test_a_cache_that_is_of_no_use_fails_nothing(tiny, capfd, choices, in_the_way):
+    if in_the_way == "a file":
+        choices.parents[1].write_text("")
+    else:
+        serve(tiny, capfd)
+        for entry in choices.glob("*.json"):
+            entry.write_text('{"runtime": "../../bin/sh"}')
+    assert {said[-1] for said in SAID.findall(serve(tiny, capfd))} == {"measured now"}
+
+
+def test_instances_of_a_model_measure_it_once(tiny, capfd, choices):
+    config = tiny / "tiny_text/config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 3"))
+    said = [each[-1] for each in SAID.findall(serve(tiny, capfd)) if each[0] == "tiny_text"]
+    assert sorted(said) == [*2 * ["measured at an earlier start"], "measured now"]
+
+
+def test_while_others_measure_for_long_the_default_is_taken(tiny, capfd, choices, monkeypatch):
     for tower in ("image", "text"):
-        assert f"tiny_{tower} is run by OpenVINO {version}" in log
+        file = tiny / f"tiny_{tower}/1/runtime_choice.py"
+        file.write_text(file.read_text().replace("LOCK_TIMEOUT_S = 20.0", "LOCK_TIMEOUT_S = 0.1"))
+    with runtime_choice.alone(choices):
+        log = serve(tiny, capfd)
+    assert log.count("(not measured: other models still were)") == 2
+    assert not list(choices.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("constant", "reason"),
+    [("MAX_LOAD_S = 5.0", "s to load"), ("BYTES_PER_BYTE = 6", "MiB twice might not fit")],
+)
+def test_a_large_model_is_not_measured(tiny, capfd, choices, constant, reason):
+    for tower in ("image", "text"):
+        file = tiny / f"tiny_{tower}/1/runtime_choice.py"
+        name, _, value = constant.partition(" = ")
+        changed = {"MAX_LOAD_S": "0.0", "BYTES_PER_BYTE": "10**12"}[name]
+        text = file.read_text()
+        assert f"{name} = {value}" in text
+        file.write_text(text.replace(f"{name} = {value}", f"{name} = {changed}"))
+    log = serve(tiny, capfd)
+    assert len(re.findall(rf"is run by OpenVINO .*not measured: .*{reason}", log)) == 2
+    assert not list(choices.glob("*.json"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ words red, green and blue point where images of that colour point. Weights are f
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clip_rt import specs
 from clip_rt.manifest import Manifest
+from export.version_folder import copy_python_model
 
 SIDE_PX = 64
 EMBEDDING_DIM = 8
-EXPORT_DIR = Path(__file__).parents[2] / "export"
 WORDS = {"red</w>": 736, "green</w>": 1901, "blue</w>": 1746}
 """Token ids of the words the text tower understands, in the order of the channels."""
 
@@ -63,11 +62,7 @@ def write(
         manifest = replace(MANIFEST, model=name, **(changes or {}))  # type: ignore[arg-type]
         folder = repository / f"{slug}_{tower}"
         (folder / "1").mkdir(parents=True)
-        for name_there, source in (
-            ("model.py", "python_model.py"),
-            ("dlpack.py", "python_dlpack.py"),
-        ):
-            shutil.copyfile(EXPORT_DIR / source, folder / "1" / name_there)
+        copy_python_model(folder / "1")
         onnx.save(graph, folder / "1" / "model.onnx")
         parameters = manifest.to_parameters() | {"intra_op_threads": "1"}
         (folder / "config.pbtxt").write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,8 +167,10 @@ def test_it_is_served_by_the_real_triton(tmp_path, exported_vit):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"INT8 is (faster|slower) than FP32 .*images [\d.]+ times", done.stdout)
     assert sorted(path.name for path in (repository / "small_image/1").iterdir()) == [
         *("config.pbtxt", "dlpack.py", "model.bin", "model.py", "model.xml", "parity.json"),
+        *("processor.py", "runtime_choice.py"),
     ]
     pixels = probes.images(64)
     direct = int8.load_openvino(repository / "small_image/1/model.xml", 1)

@@ -109,7 +109,8 @@ def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, 
         text=path,
     )
     assert {each.name for each in (folders[1] / "1").iterdir()} == {
-        "config.pbtxt", "dlpack.py", "model.onnx", "model.onnx.data", "model.py",
+        "config.pbtxt", "dlpack.py", "model.onnx", "model.onnx.data", "model.py", "processor.py",
+        "runtime_choice.py",
     }  # fmt: skip
 
 
