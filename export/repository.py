@@ -30,7 +30,7 @@ from pathlib import Path
 
 import tyro
 from google.protobuf import text_format
-from rich.table import Table
+from rich.table import Column, Table
 
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
@@ -442,7 +442,8 @@ def main(config: RepositoryConfig) -> None:
         console.print(f"{config.name} is served in version {now}", markup=False)
     if not config.repository.is_dir():
         raise InputError(f"there is no folder {config.repository}.")
-    table = Table("model", "architecture", "precision", "backend", "served", "kept", "weights")
+    titles = ("model", "architecture", "precision", "backend", "served", "kept", "weights")
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for folder in sorted(config.repository.glob("*_image")):
         if _owner(folder) is None:
             continue
