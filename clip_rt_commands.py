@@ -29,6 +29,7 @@ def prepare(package: str, folder: str) -> None:
     command = _command()
     if command.partition(".")[0] == package:
         print_any_text()
+        _quieten_libraries()
         _search_working_folder_last()
         if not any(isinstance(each, _Finder) for each in sys.meta_path):
             _install(command, os.path.dirname(os.path.abspath(folder)))
@@ -42,6 +43,20 @@ def print_any_text() -> None:
     # A test or a notebook puts there what need not be a file.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _quieten_libraries() -> None:
+    """Keep libraries from the user's home folder, and from complaining that there is none."""
+    import logging
+    import os
+
+    # OpenVINO cannot be imported by a user without one; / is what containers give theirs.
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/"
+    # ONNX Runtime keeps an id of the machine there, for telemetry.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # matplotlib takes a temporary folder where it has no other, and advises about it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 class _Finder:

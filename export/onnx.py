@@ -22,9 +22,9 @@ from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from export import int8, parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import command, print_parity, print_plan, stage
+from export.console import command, print_plan, stage
 from export.parity import Precision
-from export.repository import check_name, publish
+from export.repository import check_name, check_writable, publish
 from export.road import (
     RANDOM,
     choose_islands,
@@ -33,8 +33,11 @@ from export.road import (
     make_int8,
     make_manifest,
     make_onnx,
+    print_what_next,
     read_samples,
+    run_gate,
 )
+from export.samples import check_paths
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
 
@@ -55,6 +58,11 @@ class OnnxConfig(ExportConfig):
     runtime: Runtime = "auto"
     """What runs it in the python backend on cpu; auto is OpenVINO where that is there. int8 is
     OpenVINO's."""
+
+    @property
+    def is_for_embedded_server(self) -> bool:
+        """It has Triton's python backend and no other."""
+        return (self.backend, self.device) == ("python", "cpu")
 
     def __post_init__(self) -> None:
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
@@ -100,6 +108,8 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
         )
         return None
+    check_writable(config.repository, config.served_name)
+    check_paths(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
@@ -117,16 +127,19 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         calibration = read_samples(config.calibration, config, clip.spec)
         towers = make_int8(towers, calibration, clip.spec, store)
         libraries = int8.library_versions()
-    with stage("compare with torch") as outcome:
-        report = parity.check_files(
+    report = run_gate(
+        "compare with torch",
+        lambda: parity.check_files(
             clip,
             image=towers.image,
             text=towers.text,
             precision=config.precision,
             runtimes=parity.installed_runtimes(),
             samples=samples,
-        )
-        outcome.append(f"{len(report.cases)} cases pass")
+        ),
+        config,
+        store,
+    )
     manifest = make_manifest(
         clip,
         config.served_name,
@@ -145,7 +158,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             keep_versions=config.keep_versions,
         )
         outcome.extend(str(folder) for folder in folders)
-    print_parity(report.to_json())
+    print_what_next(config, folders)
     return report
 
 
