@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import sys
 
+import clip_rt_commands
 from clip_rt.errors import ClipRTError
 
 
@@ -16,9 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 when it did what it should, 1 when it could not, 130 when Ctrl-C cut it short.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Its encoding may lack what a path is made of.
-            stream.reconfigure(errors="backslashreplace")
+    clip_rt_commands.print_any_text()
     parser = argparse.ArgumentParser(prog="python -m clip_rt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="run a Triton over a repository in the foreground")

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import shlex
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,8 +35,8 @@ import clip_rt
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
-from export.console import command, console, mib
-from export.repository import RELOAD, publish
+from export.console import command, console, mib, print_next
+from export.repository import RELOAD, check_known, publish
 from export.triton_config import Serving, read_config, read_manifest, read_serving
 from export.version_folder import CONFIG, REPORT, list_weights, served_version
 
@@ -79,14 +80,12 @@ def pack(repository: str | Path, name: str, file: str | Path) -> Bundle:
     repository, file = Path(repository), Path(file)
     if os.path.lexists(file):
         raise InputError(f"{file} exists. Choose another --file, or remove it.")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {file.parent} to write {file.name} into.")
+    check_known(repository, name)
     members = {VOCABULARY: DATA / VOCABULARY, TEMPLATES: DATA / TEMPLATES}
     for tower, served in zip(TOWERS, (image_model(name), text_model(name)), strict=True):
         folder = repository / served
-        if not (folder / CONFIG).is_file():
-            raise InputError(
-                f"{repository} holds no model {name[:80]!r}; python -m export.repository lists "
-                "those there are."
-            )
         version = folder / str(served_version(folder))
         members[f"{tower}/{CONFIG}"] = folder / CONFIG
         members |= {f"{tower}/{path.name}": path for path in list_weights(version)}
@@ -309,6 +308,7 @@ def _progress(title: str, paths: Iterable[Path]) -> Iterator[Progress]:
         *(TextColumn("{task.description}"), BarColumn(), DownloadColumn()),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         progress.add_task(title, total=sum(path.stat().st_size for path in paths))
         yield progress
@@ -335,6 +335,8 @@ def main_pack(*, name: str, file: Path, repository: Path = Path("model_repositor
         repository: Triton model repository.
     """
     _show(pack(repository, name, file), f"packed {file}, {mib(file)}")
+    there = f"python -m export.bundle unpack --file {shlex.quote(file.name)} --repository models"
+    print_next("where it is carried to", there)
 
 
 def main_verify(*, file: Path) -> None:
@@ -355,6 +357,8 @@ def main_unpack(*, file: Path, repository: Path = Path("model_repository")) -> N
     """
     bundle, folders = unpack(file, repository)
     _show(bundle, f"published {folders[0]} and {folders[1]}. {RELOAD}")
+    where = shlex.quote(str(repository))
+    print_next("serve it", f"python -m clip_rt serve --repository {where}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from clip_rt.tokenizer import tokenize
 from export import parity
 from export.console import command, console
 from export.graphs import ImageGraph, TextGraph
-from export.repository import switch_version
+from export.repository import check_known, switch_version
 from export.triton_config import read_config, read_manifest
 from export.version_folder import CONFIG, served_version
 from training.model import CLIP
@@ -64,8 +64,7 @@ def add_canary(repository: Path, name: str) -> Mapping[str, Any]:
         ContractError: a tower carries no manifest.
     """
     folders = repository / image_model(name), repository / text_model(name)
-    if not all((folder / CONFIG).is_file() for folder in folders):
-        raise InputError(f"{repository} holds no model {name[:80]!r}.")
+    check_known(repository, name)
     version = served_version(folders[0])
     files = [folder / str(version) / "model.onnx" for folder in folders]
     lacking = next((file for file in files if not file.is_file()), None)

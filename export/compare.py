@@ -43,7 +43,7 @@ from export.drift import (
     judge,
     measure,
 )
-from export.samples import NO_TEXT, read_choices
+from export.samples import NO_TEXT, check_paths, read_choices
 from export.served import Reference, find_reference
 from training.evaluation.class_names import NameTable, read_name_table
 
@@ -133,6 +133,9 @@ def compare(config: CompareConfig) -> Report:
         raise InputError(f"num_images is {config.num_images}; it must be at least {MIN_IMAGES}.")
     if config.report is not None and not config.report.parent.is_dir():
         raise InputError(f"there is no folder {config.report.parent} to write the report into.")
+    if config.report is not None and config.report.is_dir():
+        raise InputError(f"{config.report} is a folder; --report names a file.")
+    check_paths(*config.samples, config.class_names)
     samples, weak = _read(config)
     (manifest_a, embedded_a), (manifest_b, embedded_b) = (
         _embed(each, samples, config) for each in (a, b)

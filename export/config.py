@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_rt.decoding import Limits
 from clip_rt.specs import Activation
 from export.parity import Precision
 from export.repository import KEEP_VERSIONS
-from export.store import default_folder
 from export.triton_config import MAX_BATCH_SIZE
 
 
@@ -44,10 +43,18 @@ class ExportConfig(Limits):
     """Largest batch the server accepts."""
     keep_versions: int = KEEP_VERSIONS
     """Versions of the model to keep in the repository, the new one included."""
-    cache: Path = field(default_factory=default_folder)
-    """Where files are kept for the next export."""
+    cache: Path | None = None
+    """Where files are kept for the next export; without it, $XDG_CACHE_HOME/clip_rt/export, or
+    below ~/.cache."""
+    verbose: bool = False
+    """Print every case of the comparison with torch."""
     dry_run: bool = False
     """Only say what would be done."""
+
+    @property
+    def is_for_embedded_server(self) -> bool:
+        """Whether clip_rt's own server can run what is exported; a container runs the others."""
+        return False
 
     @property
     def served_name(self) -> str:

@@ -1,4 +1,4 @@
-"""What an export prints: its plan, its stages with time and size, the parity table, its errors."""
+"""What an export prints: plan, stages with time and size, what the gate found, errors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from clip_rt.errors import ClipRTError, ParityError
+from clip_rt.errors import ClipRTError
 
 console = Console(highlight=False)
+MAX_FAILED = 4
+"""Cases of a comparison that failed to print."""
 
 
 @contextmanager
@@ -25,7 +27,9 @@ def stage(title: str, *, spinner: bool = True) -> Iterator[list[str]]:
     """
     outcome: list[str] = []
     start_s = time.perf_counter()
-    with console.status(title) if spinner else nullcontext():
+    # Of more characters than ASCII is only the one that every encoding of Unicode has.
+    dots = "dots" if console.encoding.startswith("utf") else "line"
+    with console.status(title, spinner=dots) if spinner else nullcontext():
         try:
             yield outcome
         except BaseException:
@@ -44,8 +48,6 @@ def command() -> Iterator[None]:
     try:
         yield
     except (ClipRTError, OSError) as error:
-        if isinstance(error, ParityError):
-            print_parity(error.report)
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 
@@ -61,19 +63,36 @@ def mib(path: Path) -> str:
     return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
-def print_parity(report: Mapping[str, Any]) -> None:
-    """Print a `ParityReport` in its JSON form, one row a case; rows over the limit are red."""
-    if not report:
-        return
-    limit = report["tolerance"]
+def summarise_parity(report: Mapping[str, Any]) -> str:
+    """Say in a line how far a model that passed is from its reference; see `print_parity`."""
+    limit, cases = report["tolerance"], report["cases"]
+    cosine = min(case["min_cosine"] for case in cases)
+    difference = max(case["max_difference"] for case in cases)
+    return (
+        f"{len(cases)} cases pass, worst cosine {cosine:.7f} (limit {limit['min_cosine']}), "
+        f"largest difference {difference:.1e} (limit {limit['max_difference']:.0e})"
+    )
+
+
+def print_parity(report: Mapping[str, Any], *, only_failed: bool = False) -> None:
+    """Print a `ParityReport` in its JSON form, one row a case; rows over the limit are red.
+
+    Args:
+        report: As `parity.ParityReport.to_json` returns it.
+        only_failed: Leave out the cases that pass, and all but the `MAX_FAILED` worst.
+    """
+    limit, cases = report["tolerance"], report["cases"]
+    if only_failed:
+        failed = [case for case in cases if not case["passed"]]
+        cases = sorted(failed, key=lambda case: case["min_cosine"])[:MAX_FAILED]
     numbers = ("min cosine", "p1 cosine", "difference", "by batch", "broken")
     table = Table(
         Column("case", overflow="fold"),
         # Where it is narrow, names are folded and not numbers.
-        *(Column(title, justify="right", no_wrap=True) for title in numbers),
+        *(Column(each, justify="right", no_wrap=True) for each in numbers),
         "",
     )
-    for case in report["cases"]:
+    for case in cases:
         table.add_row(
             escape(case["name"]),
             f"{case['min_cosine']:.7f}",
@@ -89,23 +108,26 @@ def print_parity(report: Mapping[str, Any]) -> None:
         f"{limit['max_batch_difference']:.0e}; "
         f"top-1 agreement {report['top1_agreement']:.3f} (limit {limit['top1_agreement']})"
     )
-    console.print(table)
-    if report.get("choices"):
-        print_choices(report)
+    if cases:
+        console.print(table)
+    if only_failed and len(cases) < len(failed):
+        console.print(f"and {len(failed) - len(cases)} others of {len(report['cases'])} drift")
 
 
 def print_choices(report: Mapping[str, Any]) -> None:
-    """Print what both models choose for the images of the user's samples."""
-    table = Table("samples", "images", "texts", "top-1 in torch", "top-1", "same choice", "")
-    for each in report["choices"]:
-        shares = [each["reference_top1"], each["top1"], each["agreement"]]
-        table.add_row(
-            escape(each["name"]),
-            str(each["num_images"]),
-            str(each["num_texts"]),
-            *("" if share is None else f"{share:.4f}" for share in shares),
-            "ok" if each["passed"] else "worse",
-            style=None if each["passed"] else "red",
-        )
-    table.caption = f"limit: {report['tolerance']['max_top1_lost']} of top-1 lost"
-    console.print(table)
+    """Print what both models choose for the images of the user's samples; a line each."""
+    limit = report["tolerance"]["max_top1_lost"]
+    for each in report.get("choices", ()):
+        text = f"{each['name']}: the same choice for {each['agreement']:.4f} of the images"
+        if each["top1"] is not None:
+            text += (
+                f", right for {each['top1']:.4f} and in torch for {each['reference_top1']:.4f} "
+                f"(at most {limit} less)"
+            )
+        style = None if each["passed"] else "red"
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def print_next(what: str, command: str) -> None:
+    """Print a command that does what comes next, whole and ready to be copied."""
+    console.print(f"{what}:\n    {command}", markup=False, soft_wrap=True)

@@ -28,6 +28,7 @@ from rich.progress import Progress, TaskID
 
 from clip_rt.errors import ExportError, InputError
 from clip_rt.specs import EMBEDDINGS, PIXELS, TEXT_BUCKETS, TOKENS, ModelSpec
+from export.console import console
 from export.store import source_hash
 from export.triton_config import MAX_BATCH_SIZE
 
@@ -242,7 +243,7 @@ def build_engine(
         # Refused where it was timed on another GPU; then a new one is begun.
         if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-    with Progress(transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         config.progress_monitor = monitor = _make_monitor(trt, progress)
         plan = builder.build_serialized_network(network, config)
         config.progress_monitor = None

@@ -97,8 +97,9 @@ def propose_islands(
     without = trial.cosine(set())
     drift: dict[str, float] = {}
     console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
     for name in track(
-        trial.names, "measuring FP16 drift by layer", console=console, disable=not progress
+        trial.names, "measuring FP16 drift by layer", console=console, disable=hidden
     ):
         cosine = trial.cosine(everything - {name})
         drift[name] = 1 - cosine if cosine >= 0 else math.inf

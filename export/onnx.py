@@ -23,9 +23,9 @@ from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from export import int8, parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import command, print_parity, print_plan, stage
+from export.console import command, print_plan, stage
 from export.parity import Precision
-from export.repository import check_name, publish, tell_published
+from export.repository import check_name, check_writable, publish
 from export.road import (
     RANDOM,
     choose_islands,
@@ -34,11 +34,13 @@ from export.road import (
     make_int8,
     make_manifest,
     make_onnx,
+    print_what_next,
     read_samples,
+    run_gate,
 )
+from export.samples import check_paths
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
-from training.evaluation.labelled import check_exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class OnnxConfig(ExportConfig):
     runtime: Runtime = "auto"
     """What runs it in the python backend on cpu; auto is what the server measures to be the faster.
     int8 is OpenVINO's."""
+
+    @property
+    def is_for_embedded_server(self) -> bool:
+        """It has Triton's python backend and no other."""
+        return (self.backend, self.device) == ("python", "cpu")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +111,8 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
         )
         return None
-    check_exist((*config.samples, *config.calibration))
+    check_writable(config.repository, config.served_name)
+    check_paths(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
@@ -124,16 +132,19 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         libraries = int8.library_versions()
         with stage("time INT8 beside FP32") as outcome:
             outcome.append(speed.compare(fp32, towers, clip.spec).in_words(processor.read()))
-    with stage("compare with torch") as outcome:
-        report = parity.check_files(
+    report = run_gate(
+        "compare with torch",
+        lambda: parity.check_files(
             clip,
             image=towers.image,
             text=towers.text,
             precision=config.precision,
             runtimes=parity.installed_runtimes(),
             samples=samples,
-        )
-        outcome.append(f"{len(report.cases)} cases pass")
+        ),
+        config,
+        store,
+    )
     manifest = make_manifest(
         clip,
         config.served_name,
@@ -152,8 +163,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
             keep_versions=config.keep_versions,
         )
         outcome.extend(str(folder) for folder in folders)
-    tell_published(config.repository, config.served_name)
-    print_parity(report.to_json())
+    print_what_next(config, folders)
     return report
 
 

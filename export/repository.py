@@ -31,7 +31,7 @@ from pathlib import Path
 
 import tyro
 from google.protobuf import text_format
-from rich.table import Table
+from rich.table import Column, Table
 
 from clip_rt.decoding import Limits
 from clip_rt.errors import ContractError, InputError
@@ -77,6 +77,38 @@ def tell_published(repository: Path, name: str) -> None:
     version = served_version(_folders(repository, name)[0])
     said = f"{name} is published in version {version}. {RELOAD}"
     console.print(said, markup=False, soft_wrap=True)
+
+
+def check_writable(repository: Path, name: str) -> None:
+    """Refuse a repository that no version of a model can be written into, before any work.
+
+    Raises:
+        InputError: says what is in the way.
+    """
+    for folder in _folders(repository.absolute(), name):
+        place = next(each for each in (folder, *folder.parents) if each.exists())
+        if not place.is_dir():
+            raise InputError(f"{place} is no folder; name another --repository.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"the folder {place} cannot be written; name another --repository.")
+
+
+def check_known(repository: Path, name: str) -> None:
+    """Refuse a name that a repository holds no model of.
+
+    Raises:
+        InputError: lists those it holds.
+    """
+    if not repository.is_dir():
+        raise InputError(f"there is no folder {repository}; name one with --repository.")
+    if all(_owner(folder) == name for folder in _folders(repository, name)):
+        return
+    owners = {_owner(folder) for folder in repository.glob("*_image")} - {None}
+    known = ", ".join(sorted(map(str, owners))) or "none"
+    raise InputError(
+        f"{repository} holds no model {name[:80]!r}; it holds {known}. Another folder is named "
+        "with --repository."
+    )
 
 
 def check_name(name: str, repository: Path) -> None:
@@ -141,6 +173,8 @@ def publish(
     check_name(manifest.model, repository)
     if keep_versions < 1:
         raise InputError(f"keep_versions is {keep_versions}; it must be at least 1.")
+    if repository.exists() and not repository.is_dir():
+        raise InputError(f"{repository} is no folder; name another --repository.")
     repository.mkdir(parents=True, exist_ok=True)
     targets = _folders(repository, manifest.model)
     towers: tuple[tuple[Tower, Path | Mapping[str, Path]], ...] = (("image", image), ("text", text))
@@ -195,7 +229,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     """
     repository = Path(repository)
     targets = _folders(repository, name)
-    _check_owner(repository, targets, name)
+    check_known(repository, name)
     with _alone(repository), _staging(repository) as staging:
         kept = set.intersection(*(_switchable(target) for target in targets))
         now = served_version(targets[0])
@@ -230,7 +264,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
     """
     repository = Path(repository)
     targets = _folders(repository, name)
-    _check_owner(repository, targets, name)
+    check_known(repository, name)
     with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
         serving = replace(read_serving(read_config(targets[0])), **settings)  # type: ignore[arg-type]
         version = served_version(targets[0])
@@ -293,7 +327,7 @@ def add_ensembles(
     repository = Path(repository)
     targets = _folders(repository, name)
     check_name(name, repository)
-    _check_owner(repository, targets, name)
+    check_known(repository, name)
     folders = tuple(repository / each for each in folder_names(name))
     with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
         given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
@@ -331,12 +365,6 @@ def _folders(repository: Path, name: str) -> tuple[Path, Path]:
 def _switchable(folder: Path) -> set[int]:
     """Return the versions of a folder that know how they are served."""
     return {each for each in list_versions(folder) if (folder / str(each) / CONFIG).is_file()}
-
-
-def _check_owner(repository: Path, targets: tuple[Path, Path], name: str) -> None:
-    for target in targets:
-        if _owner(target) != name:
-            raise InputError(f"{repository} holds no model {name[:80]!r} in {target.name}.")
 
 
 def _owner(folder: Path) -> str | None:
@@ -494,8 +522,9 @@ def main(config: RepositoryConfig) -> None:
         switch_version(config.repository, config.name, config.version)
         tell_published(config.repository, config.name)
     if not config.repository.is_dir():
-        raise InputError(f"there is no folder {config.repository}.")
-    table = Table("model", "architecture", "precision", "backend", "served", "kept", "weights")
+        raise InputError(f"there is no folder {config.repository}; name one with --repository.")
+    titles = ("model", "architecture", "precision", "backend", "served", "kept", "weights")
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for folder in sorted(config.repository.glob("*_image")):
         if _owner(folder) is None:
             continue

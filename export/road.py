@@ -6,7 +6,9 @@ measured is measured every time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,29 @@ from numpy.typing import NDArray
 
 import clip_rt
 from clip_rt import specs
+from clip_rt.errors import InputError, ParityError
 from clip_rt.manifest import Manifest
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec, slug
 from export import graphs, int8, onnx_writer, parity, precision, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import console, mib, stage
+from export.console import (
+    console,
+    mib,
+    print_choices,
+    print_next,
+    print_parity,
+    stage,
+    summarise_parity,
+)
 from export.graphs import Graph, ImageGraph, TextGraph
 from export.islands import Proposal, print_proposal, propose_islands
-from export.parity import Precision
+from export.parity import ParityReport, Precision
 from export.precision import bake_fp16, match_islands
+from export.repository import tell_published
 from export.samples import Samples, calibration_batches, load_samples
 from export.store import Artefact, Store, sha256_of, source_hash
+from export.version_folder import REPORT, list_versions, served_version
 from training import model as training_model
 from training import resnet
 from training.evaluation.class_names import read_name_table
@@ -205,6 +218,12 @@ def make_int8(
     texts: list[NDArray[Any]]
     if calibration:
         images, texts = calibration_batches(calibration)
+        if not texts:
+            names = ", ".join(each.name for each in calibration)
+            raise InputError(
+                f"--calibration {names} has images and no texts, and INT8 is calibrated on both: "
+                "pass a folder with one of images for each class, or a table with captions."
+            )
     else:
         images = [row[None] for row in probes.images(spec.side_px)]
         texts = [row[None] for row in probes.tokens(spec.text.context_length)]
@@ -270,3 +289,56 @@ def make_manifest(
 def fingerprint_of(clip: CLIP) -> str:
     """Return the sha256 over the weights that names this model everywhere."""
     return fingerprint(clip.state_dict())
+
+
+def run_gate(
+    title: str, check: Callable[[], ParityReport], config: ExportConfig, store: Store
+) -> ParityReport:
+    """Run the parity gate as a stage, and say in a line what it found.
+
+    Args:
+        title: Of the stage.
+        check: Measures.
+        config: Of the export.
+        store: Keeps the report of a model that failed; of one that passes it is published.
+
+    Raises:
+        ParityError: the model drifts; the cases that do are printed.
+    """
+    try:
+        with stage(title) as outcome:
+            report = check()
+            outcome.append(summarise_parity(report.to_json()))
+    except ParityError as error:
+        if error.report:
+            name = f"failed-{slug(config.served_name)}.json"
+            file = store.keep(name, json.dumps(error.report, indent=2) + "\n")
+            print_parity(error.report, only_failed=file is not None and not config.verbose)
+            print_choices(error.report)
+            if file is not None:
+                console.print(f"every case: {file}", markup=False, soft_wrap=True)
+        raise
+    if config.verbose:
+        print_parity(report.to_json())
+    print_choices(report.to_json())
+    return report
+
+
+def print_what_next(config: ExportConfig, folders: Sequence[Path]) -> None:
+    """Say where the measurements of a published model are, and how it is asked."""
+    repository, name = str(config.repository), config.served_name
+    tell_published(config.repository, name)
+    version = served_version(folders[0])
+    console.print(f"every case: {folders[0] / str(version) / REPORT}", markup=False, soft_wrap=True)
+    where = shlex.quote(repository)
+    if config.is_for_embedded_server:
+        program = f"import clip_rt; client = clip_rt.Client(repository={repository!r}, "
+        program += f"model={name!r}); print(client.encode_texts(['a red shoe']).shape)"
+        # The shell takes nothing in double quotes for its own but these.
+        quoted = f'"{program}"' if not set(program) & set('"$`\\!') else shlex.quote(program)
+        print_next("ask it, with a server of its own", f"python -c {quoted}")
+        print_next("serve it", f"python -m clip_rt serve --repository {where}")
+    if len(list_versions(folders[0])) > 1:
+        rest = f"--repository {where} --name {shlex.quote(name)} --rollback"
+        print_next("go back to the version before", f"python -m export.repository {rest}")
+    print_next("list what is there", f"python -m export.repository --repository {where}")

@@ -28,7 +28,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import Tower, ViTSpec, find_spec, slug
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import command, console, mib, print_parity, print_plan, stage
+from export.console import command, console, mib, print_plan, stage
 from export.engine import (
     BuildOptions,
     Profile,
@@ -43,7 +43,7 @@ from export.engine import (
     text_profiles,
 )
 from export.engine_runner import EngineRunner
-from export.repository import RELOAD, check_name, publish
+from export.repository import check_name, check_writable, publish
 from export.road import (
     Towers,
     choose_islands,
@@ -51,13 +51,14 @@ from export.road import (
     load_weights,
     make_manifest,
     make_onnx,
+    print_what_next,
     read_samples,
+    run_gate,
 )
-from export.samples import Samples
+from export.samples import Samples, check_paths
 from export.storage import external_files
 from export.store import Store, sha256_of
 from export.triton_config import Serving
-from training.evaluation.labelled import check_exist
 from training.model import CLIP
 
 
@@ -125,9 +126,11 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
     if config.dry_run:
         _print_plan(config, spec.name)
         return None
+    check_paths(*config.samples, config.class_names)
+    if config.runtime == "tensorrt":
+        check_writable(config.repository, config.served_name)
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
-    check_exist(config.samples)
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples)
@@ -137,7 +140,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
         clip, store, precision="fp16", weights_fingerprint=fingerprint, islands=islands
     )
     # Before the engines are built from them: a graph that drifts is not worth the minutes.
-    report = _gate_onnx(clip, onnx, samples)
+    report = _gate_onnx(clip, onnx, samples, config, store)
     engines = Towers(
         image=_build("image", onnx.image, image_profiles(spec, options), config, store, trt),
         text=_build("text", onnx.text, text_profiles(spec, options), config, store, trt),
@@ -145,7 +148,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
     facts: dict[str, object] = {"fp32_islands": islands, "runtime": config.runtime}
     if config.runtime == "tensorrt":
         report, facts["fused_attentions"] = _gate_engines(
-            clip, engines, trt, max_batch_size=config.max_batch_size, samples=samples
+            clip, engines, trt, config, store, samples=samples
         )
     else:
         facts["engine"] = "built, not run: the figures are those of its ONNX files"
@@ -172,14 +175,19 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
                 join=config.join,
             )
             outcome.extend(map(str, folders))
-            outcome.append(RELOAD)
         else:
             document["manifest"] = manifest.to_parameters()
             _place(folder, engines, document)
             outcome.append(f"{folder}, for TensorRT for RTX {trt.__version__}; not for Triton")
-    print_parity(report.to_json())
-    if config.runtime == "rtx":
-        console.print("the engines were built, not run; the table is of their ONNX files")
+    if config.runtime == "tensorrt":
+        print_what_next(config, folders)
+    else:
+        console.print(
+            "the engines were built, not run; what was measured is their ONNX files: "
+            f"{folder / 'export.json'}",
+            markup=False,
+            soft_wrap=True,
+        )
     return report
 
 
@@ -220,7 +228,8 @@ def _build(
             profiles=profiles,
             options=config.options,
             trt=trt,
-            timing_cache=config.cache / f"timing-{trt.__version__}.cache",
+            # Beside what is made; in a temporary folder it ends with it.
+            timing_cache=path.parents[2] / f"timing-{trt.__version__}.cache",
         )
 
     with stage(f"build the {tower} engine", spinner=False) as outcome:
@@ -231,35 +240,43 @@ def _build(
     return artefact.path
 
 
-def _gate_onnx(clip: CLIP, onnx: Towers, samples: Sequence[Samples]) -> parity.ParityReport:
-    with stage("compare ONNX with torch") as outcome:
-        report = parity.check_files(
+def _gate_onnx(
+    clip: CLIP, onnx: Towers, samples: Sequence[Samples], config: TrtConfig, store: Store
+) -> parity.ParityReport:
+    return run_gate(
+        "compare ONNX with torch",
+        lambda: parity.check_files(
             clip, image=onnx.image, text=onnx.text, precision="fp16", samples=samples
-        )
-        outcome.append(f"{len(report.cases)} cases pass")
-    return report
+        ),
+        config,
+        store,
+    )
 
 
 def _gate_engines(
     clip: CLIP,
     engines: Towers,
     trt: ModuleType,
+    config: TrtConfig,
+    store: Store,
     *,
-    max_batch_size: int,
     samples: Sequence[Samples],
 ) -> tuple[parity.ParityReport, dict[str, int]]:
     """Run the engines on the GPU against torch, and look for their attentions."""
     runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
-    with stage("compare engines with torch") as outcome:
-        report = parity.check(
+    report = run_gate(
+        "compare engines with torch",
+        lambda: parity.check(
             clip,
             encode_images=runners[0],
             encode_texts=runners[1],
             precision="fp16",
-            max_batch_size=max_batch_size,
+            max_batch_size=config.max_batch_size,
             samples=samples,
-        )
-        outcome.append(f"{len(report.cases)} cases pass")
+        ),
+        config,
+        store,
+    )
     spec = clip.spec
     expected = {
         "image": spec.image.layers if isinstance(spec.image, ViTSpec) else 0,
@@ -278,6 +295,9 @@ def _gate_engines(
 
 
 def _check_free(folder: Path) -> None:
+    place = next(each for each in folder.absolute().parents if each.exists())
+    if not place.is_dir():
+        raise InputError(f"{place} is no folder; name another --engines.")
     if folder.exists() and not (folder / "export.json").is_file():
         raise InputError(f"{folder} holds no engines of this command; name another --engines.")
 

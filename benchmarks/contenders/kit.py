@@ -31,6 +31,7 @@ from typing import Literal, cast, get_args
 from clip_rt.errors import InputError
 from clip_rt.prompts import fill, find_templates
 from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model
+from export import store
 
 ROOT = Path(__file__).parents[2]
 Form = Literal["onnxruntime", "openvino", "int8", "tensorrt"]
@@ -118,9 +119,15 @@ class Kit:
 
 
 def default_folder() -> Path:
-    """Return where kits are kept: `$XDG_CACHE_HOME/clip_rt/benchmarks`, or below ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "clip_rt" / "benchmarks"
+    """Return where kits are kept.
+
+    Raises:
+        InputError: there is no home folder.
+    """
+    folder = store.default_folder("benchmarks")
+    if folder is None:
+        raise InputError("there is no home folder to keep models in; name one with --cache.")
+    return folder
 
 
 def make_kit(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -171,6 +174,63 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tiny_spec, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_gate_found_is_one_line_and_a_file(tiny_spec, tmp_path, capsys):
+    export(config(tmp_path, name="shop"))
+    printed = capsys.readouterr().out
+    (line,) = [each for each in printed.splitlines() if "worst cosine" in each]
+    assert "32 cases pass" in line or "16 cases pass" in line
+    assert "drifts" not in printed
+    assert len(printed.splitlines()) < 20
+    file = Path(printed.split("every case: ")[1].split("\n")[0])
+    assert file == tmp_path / "models/shop_image/1/parity.json"
+    cases = json.loads(file.read_text("utf-8"))["cases"]
+    assert f"{len(cases)} cases" in line
+    assert f"{min(case['min_cosine'] for case in cases):.7f}" in line
+    # Each of them where it is asked for.
+    export(config(tmp_path, name="shop", verbose=True))
+    assert capsys.readouterr().out.count(" ok ") == len(cases)
+
+
+def test_what_comes_next_can_be_pasted_into_a_shell(tiny_spec, tmp_path, capsys):
+    folder = tmp_path / "it's $HOME"
+    for _ in range(2):
+        capsys.readouterr()
+        export(config(tmp_path, name="shop @2", repository=folder))
+    commands = [line[4:] for line in capsys.readouterr().out.splitlines() if line[:4] == " " * 4]
+    words = [shlex.split(each) for each in commands]
+    assert [each[2:] for each in words[1:]] == [
+        ["clip_rt", "serve", "--repository", str(folder)],
+        ["export.repository", "--repository", str(folder), "--name", "shop @2", "--rollback"],
+        ["export.repository", "--repository", str(folder)],
+    ]
+    python, flag, program = words[0]
+    assert (python, flag) == ("python", "-c")
+    found = {}
+    client = type("Client", (), {"__init__": lambda self, **given: found.update(given)})
+    with pytest.raises(AttributeError, match="encode_texts"):
+        exec(program.replace("import clip_rt; ", ""), {"clip_rt": type("", (), {"Client": client})})
+    assert found == {"repository": str(folder), "model": "shop @2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repository": Path("file")}, "is no folder; name another --repository"),
+        ({"repository": Path("file/below")}, "is no folder; name another --repository"),
+        ({"samples": (Path("none/val"),)}, "no file or folder none/val"),
+        ({"class_names": Path("none.csv")}, "no file or folder none.csv"),
+    ],
+)
+def test_what_is_not_there_is_said_before_any_work(
+    tiny_spec, tmp_path, monkeypatch, capsys, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(InputError, match=message):
+        export(config(tmp_path, **changes))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_second_run_makes_only_what_has_changed(tiny_spec, tmp_path, capsys):
     export(config(tmp_path))
     assert "reused" not in capsys.readouterr().out
@@ -203,7 +263,11 @@ def test_below_the_gate_nothing_is_published_and_what_was_served_stays(
     for name in ("shop", "new"):
         with pytest.raises(ParityError, match="Nothing was published"):
             export(config(tmp_path, name=name))
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    # What was measured of those that were refused is kept beside what an export reuses.
+    added = {tmp_path / "cache" / f"failed-{name}.json" for name in ("shop", "new")}
+    assert after.keys() - before.keys() == added
+    assert {path: after[path] for path in before} == before
 
 
 class TestCommand:
@@ -294,6 +358,11 @@ def test_failed_parity_ends_with_status_1_and_shows_the_table(
         export(config(tmp_path))
     printed = capsys.readouterr().out
     assert ended.value.code == 1
-    assert "drifts" in printed
     assert "ParityError" in printed
+    # The worst of those that drift, and where all of them are.
+    assert len(re.findall(r"drifts +[^ ]$", printed, re.MULTILINE)) == console.MAX_FAILED
+    assert len(printed.splitlines()) < 50
+    kept = Path(printed.split("every case: ")[1].split("\n")[0])
+    assert kept.parent == tmp_path / "cache"
+    assert not json.loads(kept.read_text("utf-8"))["passed"]
     assert not (tmp_path / "models").exists()

@@ -670,3 +670,15 @@ class TestVersions:
             main(RepositoryConfig(repository=models, rollback=True))
         with pytest.raises(InputError, match="no folder"):
             main(RepositoryConfig(repository=models / "none"))
+
+    @pytest.mark.parametrize("change", [{"rollback": True}, {"version": 1}, {"backend": "python"}])
+    def test_an_unknown_name_is_told_what_there_is(self, models, tmp_path, change):
+        with pytest.raises(InputError, match=r"'shop'; it holds shop-v3\. .* --repository"):
+            main(RepositoryConfig(repository=models, name="shop", **change))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(InputError, match=r"it holds none\."):
+            main(RepositoryConfig(repository=tmp_path / "empty", name="shop", **change))
+        (tmp_path / "file").touch()
+        for absent in (tmp_path / "none", tmp_path / "file"):
+            with pytest.raises(InputError, match=r"no folder .*; name one with --repository"):
+                main(RepositoryConfig(repository=absent, name="shop", **change))
