@@ -1,1 +1,5 @@
 """Measurements, each with its command, its machine and its date."""
+
+from training.extras import begin
+
+begin()
