@@ -206,7 +206,6 @@ print(prometheus_client.generate_latest().decode())
 " | grep clip_rt"""
 EXPORT = "python -m export.onnx --model RN26@64px --weights random --name tiny --cache cache"
 EXPORT_ON_SAMPLES = f"{EXPORT} --samples photos photos.csv shards/000.tar"
-EXPORT_RTX = "python -m export.trt --model RN26@64px --weights random --runtime rtx --cache cache"
 TRAIN = (
     "python -m training.run --data 'shards/{000..003}.tar' --batch-size 4 --total-steps 1 "
     "--out-dir runs/a --tensorboard"
@@ -234,7 +233,6 @@ MORE = (
     Environment("server,quickstart", ["python -c 'import examples.quickstart'"]),
     Environment("telemetry", [COUNTED_CALL]),
     Environment("export", [EXPORT_ON_SAMPLES, "python -m export.canary --name tiny"]),
-    Environment("export,rtx", [EXPORT_RTX]),
     Environment("train", [TRAIN, "python -m training.curves runs/a", INTERPOLATE]),
     Environment("train,bench,peers"),
     Environment("export,bench,peers"),
