@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check extras clean
 
 quickstart: .venv/client
 	.venv/bin/python examples/quickstart.py
@@ -15,6 +15,10 @@ check: .venv/all
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Each extra in an environment of its own, and README's commands as printed.
+extras: .venv/all
+	.venv/bin/python .ci/extras.py
 
 # What runs a model: the client and the embedded server. No torch.
 .venv/client: pyproject.toml constraints.txt | .venv/bin/python

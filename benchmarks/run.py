@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # from wherever it is run. Nor shall our own modules hide others of the same name.
 if __name__ == "__main__" and sys.path[0] != str(ROOT):
     sys.path[0] = str(ROOT)
+    import benchmarks  # noqa: F401 - from here on, a missing package is named in one sentence.
 
 import typer
 from rich.console import Console

@@ -1,0 +1,396 @@
+"""For each extra, alone and as README combines them: a fresh environment, and what it promises.
+
+    make extras                                             # all
+    python .ci/extras.py export                             # environments by their extras
+    python .ci/extras.py export --without webdataset        # has to fail: this step notices
+    python .ci/extras.py --readme                           # README's commands only
+
+README's commands run as printed, in order, each in an environment of the `pip install` above it and
+in a copy of the checkout. What takes long is run smaller (`SMALLER`) or not here (`NOT_RUN`). Then
+come commands that README does not show. uv makes an environment in seconds; without it pip does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from training.extras import extras_of  # noqa: E402 - needs the line above
+
+SHELL = ("make ", "pip ", "python ", "torchrun ", "curl ", "docker ", "#")
+SERVING = (
+    "{serve} & pid=$!; trap 'kill $pid; wait $pid' EXIT; "
+    "for _ in $(seq 30); do "
+    "sleep 2; python -m clip_rt doctor --url localhost:{port} && break; done; "
+)
+"""Runs what comes after it beside a server, which ends when it does."""
+INSTALL = re.compile(r"pip install (?:-c constraints\.txt )?-e '\.\[([\w,-]+)\]'")
+
+OLD_RUN = "benchmarks/results/2026-11-26_run.json"
+TINY_RUN = (
+    "--suite image --contender openvino --model RN26@64px --budget-s 0.1 --starts 1 "
+    "--out results --cache kit"
+)
+
+NOT_RUN = {
+    "make quickstart": "is a job of its own in continuous integration",
+    "make test": "is a job of its own in continuous integration",
+    "python benchmarks/run.py --full": "takes an hour or two",
+    "python benchmarks/run.py --url triton-a:8001 --remote-model shop-v3": "needs that server",
+    "python -m clip_rt doctor --url triton-a:8001": "needs that server",
+    "python -m export.trt --model ViT-L/14": "needs a GPU with TensorRT",
+    "python -m training.drawings": "fetches 100 MB and renders for minutes",
+    "python -m training.run": "trains for two hours",
+    "python -m training.run --sample": "trains and measures for minutes",
+    "python -m training.few_shot*": "learns for minutes",
+    "python -m training.run --resume --out-dir runs/web ...": "its options are printed as ...",
+    "docker run*": "needs NVIDIA's container",
+    "curl localhost:8000*": "needs NVIDIA's container",
+}
+"""Commands of README, by how they begin, that do not run here, and why."""
+
+SMALLER = (
+    ("python benchmarks/run.py", f"python benchmarks/run.py {TINY_RUN}"),
+    ("--compare benchmarks/results/OLD_run.json", f"--compare {OLD_RUN} --against {OLD_RUN}"),
+    ("torchrun --nproc-per-node 8", "torchrun --nproc-per-node 2"),
+    (
+        "--batch-size 32768 --chunk-size 256 --total-steps 20000",
+        "--batch-size 8 --chunk-size 2 --total-steps 1 --num-threads 1",
+    ),
+    ("--batch-size 256 --total-steps 500", "--batch-size 8 --total-steps 1"),
+    # Weights that nobody trained do not pass INT8's gate; that it is reached is what is asked.
+    (
+        "--precision int8 --calibration photos.csv --samples val/",
+        "--precision int8 --calibration photos.csv --samples val/ > said || grep ParityError said",
+    ),
+    ("ViT-B/32", "RN26@64px"),
+    ("ViT-L/14", "RN26@64px"),
+)
+"""What takes minutes is replaced, in this order, by what takes seconds and goes the same road."""
+
+FIXTURES = """
+import itertools, pathlib, tarfile
+from PIL import Image
+rows = []
+for label, colour in (("shoe", "red"), ("hat", "blue")):
+    for folder, number in itertools.product(("photos", "val"), range(12)):
+        path = pathlib.Path(folder, label, f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", (72, 64), colour)
+        image.paste((9 * number, 200, 20 * number), (number, number, 40, 40))
+        image.save(path)
+        if folder == "photos":
+            rows.append(f"{path},{label}")
+table = "\\n".join(["image,label", *rows]) + "\\n"
+for name in ("photos.csv", "products.csv"):
+    pathlib.Path(name).write_text(table)
+Image.new("RGB", (64, 64), "red").save("photo.jpg")
+pathlib.Path("tests").mkdir(exist_ok=True)
+Image.new("RGB", (64, 64), "red").save("tests/cat.jpg")
+pathlib.Path("shards").mkdir()
+for number in range(100):
+    with tarfile.open(f"shards/{number:03d}.tar", "w") as tar:
+        for index in range(2):
+            tar.add(f"photos/shoe/{index}.png", f"{number}_{index}.png")
+            text = pathlib.Path("caption.txt")
+            text.write_text("a red shoe")
+            tar.add(text, f"{number}_{index}.txt")
+"""
+"""The user's own files that README speaks of, small."""
+
+WEIGHTS = """
+import pathlib, torch
+from clip_rt.specs import find_spec
+from training.checkpoint import save_checkpoint
+from training.model import CLIP
+torch.manual_seed(0)
+model = CLIP(find_spec("RN26@64px"))
+save_checkpoint(pathlib.Path("clip.safetensors"), model.state_dict(), model.spec, step=0, config={})
+"""
+
+
+@dataclass
+class Environment:
+    """Some extras, and shell lines that run where nothing else is installed."""
+
+    extras: str
+    lines: list[str] = field(default_factory=list)
+
+
+def commands(path: Path) -> list[str]:
+    """Return the shell commands and Python snippets in a Markdown file's indented blocks."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    found: list[str] = []
+    for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE):
+        body = re.sub(r"^    ", "", block, flags=re.MULTILINE).strip("\n")
+        if body.startswith(SHELL):
+            body = re.sub(r"(?:^|\s+)#.*$", "", body.replace("\\\n", " "), flags=re.MULTILINE)
+            # A quoted text may go over lines.
+            lines = re.findall(r"(?:[^\n'\"]|'[^']*'|\"[^\"]*\")+", body)
+            found += [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+        else:
+            found.append(body)
+    return found
+
+
+def readme(path: Path) -> list[Environment]:
+    """Return what README's commands are here: an environment for each `pip install`."""
+    found: list[Environment] = []
+    server, port = "", str(_free_port())
+    for command in commands(path):
+        if (install := INSTALL.match(command)) is not None:
+            found.append(Environment(install[1]))
+            continue
+        if why_not(command) is not None:
+            continue
+        line = command
+        for full, small in (*SMALLER, ("8001", port)):
+            line = line.replace(full, small, 1)
+        if line.startswith("python -m clip_rt serve"):
+            # In the foreground until it is told to end; then again for what comes next.
+            server = SERVING.format(serve=line, port=port)
+            line = server + "true"
+        elif not line.startswith(SHELL):
+            line = f"{server}python -c {shlex.quote(line)}"
+        found[-1].lines.append(line)
+    return found
+
+
+def why_not(command: str) -> str | None:
+    """Return the reason why a command of README is not run here."""
+    begins = (
+        why for start, why in NOT_RUN.items() if start[-1] == "*" and command.startswith(start[:-1])
+    )
+    return NOT_RUN.get(command) or next(begins, None)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+BEFORE = {
+    "--rollback": (
+        "python -m export.onnx --model RN26@64px --weights clip.safetensors --name shop-v3 "
+        "--repository models --precision fp16_weights --cache cache"
+    ),
+    "python -m export.bundle unpack": "mv models packed",
+    "python -m export.compare": "rm -r models && mv packed models",
+}
+"""What happened at the reader's before a command of README: another version, another machine."""
+
+HELP = "tyro,typer,rich"
+"""Enough for every `--help`."""
+
+FAKE_CALL = """python -c "
+import clip_rt.testing
+with clip_rt.testing.FakeServer(model='m') as server, clip_rt.Client(server.url) as client:
+    print(client.encode_texts('a').shape)
+" """
+COUNTED_CALL = """python -c "
+import clip_rt.testing, opentelemetry.trace, prometheus_client
+clip_rt.telemetry.enable_prometheus()
+with clip_rt.testing.FakeServer(model='m') as server, clip_rt.Client(server.url) as client:
+    client.encode_texts('a')
+print(prometheus_client.generate_latest().decode())
+" | grep clip_rt"""
+EXPORT = "python -m export.onnx --model RN26@64px --weights random --name tiny --cache cache"
+EXPORT_ON_SAMPLES = f"{EXPORT} --samples photos photos.csv shards/000.tar"
+TRAIN = (
+    "python -m training.run --data 'shards/{000..003}.tar' --batch-size 4 --total-steps 1 "
+    "--out-dir runs/a --tensorboard"
+)
+INTERPOLATE = (
+    "python -m training.interpolate --zero-shot clip.safetensors "
+    "--fine-tuned runs/a/checkpoint.safetensors --out mixed.safetensors"
+)
+EMPTY_HANDED = '! python {0} --help 2> said && grep -F ".[{1}]" said'
+"""Where not even that is installed which reads options."""
+
+MORE = (
+    Environment(
+        "",
+        [
+            "python -m clip_rt doctor --help && python -m clip_rt serve --help",
+            FAKE_CALL,
+            *(
+                EMPTY_HANDED.format(command, extras_of(command.split()[-1]))
+                for command in ("-m export.onnx", "-m training.run", "-m benchmarks.run")
+            ),
+        ],
+    ),
+    Environment("server", ["python -m clip_rt doctor --repository model_repository"]),
+    Environment("server,quickstart", ["python -c 'import examples.quickstart'"]),
+    Environment("telemetry", [COUNTED_CALL]),
+    Environment("export", [EXPORT_ON_SAMPLES, "python -m export.canary --name tiny"]),
+    Environment("train", [TRAIN, "python -m training.curves runs/a", INTERPOLATE]),
+    Environment("train,bench,peers"),
+    Environment("export,bench,peers"),
+    Environment("bench"),
+    Environment("server,export,int8,train,bench"),
+)
+"""What README does not show, and extras by themselves."""
+
+
+def all_commands() -> list[str]:
+    """Return the dotted names of the commands of training, export and benchmarks."""
+    found = []
+    for package in ("benchmarks", "export", "training"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if re.search(r"\b(typer\.run|tyro\.cli|subcommand_cli_from_dict)\(", path.read_text()):
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found.append(name.removesuffix(".__main__"))
+    return found
+
+
+class Walk:
+    """Makes environments, runs their lines in copies of the checkout, and says what came of it."""
+
+    def __init__(self, folder: Path, without: str | None) -> None:
+        self._folder, self._without = folder, without
+        self._uv = shutil.which("uv", path=f"{ROOT / '.venv/bin'}:{os.environ['PATH']}")
+        self.rows: list[tuple[str, str, float, bool]] = []
+
+    def copy(self, name: str) -> Path:
+        """Copy what git knows of the checkout, and what is new in it."""
+        target = self._folder / name
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for each in filter(None, names.split("\0")):
+            (target / each).parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / each).is_file():
+                shutil.copyfile(ROOT / each, target / each)
+        return target
+
+    def install(self, checkout: Path, wanted: str, *others: str) -> Path:
+        """Make an environment of the client, some extras, and nothing else.
+
+        Returns:
+            Its folder with `python`.
+        """
+        venv = self._folder / f"venv-{wanted or 'client'}"
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv, "--without-pip"], check=True)
+        python = venv / "bin/python"
+        what = ["-c", "constraints.txt", "-e", f".[{wanted}]" if wanted else ".", *others]
+        if self._uv is not None:
+            pip = [self._uv, "pip"]
+            where = ["--python", str(python), "--index-strategy", "unsafe-best-match"]
+            where += _indexes_of_pip()
+        else:
+            pip, where = [sys.executable, "-m", "pip", "--python", str(python)], []
+        subprocess.run([*pip, "install", "--quiet", *where, *what], cwd=checkout, check=True)
+        if self._without is not None:
+            yes = [] if self._uv is not None else ["--yes"]
+            at = ["--python", str(python)] if self._uv is not None else []
+            gone = self._without.split(",")
+            subprocess.run([*pip, "uninstall", "--quiet", *yes, *at, *gone], check=True)
+        return python.parent
+
+    def run(self, line: str, wanted: str, checkout: Path, binaries: Path, timeout_s: float) -> None:
+        """Run a shell line, and note how it ended."""
+        start_s = time.perf_counter()
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", line],
+            cwd=checkout,
+            env={
+                **{name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
+                "PATH": f"{binaries}:{os.environ['PATH']}",
+                "XDG_CACHE_HOME": str(self._folder / "cache"),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=timeout_s,
+        )
+        took_s = time.perf_counter() - start_s
+        self.rows.append((line, wanted, took_s, done.returncode == 0))
+        word = "ok  " if done.returncode == 0 else f"FAIL {done.returncode}"
+        print(f"{word} {took_s:6.1f} s  [{wanted}] {line[:160]!r}", flush=True)  # noqa: T201
+        if done.returncode:
+            print(done.stdout[-3000:], flush=True)  # noqa: T201
+
+    def visit(self, environment: Environment, checkout: Path, timeout_s: float) -> None:
+        """Make an environment, import what it promises, and run its lines."""
+        wanted = environment.extras
+        start_s = time.perf_counter()
+        binaries = self.install(checkout, wanted)
+        print(f"made {time.perf_counter() - start_s:6.1f} s  [{wanted}]", flush=True)  # noqa: T201
+        promised = [each for each in all_commands() if extras_of(each) == wanted]
+        if promised:
+            names = ", ".join(
+                f"{each}.__main__" if (ROOT / each.replace(".", "/")).is_dir() else each
+                for each in promised
+            )
+            self.run(f'python -c "import {names}"', wanted, checkout, binaries, timeout_s)
+        for line in environment.lines:
+            for part, before in BEFORE.items():
+                if part in line:
+                    self.run(before, wanted, checkout, binaries, timeout_s)
+            self.run(line, wanted, checkout, binaries, timeout_s)
+
+
+def _indexes_of_pip() -> list[str]:
+    """Return pip's own indexes as options of uv, which reads no pip.conf."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    ).stdout
+    found = {}
+    for key, value in re.findall(r"^[^.\n]*\.\.?([\w-]+)='(.*)'$", listed, re.MULTILINE):
+        if key in ("index-url", "extra-index-url", "find-links"):
+            found[key] = [f"--{key}={each}" for each in value.split()]
+    return [option for options in found.values() for option in options]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the step; return 1 if anything did not do what it should."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("extras", nargs="*", help="environments, such as server,export; else all")
+    parser.add_argument(
+        "--without", help="take these packages out again, to see that it is noticed"
+    )
+    parser.add_argument("--readme", action="store_true", help="README's commands only")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="of each command")
+    options = parser.parse_args(arguments)
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="clip_rt-extras-") as folder:
+        walk = Walk(Path(folder), options.without)
+        checkout = walk.copy("checkout")
+        subprocess.run([sys.executable, "-c", FIXTURES], cwd=checkout, check=True)
+        weights = dict(os.environ, PYTHONPATH=str(checkout))
+        subprocess.run([sys.executable, "-c", WEIGHTS], cwd=checkout, env=weights, check=True)
+        for environment in (*readme(ROOT / "README.md"), *(() if options.readme else MORE)):
+            if not options.extras or environment.extras in options.extras:
+                walk.visit(environment, checkout, options.timeout_s)
+        if not options.extras and not options.readme:
+            _check_help(walk, checkout, options.timeout_s)
+    failed = [row for row in walk.rows if not row[-1]]
+    took_s = time.perf_counter() - start_s
+    print(f"{len(walk.rows)} commands, {len(failed)} failed, {took_s:.0f} s")  # noqa: T201
+    return bool(failed)
+
+
+def _check_help(walk: Walk, checkout: Path, timeout_s: float) -> None:
+    """Ask every command for help where only the client, tyro, typer and rich are."""
+    binaries = walk.install(checkout, "", *HELP.split(","))
+    for each in all_commands():
+        walk.run(f"python -m {each} --help > /dev/null", HELP, checkout, binaries, timeout_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What a command needs to be installed: one sentence where it is not, and `--help` without it.
+
+`training`, `export` and `benchmarks` call `begin` when they are imported, which comes before every
+module of a command. A module that cannot be found then ends the command with the pip command that
+brings it, and not with a traceback. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("benchmarks", "clip_rt", "examples", "export", "model_repository", "tests", "training")
+
+EXTRAS = {
+    "benchmarks": "server,export,int8,train,bench",
+    "benchmarks.report": "bench",
+    "benchmarks.run": "server,export,int8,bench",
+    "benchmarks.text_length": "export,bench,peers",
+    "benchmarks.training_step": "train,bench,peers",
+    "export": "export",
+    "export.compare": "server,export",
+    "training": "train",
+}
+"""Extras of pyproject.toml by command, or by the package of commands it is in."""
+
+SLOW_MODULES = frozenset(
+    "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib nncf onnx onnx_ir onnxruntime "
+    "onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py safetensors scipy "
+    "skimage sklearn tensorboard tensorrt tensorrt_rtx torch torchvision tqdm transformers "
+    "webdataset".split()
+)
+"""What no text of `--help` depends on: everything but the client's own and tyro, typer and rich."""
+
+
+def begin() -> None:
+    """Prepare for what may be missing, if this process was started as one of our commands."""
+    name = find_command(sys.orig_argv, sys.argv)
+    if name is None or isinstance(sys.excepthook, _Explain):
+        return
+    sys.excepthook = _Explain(name)
+    # Typer has a hook of its own, which leaves everything to the one before where it finds this.
+    os.environ.setdefault("TYPER_STANDARD_TRACEBACK", "1")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.meta_path.insert(0, _StandInFinder())
+
+
+def find_command(orig_argv: Sequence[str], argv: Sequence[str]) -> str | None:
+    """Return the dotted name of our command that a process was started as, or None.
+
+    Args:
+        orig_argv: All of the process's arguments, the interpreter's included.
+        argv: `sys.argv`, while a package is imported: "-m" or a file comes first.
+    """
+    if argv[0] == "-m":
+        name = orig_argv[orig_argv.index("-m") + 1] if "-m" in orig_argv else ""
+    elif (path := Path(argv[0]).resolve()).is_relative_to(ROOT):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    else:
+        return None
+    return name if name.partition(".")[0] in ("benchmarks", "export", "training") else None
+
+
+def extras_of(command: str) -> str:
+    """Return the extras a command needs, with commas between them."""
+    while command not in EXTRAS:
+        command = command.rpartition(".")[0]
+    return EXTRAS[command]
+
+
+def sentence(command: str, module: str) -> str:
+    """Say what a command needs and how to get it."""
+    extras = extras_of(command)
+    return (
+        f"{command} needs {module}: pip install 'clip-rt[{extras}]', or in a checkout "
+        f"pip install -c constraints.txt -e '.[{extras}]'"
+    )
+
+
+class _Explain:
+    """An excepthook that says what is not installed, and leaves other errors to Python's own."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        module = (getattr(error, "name", None) or "").partition(".")[0]
+        is_missing = isinstance(error, ModuleNotFoundError) and module
+        if is_missing and module not in OURS and module not in sys.stdlib_module_names:
+            sys.stderr.write(sentence(self._command, module) + "\n")
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+
+class _StandIn(ModuleType):
+    """A module that is imported and never used: whatever is taken from it is itself again."""
+
+    def __getattr__(self, name: str) -> _StandIn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _StandIn:
+        return self
+
+    def __getitem__(self, _: Any) -> _StandIn:
+        return self
+
+    def __or__(self, _: Any) -> _StandIn:
+        return self
+
+    __ror__ = __or__
+
+    def __mro_entries__(self, _: Any) -> tuple[type, ...]:
+        return ()
+
+
+class _StandInFinder(MetaPathFinder, Loader):
+    """Finds `SLOW_MODULES`, installed or not, without importing them: help is there at once."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in SLOW_MODULES:
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave the module as it is."""
