@@ -202,7 +202,7 @@ def _check_size(width: int, height: int, *, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"is {width} x {height} px, {width * height:,} pixels; at most {max_pixels:,} are "
-            "read. Make it smaller or raise max_pixels."
+            "read. Make it smaller or raise max_pixels=."
         )
 
 
@@ -364,7 +364,7 @@ def _check_length(length_bytes: int, *, max_bytes: int) -> None:
     if length_bytes > max_bytes:
         raise ImageError(
             f"has {length_bytes:,} bytes or more; at most {max_bytes:,} are read. "
-            "Make it smaller or raise max_bytes."
+            "Make it smaller or raise max_bytes=."
         )
 
 
@@ -382,7 +382,7 @@ def _open_bytes(encoded: bytes, *, max_pixels: float) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"has too many pixels: {error} At most {max_pixels:,} are read. Make it smaller or "
-            "raise max_pixels, and PIL.Image.MAX_IMAGE_PIXELS too."
+            "raise max_pixels=, and PIL.Image.MAX_IMAGE_PIXELS too."
         ) from error
 
 

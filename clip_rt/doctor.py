@@ -241,10 +241,12 @@ def check_precision(
     if precision == "int8" and fastest != "int8":
         lacking = found.lacks("AVX-512", "VNNI", "AMX")
         detail += f"; INT8 is slower than FP32 on a processor that {lacking}."
-        way_out = "Export with --precision fp32 for machines like this."
+        way_out = "For machines like this: python -m export.onnx --precision fp32."
     elif precision == "fp16":
         detail += "; a processor computes FP16 in FP32 with roundings between."
-        way_out = "Export with --precision fp32, or int8, for processors; fp16 is for GPUs."
+        way_out = (
+            "For processors: python -m export.onnx --precision fp32, or int8; fp16 is for GPUs."
+        )
     status: Status = "warn" if way_out and is_here else "ok"
     numbers = {
         f"{tower}_{runtime}_ms": ms

@@ -56,8 +56,8 @@ def reload(port: int, *, timeout_s: float) -> bool:
         except OSError as error:
             raise InputError(
                 f"no `python -m clip_rt serve` of this user is ready on port {port}: "
-                f"{error.strerror or error}. Name its port with --port; a client with a server of "
-                "its own has Client.reload()."
+                f"{error.strerror or error}. Name its port, python -m clip_rt reload --port PORT; a "
+                "client with a server of its own has Client.reload()."
             ) from error
         link.settimeout(timeout_s)
         words = b""
@@ -67,7 +67,7 @@ def reload(port: int, *, timeout_s: float) -> bool:
         except TimeoutError:
             raise ServerStartError(
                 f"the server on port {port} has not said within {timeout_s:g} s what came of it. "
-                "It may still do it; wait longer with --timeout-s."
+                "It may still do it; wait longer with python -m clip_rt reload --timeout-s."
             ) from None
         except OSError:
             words = b""

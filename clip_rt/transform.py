@@ -189,7 +189,7 @@ def _check_strip(width: int, height: int, *, side_px: int, max_pixels: int) -> N
         raise ImageError(
             f"is {width} x {height} px; with its short side resized to {side_px} it has "
             f"{num_pixels:,} pixels, and at most {max_pixels:,} are made. Crop or pad it, or raise "
-            "max_pixels."
+            "max_pixels=."
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from clip_rt.decoding import Limits
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from training import parallel
@@ -121,6 +122,7 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
             seed=config.seed,
             weights=config.data_weights or None,
             augmentation=PhotoAugmentation(
+                limits=Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes),
                 scale=config.crop_scale,
                 jitter=(*3 * (config.colour_jitter,), config.colour_jitter / 4),
                 grey_probability=config.grey_probability,

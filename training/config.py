@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clip_rt.decoding import Limits
 from clip_rt.errors import InputError
 from clip_rt.specs import Activation
 from training.data.tree import FolderKind
@@ -26,6 +27,8 @@ FREE_FIELDS = frozenset(
             "teacher",
             "eval_data",
             "max_bad_share",
+            "max_pixels",
+            "max_bytes",
             "class_names",
         ),
     )
@@ -34,7 +37,7 @@ FREE_FIELDS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Limits):
     """Everything a run depends on. The defaults are the recipe of the bundled model."""
 
     model: str = "RN26@64px"
@@ -141,6 +144,7 @@ class TrainConfig:
     """Write the log for TensorBoard as well."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             *("emoji_fraction", "patch_dropout", "ema_decay", "layer_decay", "max_bad_share"),
         ):

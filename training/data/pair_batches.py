@@ -201,7 +201,7 @@ class PairBatches:
             raise InputError(
                 f"{num_bad} of the first {self._num_good + num_bad} samples are bad; at most "
                 f"{self._max_bad_share:.0%} may be: {bad}. Repair the data"
-                + ("." if is_hopeless else ", or raise max_bad_share.")
+                + ("." if is_hopeless else ", or raise --max-bad-share.")
             )
 
     @property

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from clip_rt.errors import ImageError, TextError
 from clip_rt.tokenizer import encode_text, pad
 from training.data.batches import Purpose, rng
-from training.data.pairs import BadSampleError, Pair, Source, explain
+from training.data.pairs import BadSampleError, Pair, Source
 from training.data.photos import PhotoAugmentation
 
 _MAX_TRIES = 100
@@ -136,7 +136,7 @@ class Reader(Dataset[Rows]):
             generator = rng(Purpose.AUGMENTATION, self._seed, *where)
             pixels_SSC[:] = self._augmentation(pair.image, side_px=self._side_px, rng=generator)
         except ImageError as error:
-            raise BadSampleError("unusable image", f"{pair.name}: {explain(error)}") from error
+            raise BadSampleError("unusable image", f"{pair.name}: {error}") from error
         # A number that all ranks and runs agree on.
         digest = hashlib.blake2b(np.array(meaning, np.int64).tobytes(), digest_size=8).digest()
         return token_ids, int.from_bytes(digest, "little", signed=True)

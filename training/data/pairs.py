@@ -6,7 +6,6 @@ Captions are checked here for all sources alike; images are checked when they ar
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clip_rt.errors import ImageError, InputError
+from clip_rt.errors import InputError
 from clip_rt.tokenizer import MAX_TEXT_CHARS
 
 IMAGE_EXTENSIONS = (
@@ -119,11 +118,6 @@ class Skips:
     def _say(self, reason: str, count: int) -> str:
         examples = self.examples.get(reason)
         return f"{count} x {reason}" + (f" ({', '.join(examples)})" if examples else "")
-
-
-def explain(error: ImageError) -> str:
-    """Return what is wrong with an image, without the options of the client that would allow it."""
-    return re.sub(r",? or raise max_(pixels|bytes)\b", "", str(error))
 
 
 def check_caption(caption: object, name: str) -> str:

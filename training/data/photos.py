@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from clip_rt.decoding import MAX_BYTES, MAX_PIXELS, open_image
+from clip_rt.decoding import DEFAULT_LIMITS, Limits, open_image
 from clip_rt.errors import ImageError, InputError
 
 _CROP_TRIES = 10
@@ -40,6 +40,8 @@ class PhotoAugmentation:
     """Of losing all colour."""
     flip_probability: float = 0.0
     """Of being mirrored; captions that say left or right, and letters, become wrong."""
+    limits: Limits = DEFAULT_LIMITS
+    """How large an image may be."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -60,7 +62,7 @@ class PhotoAugmentation:
         Raises:
             ImageError: it cannot be decoded or is over a limit of `clip_rt.decoding`.
         """
-        upright = decode(image)
+        upright = decode(image, self.limits)
         box = random_box(*upright.size, scale=self.scale, ratio=self.ratio, rng=rng)
         # Cropped before it is resized, so that no pixel outside bleeds in.
         square = upright.crop(box).resize((side_px, side_px), Image.Resampling.BICUBIC)
@@ -74,7 +76,7 @@ class PhotoAugmentation:
         return np.array(square, dtype=np.uint8)
 
 
-def decode(image: bytes | Path) -> Image.Image:
+def decode(image: bytes | Path, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """Open an image within the limits, turn it upright, make it a mode that resizes smoothly.
 
     The same as `clip_rt.preprocess` does before it resizes; a test holds the two together.
@@ -83,7 +85,7 @@ def decode(image: bytes | Path) -> Image.Image:
         ImageError: it cannot be decoded or is over a limit.
     """
     try:
-        opened = open_image(image, max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+        opened = open_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
         opened.load()
         try:
             upright = ImageOps.exif_transpose(opened)

@@ -179,7 +179,7 @@ def resolve(folder: Path, name: str, *, allow_outside: bool) -> Path:
     root = os.path.realpath(folder)
     path = os.path.realpath(os.path.join(root, name))
     if not (allow_outside or _is_within(path, root) or _is_blob_of(path, root, name)):
-        raise BadSampleError("path leaves its folder (allow_outside permits it)", repr(name))
+        raise BadSampleError("path leaves its folder (--allow-outside permits it)", repr(name))
     return Path(path)
 
 

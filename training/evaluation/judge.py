@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_rt.decoding import Limits
 from clip_rt.specs import ModelSpec
 from training import evaluate
 from training.config import SAMPLE_DIR, TrainConfig
@@ -30,6 +31,7 @@ class Judge:
         self._spec = spec
         self._eval_data = config.eval_data
         self._allow_outside = config.allow_outside
+        self._limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
         check_exist(config.eval_data)
         self._table = read_name_table(config.class_names) if config.class_names else None
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
@@ -58,7 +60,9 @@ class Judge:
             found = retrieval(image_NE, class_NE, right_N)
             scores |= {f"recall{k}_{style}": share for k, share in found.image_at.items()}
         if self._eval_data:
-            embedded = embed_data(clip, self._eval_data, allow_outside=self._allow_outside)
+            embedded = embed_data(
+                clip, self._eval_data, allow_outside=self._allow_outside, limits=self._limits
+            )
             if any(label is not None for label in embedded.labels):
                 _, accuracies = evaluate.zero_shot(clip, embedded, table=self._table)
                 one_prompt, ensemble = accuracies.values()
