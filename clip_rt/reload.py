@@ -56,7 +56,7 @@ def reload(port: int, *, timeout_s: float) -> bool:
         except OSError as error:
             raise InputError(
                 f"no `python -m clip_rt serve` of this user is ready on port {port}: "
-                f"{error.strerror or error}. Name its port, python -m clip_rt reload --port PORT; a "
+                f"{error.strerror or error}. Name it: python -m clip_rt reload --port PORT. A "
                 "client with a server of its own has Client.reload()."
             ) from error
         link.settimeout(timeout_s)
