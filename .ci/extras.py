@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.extras import extras_of  # noqa: E402 - needs the line above
+from clip_rt_commands.extras import extras_of  # noqa: E402 - needs the line above
 
 SHELL = ("make ", "pip ", "python ", "torchrun ", "curl ", "docker ", "#")
 SERVING = (

@@ -44,7 +44,7 @@ HIDING = [
     "onnx.py",
     "console.py",
     "rich.py",
-    "clip_rt_commands.py",
+    "clip_rt_commands",
 ]
 """What users call their own, and ours or our libraries are called too."""
 
@@ -94,7 +94,9 @@ def test_nothing_changes_for_other_programs(tmp_path):
 
 def test_a_checkout_runs_its_own_code(tmp_path):
     # Another checkout than the one that is installed.
-    write(tmp_path, "clip_rt_commands.py", (ROOT / "clip_rt_commands.py").read_text("utf-8"))
+    for name in ("__init__.py", "extras.py"):
+        source = (ROOT / "clip_rt_commands" / name).read_text("utf-8")
+        write(tmp_path, f"clip_rt_commands/{name}", source)
     write(tmp_path, "export/__init__.py", (ROOT / "export/__init__.py").read_text("utf-8"))
     write(tmp_path, "export/onnx.py", "import training; print(training.__file__)\n")
     write(tmp_path, "training/__init__.py")

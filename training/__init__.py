@@ -3,7 +3,3 @@
 import clip_rt_commands
 
 clip_rt_commands.prepare(__name__, __path__[0])
-
-from training import extras  # noqa: E402
-
-extras.begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +59,14 @@ with clip_rt.Client(repository=sys.argv[1]) as client:
 
 
 @pytest.mark.parametrize("kind", BEGIN)
-def test_calls_work_and_end_by_their_deadline(repository: Path, kind: str) -> None:
+def test_calls_work_and_end_by_their_deadline(repository: Path, tmp_path: Path, kind: str) -> None:
     if importlib.util.find_spec(kind.split()[0]) is None:
         pytest.skip(f"{kind.split()[0]} is not installed")
     done = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-c", PROGRAM.format(begin=BEGIN[kind])),
-            *(str(repository), str(Path(__file__).parent)),
+            # A copy, or it would join the server that other tests share.
+            *(str(shutil.copytree(repository, tmp_path / "models")), str(Path(__file__).parent)),
         ],
         capture_output=True,
         text=True,

@@ -121,7 +121,7 @@ def test_a_start_is_not_waited_for_longer_than_one_has(tmp_path):
         with pytest.raises(clip_rt.ServerStartError, match=r"after 0\.5 s.*start_timeout_s="):
             server.start(timeout_s=0.5)
         assert time.monotonic() - start_s < 1.5
-        thread.join()
+        thread.join(60)
         assert server.is_running
 
 

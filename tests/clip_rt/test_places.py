@@ -223,7 +223,7 @@ with clip_rt.Client(repository=sys.argv[1], cache_dir="~/.cache/clip_rt") as cli
 
 def test_a_user_whom_nobody_knows_and_who_has_no_home(repository: Path, tmp_path: Path) -> None:
     namespace = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
-    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+    if subprocess.run([*namespace, "true"], capture_output=True, timeout=30).returncode:
         pytest.skip("this user may not have a namespace of its own")
     environment = {
         key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_RUNTIME_DIR")
@@ -260,7 +260,7 @@ def test_where_nothing_can_be_written_the_error_says_where_it_must(
     num_places: int, words: str
 ) -> None:
     namespace = ["unshare", "--map-root-user", "--mount"]
-    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+    if subprocess.run([*namespace, "true"], capture_output=True, timeout=30).returncode:
         pytest.skip("this user may not mount anything in a namespace of its own")
     done = subprocess.run(
         [

@@ -270,7 +270,7 @@ def test_onnx_runtime_runs_what_names_it(tiny, capfd, parameters):
     assert "with CPUExecutionProvider" in log
 
 
-def test_auto_without_openvino_is_onnx_runtime(tiny, capfd, without_openvino):
+def test_auto_without_openvino_is_onnx_runtime(tiny, capfd, choices, without_openvino):
     log = serve(tiny, capfd)
     for tower in ("image", "text"):
         assert f"tiny_{tower} is run by ONNX Runtime" in log

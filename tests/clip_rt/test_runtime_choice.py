@@ -202,7 +202,7 @@ def test_one_measures_at_a_time_and_others_do_not_wait_for_ever(tmp_path) -> Non
         thread.start()
         assert not entered.wait(0.2)
     assert entered.wait(10)
-    thread.join()
+    thread.join(60)
 
 
 def test_names_change_with_what_decides_the_speed(tmp_path, monkeypatch) -> None:

@@ -110,7 +110,8 @@ def test_the_token_is_not_shown(server):
 def test_the_repository_is_left_as_it_was(repository, client):
     assert client.encode_texts(["red"]).shape == (1, 8)
     names = {path.name for path in repository.rglob("*")}
-    files = {"config.pbtxt", "dlpack.py", "model.py", "model.onnx"}
+    files = {"config.pbtxt", "dlpack.py", "model.onnx", "model.py"}
+    files |= {"processor.py", "runtime_choice.py"}
     assert names == {"tiny_image", "tiny_text", "1"} | files
 
 

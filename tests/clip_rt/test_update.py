@@ -72,6 +72,11 @@ def saved(versions, tmp_path):
     return path
 
 
+def count_servers() -> int:
+    """Count those of this process, tests before have left one that others share."""
+    return len(find_processes("bin/tritonserver", os.getpid()))
+
+
 @pytest.fixture
 def start_caller(start_owner):
     return lambda source, saved: start_owner(OTHER_PROCESS, source, saved)
@@ -79,6 +84,7 @@ def start_caller(start_owner):
 
 def test_the_embedded_server_is_updated_and_rolled_back(versions, tmp_path, saved, start_caller):
     (first, second), expected = versions
+    before = count_servers()
     repository = tmp_path / "models"
     publish(first, repository)
     with clip_rt.Client(repository=repository) as client:
@@ -95,7 +101,7 @@ def test_the_embedded_server_is_updated_and_rolled_back(versions, tmp_path, save
                 callers.wait_until_seen(version)
                 assert other.ask(f"see {version}") == "seen"
                 # The server before has ended: one is left.
-                assert wait_until(lambda: len(find_processes("bin/tritonserver", os.getpid())) == 1)
+                assert wait_until(lambda: count_servers() == before + 1)
         finally:
             callers.stop()
         callers.check()
@@ -175,7 +181,7 @@ def test_what_does_not_load_changes_nothing(versions, tmp_path, start_serve, cap
         for pid in find_processes("bin/tritonserver", process.pid):
             if pid != old:
                 os.kill(pid, signal.SIGKILL)
-        assert "goes on with what it had" in told.communicate()[1]
+        assert "goes on with what it had" in told.communicate(timeout=90)[1]
         assert told.returncode == 1
         np.testing.assert_allclose(client.encode_texts(TEXTS), expected[0].texts, atol=1e-6)
         # Two at once: one takes it, the other finds nothing new.
@@ -184,7 +190,7 @@ def test_what_does_not_load_changes_nothing(versions, tmp_path, start_serve, cap
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(90)
         assert sorted(outcomes) == [False, True]
         assert main(["reload", "--port", port]) == 0
         for each in (client, own):
@@ -195,6 +201,7 @@ def test_what_does_not_load_changes_nothing(versions, tmp_path, start_serve, cap
 
 def test_a_call_begun_before_a_reload_ends_on_the_model_it_began_with(versions, tmp_path):
     (first, second), expected = versions
+    before = count_servers()
     repository = tmp_path / "models"
     publish(first, repository)
     with clip_rt.Client(repository=repository) as client:
@@ -206,7 +213,7 @@ def test_a_call_begun_before_a_reload_ends_on_the_model_it_began_with(versions, 
         parts += list(stream)
         rows = np.concatenate([part.embeddings for part in parts])
         np.testing.assert_allclose(rows, np.tile(expected[0].images, (40, 1)), atol=1e-6)
-        assert wait_until(lambda: len(find_processes("bin/tritonserver", os.getpid())) == 1)
+        assert wait_until(lambda: count_servers() == before + 1)
 
 
 def test_a_client_that_insists_on_weights_takes_no_others(versions, tmp_path):

@@ -114,7 +114,7 @@ class Callers:
     def stop(self) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(60)
 
     def wait_until_seen(self, version: int, timeout_s: float = 10.0) -> None:
         self.seen.clear()

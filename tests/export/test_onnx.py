@@ -217,8 +217,8 @@ def test_what_comes_next_can_be_pasted_into_a_shell(tiny_spec, tmp_path, capsys)
     [
         ({"repository": Path("file")}, "is no folder; name another --repository"),
         ({"repository": Path("file/below")}, "is no folder; name another --repository"),
-        ({"samples": (Path("none/val"),)}, "no file or folder none/val"),
-        ({"class_names": Path("none.csv")}, "no file or folder none.csv"),
+        ({"samples": (Path("none/val"),)}, "'none/val' does not exist"),
+        ({"class_names": Path("none.csv")}, "'none.csv' does not exist"),
     ],
 )
 def test_what_is_not_there_is_said_before_any_work(

@@ -62,6 +62,7 @@ def client(reference, tmp_path_factory):
     export = subprocess.run(
         [
             *(sys.executable, "-m", "export.onnx", "--model", "ViT-B/32", "--name", "proof"),
+            *("--activation", "quick_gelu"),
             *("--weights", str(folder / "clip.pt"), "--repository", str(folder / "models")),
             *("--cache", str(folder / "cache")),
         ],

@@ -196,7 +196,11 @@ def test_where_the_cache_is_without_a_known_user(variables, expected):
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME",)}
     kept.pop("XDG_CACHE_HOME", None)
     found = subprocess.run(
-        [sys.executable, "-c", program], env=kept | variables, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert found.stdout.strip() == expected, found.stderr
 

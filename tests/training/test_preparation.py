@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,7 @@ class TestOneFile:
     def test_another_preparation_is_warned_of_and_the_rest_obeyed(self, published, plain, caplog):
         settings = PROCESSOR | HALF | {"resample": 2}
         folder = published({PREPROCESSOR_FILE: settings})
+        caplog.set_level(logging.WARNING)
         clip = load_clip(tiny.VIT, folder / "model.safetensors")
         assert not torch.equal(clip.visual.conv1.weight, plain.visual.conv1.weight)
         assert "resample '2'" in caplog.text
@@ -227,6 +229,7 @@ class TestOneFile:
         folder = published({"config.json": CONFIG | {"model_type": "siglip"}})
         with pytest.raises(CheckpointError, match="model of type 'siglip'"):
             load_clip(tiny.VIT, folder / "model.safetensors")
+        caplog.set_level(logging.WARNING)
         clip = load_clip(tiny.VIT, folder / "model.safetensors", activation="gelu")
         assert clip.spec.activation == "gelu"
         assert "siglip" in caplog.text

@@ -62,6 +62,7 @@ def test_what_programs_leave_behind_is_no_class_and_is_counted(
     tmp_path: Path, leftovers: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, "cat/0.jpg", "dog/0.jpg", *leftovers)
+    caplog.set_level(logging.WARNING)
     source = open_one(tmp_path)
     assert source.labels == ["cat", "dog"]
     assert dict(source.skips.counts) == {LEFTOVER: len(leftovers)}

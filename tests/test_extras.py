@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training import extras
+from clip_rt_commands import extras
 
 if sys.version_info >= (3, 11):
     import tomllib

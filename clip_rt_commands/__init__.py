@@ -26,13 +26,17 @@ def prepare(package: str, folder: str) -> None:
     """
     import os
 
-    command = _command()
+    # Here, because this module is imported for every `python -m`.
+    from clip_rt_commands import extras
+
+    command = find_module(sys.orig_argv, getattr(sys, "argv", []))
     if command.partition(".")[0] == package:
         print_any_text()
         _quieten_libraries()
         _search_working_folder_last()
         if not any(isinstance(each, _Finder) for each in sys.meta_path):
             _install(command, os.path.dirname(os.path.abspath(folder)))
+    extras.begin()
 
 
 def print_any_text() -> None:
@@ -86,12 +90,16 @@ def _install(command: str, root: str) -> None:
     sys.meta_path.insert(0, _Finder(command, root))  # type: ignore[arg-type]
 
 
-def _command() -> str:
-    """Return the module that `python -m` was given, while Python looks for it; else nothing."""
-    arguments = getattr(sys, "argv", None) or [""]
-    if arguments[0] != "-m" or len(sys.orig_argv) <= len(arguments):
+def find_module(orig_argv: list[str], argv: list[str]) -> str:
+    """Return the module that `python -m` was given, while Python looks for it; else nothing.
+
+    Args:
+        orig_argv: All of the process's arguments, the interpreter's included.
+        argv: `sys.argv` as it is meanwhile: -m comes first.
+    """
+    if argv[:1] != ["-m"] or len(orig_argv) <= len(argv):
         return ""
-    given = sys.orig_argv[-len(arguments)]
+    given = orig_argv[-len(argv)]
     # One argument in `python -mexport.onnx` and `python -umexport.onnx`.
     return given.partition("m")[2] if given.startswith("-") else given
 
@@ -117,7 +125,7 @@ def _search_working_folder_last() -> None:
         here = os.getcwd()
     except OSError:  # It was removed; nothing is found there.
         return
-    if os.path.isfile(os.path.join(here, os.path.basename(__file__))):
+    if os.path.isfile(os.path.join(here, "clip_rt_commands", "__init__.py")):
         return  # A checkout of ours.
     others = [each for each in sys.path if os.path.abspath(each or ".") != here]
     if len(others) < len(sys.path):
@@ -126,8 +134,8 @@ def _search_working_folder_last() -> None:
 
 def begin() -> None:
     """Do what `clip_rt_commands.pth` is for."""
-    command = _command()
+    command = find_module(sys.orig_argv, getattr(sys, "argv", []))
     if command.partition(".")[0] in PACKAGES:
         import os
 
-        _install(command, os.path.dirname(os.path.abspath(__file__)))
+        _install(command, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from clip_rt_commands import find_module
+
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("benchmarks", "clip_rt", "examples", "export", "model_repository", "tests", "training")
+OURS = (
+    "benchmarks",
+    "clip_rt",
+    "clip_rt_commands",
+    "examples",
+    "export",
+    "model_repository",
+    "tests",
+    "training",
+)
 
 EXTRAS = {
     "benchmarks": "server,export,int8,train,bench",
@@ -52,7 +62,7 @@ def begin() -> None:
         sys.meta_path.insert(0, _StandInFinder())
 
 
-def find_command(orig_argv: Sequence[str], argv: Sequence[str]) -> str | None:
+def find_command(orig_argv: list[str], argv: list[str]) -> str | None:
     """Return the dotted name of our command that a process was started as, or None.
 
     Args:
@@ -60,7 +70,7 @@ def find_command(orig_argv: Sequence[str], argv: Sequence[str]) -> str | None:
         argv: `sys.argv`, while a package is imported: "-m" or a file comes first.
     """
     if argv[0] == "-m":
-        name = orig_argv[orig_argv.index("-m") + 1] if "-m" in orig_argv else ""
+        name = find_module(orig_argv, argv)
     elif (path := Path(argv[0]).resolve()).is_relative_to(ROOT):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     else:
