@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--start-timeout-s", type=float, default=60.0, help="to load the models in")
     reload = commands.add_parser("reload", help="have `serve` take what its repository holds now")
     reload.add_argument("--port", type=int, default=8001, help="of `serve`")
-    reload.add_argument("--timeout-s", type=float, default=90.0, help="to load the models in")
+    reload.add_argument(
+        "--timeout-s", type=float, default=90.0, help="longest wait for the outcome"
+    )
     commands.add_parser("doctor", add_help=False, help="check the installation and a server")
     options, rest = parser.parse_known_args(arguments)
     if options.command == "doctor":

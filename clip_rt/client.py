@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
@@ -59,11 +60,10 @@ Result = TypeVar("Result")
 TIMEOUT_S = 30.0
 CACHE_BYTES = 64 * 1024**2
 """Room for some 25,000 class embeddings of 512 numbers."""
-FIRST_PROMPTS = 64
-MAX_PROMPTS = 512
-"""Prompts whose class embeddings are finished together, at first and at most: the number doubles.
-What a call loses when its time is over is at most about half of what it did, however slow the
-server is, and at length the prompts are sorted by length over many requests."""
+MIN_PROMPTS, MAX_PROMPTS = 64, 4096
+CHUNK_S = 0.5
+"""Class embeddings are made and kept in chunks of about that time and of that many prompts: a call
+that ends early loses little, and a long chunk has more prompts of equal length."""
 
 
 class Client:
@@ -489,7 +489,7 @@ class Client:
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         _check_timeout(timeout_s)
-        with self._reloading:
+        with self._reloading_alone(timeout_s + self._start_timeout_s):
             with self._begun(timeout_s) as (model, _):
                 before = model.image.connection
             if any(endpoint.server is None for endpoint in before.endpoints):
@@ -594,6 +594,18 @@ class Client:
         self._connection = connection
         # One that is dropped without being closed hangs up.
         self._finalizer = weakref.finalize(self, connection.close)
+
+    @contextlib.contextmanager
+    def _reloading_alone(self, timeout_s: float) -> Iterator[None]:
+        if not self._reloading.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            raise ServerTimeoutError(
+                f"another thread is still reloading after {timeout_s:g} s. Call again later.",
+                timeout_s=timeout_s,
+            )
+        try:
+            yield
+        finally:
+            self._reloading.release()
 
     @contextlib.contextmanager
     def _locked(self, timeout_s: float) -> Iterator[None]:
@@ -806,10 +818,11 @@ def _make_classes(
     chunks: deque[_Chunk] = deque()
 
     def batches() -> Iterator[NDArray[np.int32]]:
-        start, num_prompts = 0, FIRST_PROMPTS
+        start, num_prompts = 0, MIN_PROMPTS
         while start < len(positions):
+            begun_s = time.monotonic()
             some = positions[start : start + max(1, num_prompts // len(templates))]
-            start, num_prompts = start + len(some), min(2 * num_prompts, MAX_PROMPTS)
+            start += len(some)
             texts = [
                 prompts.fill(template, labels[position])
                 for position in some
@@ -821,6 +834,10 @@ def _make_classes(
                 raise _blame_label(error, some, len(templates)) from error
             chunks.append(_Chunk(some, gathering, len(laid_out)))
             yield from laid_out
+            # They are taken as fast as earlier ones come back.
+            is_quick = time.monotonic() - begun_s < CHUNK_S
+            num_prompts = 2 * num_prompts if is_quick else num_prompts // 2
+            num_prompts = min(max(num_prompts, MIN_PROMPTS), MAX_PROMPTS)
 
     with contextlib.closing(
         dispatch.stream(model, model.text, batches(), lambda: deadline)

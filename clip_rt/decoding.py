@@ -270,9 +270,11 @@ def _open_file(file: Any, *, max_pixels: int, max_bytes: int) -> ImageFile.Image
     # A stream that cannot say so is read once.
     except Exception:
         position = None
-    encoded = _read_stream(file, max_bytes=max_bytes)
-    if position is not None:
-        file.seek(position)
+    try:
+        encoded = _read_stream(file, max_bytes=max_bytes)
+    finally:
+        if position is not None:
+            file.seek(position)
     rewind = (
         f" It was read from byte {position:,}, where the file stood; .seek(0) goes to its start."
         if position

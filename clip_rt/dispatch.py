@@ -134,7 +134,10 @@ def _insist(model: Model, lane: Lane, job: Job) -> tuple[Job, NDArray[np.float32
         except ServerError as error:
             last = error
             raise
-        if job.is_unsure:
+        if job.is_other_version:
+            # Perhaps of other weights: no answer is better than that.
+            connection.confirm(model, deadline)
+        elif job.is_unsure:
             # Of a server that has just ended, or of one that took its place. If it is there, ask.
             with contextlib.suppress(ServerUnavailableError, ServerTimeoutError):
                 connection.confirm(model, deadline)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt.errors import InputError, ServerStartError
-from clip_rt.installation import find_models
+from clip_rt.installation import find_home, find_models
 from clip_rt.reload import Reloader, take_port
 from clip_rt.server import EmbeddedServer
 
@@ -54,6 +54,8 @@ def serve(
         InputError: the address is not one on the loopback interface.
         ServerStartError: it cannot run here, the port is taken, or it dies again and again.
     """
+    find_home()
+    names = ", ".join(sorted(find_models(Path(repository))))
     port, listener = take_port(_find_port(url))
 
     def make_server() -> EmbeddedServer:
@@ -72,14 +74,16 @@ def serve(
             with _told_to_end():
                 while True:
                     server = reloader.server
-                    names = ", ".join(sorted(find_models(Path(repository))))
-                    found = server.start()
-                    _say(
-                        f"serving {names} from {repository} on {found}, for this machine only; "
-                        "production runs NVIDIA's container"
-                    )
-                    reloader.open()
                     try:
+                        found = server.start()
+                        if server is not reloader.server:  # It was replaced meanwhile.
+                            server.stop()
+                            continue
+                        _say(
+                            f"serving {names} from {repository} on {found}, for this machine only; "
+                            "production runs NVIDIA's container"
+                        )
+                        reloader.open()
                         server.wait()
                     except ServerStartError:
                         if server is reloader.server:

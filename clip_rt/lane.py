@@ -69,6 +69,8 @@ class Job:
         """Whether it was sent together with others."""
         self.sent_rows = len(array)
         """Rows of the request it was sent in."""
+        self.is_other_version = False
+        """Whether the answer is of another version of the model than the server said it has."""
         self.is_unsure = False
         """Whether the connection changed meanwhile, so that another server may have answered."""
         self.queued_at_s = time.monotonic()
@@ -278,12 +280,12 @@ class Lane:
             self._end(request, ProtocolError(problem, url=transport.url))
             return
         version = request.future.result().model_version
-        is_same = request.endpoint.is_version(self.tower.name, version)
-        is_same = is_same and request.endpoint.is_known(request.generation)
+        is_other_version = not request.endpoint.is_version(self.tower.name, version)
+        is_same = not is_other_version and request.endpoint.is_known(request.generation)
         # Last: a server is admitted with another model only once that is the connection's.
         start, is_unsure = 0, not (is_same and self.connection.is_current(self))
         for job in request.jobs:
-            job.is_unsure = is_unsure
+            job.is_unsure, job.is_other_version = is_unsure, is_other_version
             end = start + len(job.array)
             own = embeddings[start:end]
             for row in bad_rows:

@@ -14,22 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clip_rt import sharing
-from clip_rt.errors import ClipRTError, InputError, ServerStartError
+from clip_rt.errors import InputError, ServerStartError
 from clip_rt.installation import find_home, find_models
 from clip_rt.server import EmbeddedServer
 
 CONNECT_TIMEOUT_S = 5.0
+LOCK_TIMEOUT_S = 60.0
+"""Longest wait for an export that is changing the repository."""
+MAX_ANSWER_BYTES = 1024 * 1024
 _BACKLOG = 16
 
 _log = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ def reload(port: int, *, timeout_s: float) -> bool:
         InputError: this user serves nothing there.
         ServerStartError: what is new does not start, and the server goes on with what it had.
     """
+    if not timeout_s > 0:
+        raise InputError(f"timeout_s is {timeout_s!r:.40}; it must be a number above 0.")
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(CONNECT_TIMEOUT_S)
         try:
@@ -59,11 +64,15 @@ def reload(port: int, *, timeout_s: float) -> bool:
                 f"{error.strerror or error}. Name it: python -m clip_rt reload --port PORT. A "
                 "client with a server of its own has Client.reload()."
             ) from error
-        link.settimeout(timeout_s)
+        link.settimeout(min(timeout_s, threading.TIMEOUT_MAX))
         words = b""
         try:
-            while part := link.recv(65536):
+            # Whoever else listens there is not believed.
+            while _find_user(link) == os.getuid() and (part := link.recv(65536)):
                 words += part
+                if len(words) > MAX_ANSWER_BYTES:
+                    words = b""
+                    break
         except TimeoutError:
             raise ServerStartError(
                 f"the server on port {port} has not said within {timeout_s:g} s what came of it. "
@@ -71,17 +80,17 @@ def reload(port: int, *, timeout_s: float) -> bool:
             ) from None
         except OSError:
             words = b""
-    if not words:
+    try:
+        said = json.loads(words)
+        is_new, problem = bool(said["is_new"]), str(said["error"])
+    except (ValueError, KeyError, TypeError):
         raise ServerStartError(
             f"the server on port {port} ended, or belongs to another user, and has reloaded "
             "nothing. Start it again with python -m clip_rt serve."
-        )
-    said = json.loads(words)
-    if said["error"]:
-        raise ServerStartError(
-            f"the server on port {port} goes on with what it had: {said['error']}"
-        )
-    return bool(said["is_new"])
+        ) from None
+    if problem:
+        raise ServerStartError(f"the server on port {port} goes on with what it had: {problem}")
+    return is_new
 
 
 def take_port(port: int) -> tuple[int, socket.socket]:
@@ -152,19 +161,22 @@ class Reloader:
             return self.server
 
     def _answer_all(self) -> None:
-        with contextlib.suppress(OSError):  # It is closed as we end.
-            while True:
+        while True:
+            try:
                 link, _ = self._listener.accept()
-                with link:
-                    if _find_user(link) == os.getuid():
-                        answer = json.dumps(self._answer()).encode("utf-8", "replace")
-                        with contextlib.suppress(OSError):
-                            link.sendall(answer)
+            except OSError:
+                if self._listener.fileno() < 0:
+                    return  # It is closed as we end.
+                time.sleep(1.0)  # No descriptor is free, say.
+                continue
+            with link, contextlib.suppress(OSError):
+                if _find_user(link) == os.getuid():
+                    link.sendall(json.dumps(self._answer()).encode("utf-8", "replace"))
 
     def _answer(self) -> dict[str, object]:
         try:
             is_new = self._reload()
-        except (ClipRTError, OSError) as error:
+        except Exception as error:  # Or nobody could reload any more.
             _log.warning("nothing was reloaded: %s", error)
             return {"is_new": False, "error": str(error)}
         return {"is_new": is_new, "error": ""}
@@ -193,9 +205,22 @@ class Reloader:
 @contextlib.contextmanager
 def _unchanging(repository: Path) -> Iterator[None]:
     """Wait until no export changes the repository, and keep exports out: both towers are of one."""
+    import fcntl  # Here, because this module is imported where it does not exist.
+
     descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise ServerStartError(
+                        f"an export has been changing {repository} for {LOCK_TIMEOUT_S:g} s. "
+                        "Reload again when it has ended."
+                    ) from None
+                time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)

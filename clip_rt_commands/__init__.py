@@ -68,10 +68,11 @@ class _Finder:
         self._command = command
         self._root = root
         self._is_first = True
+        self._is_users = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """Answer for the names of our packages."""
-        if name not in PACKAGES:
+        if self._is_users or name not in PACKAGES:
             return None
         from importlib.machinery import PathFinder
 
@@ -79,7 +80,7 @@ class _Finder:
         # sys.path from then on.
         if self._is_first:
             if _is_users(self._command, self._root):
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                self._is_users = True
                 return None
             self._is_first = False
             _search_working_folder_last()

@@ -7,6 +7,7 @@ brings it, and not with a traceback. Only the standard library is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -52,7 +53,7 @@ SLOW_MODULES = frozenset(
 
 def begin() -> None:
     """Prepare for what may be missing, if this process was started as one of our commands."""
-    name = find_command(sys.orig_argv, sys.argv)
+    name = find_command(sys.orig_argv, getattr(sys, "argv", []))
     if name is None or isinstance(sys.excepthook, _Explain):
         return
     sys.excepthook = _Explain(name)
@@ -69,12 +70,13 @@ def find_command(orig_argv: list[str], argv: list[str]) -> str | None:
         orig_argv: All of the process's arguments, the interpreter's included.
         argv: `sys.argv`, while a package is imported: "-m" or a file comes first.
     """
-    if argv[0] == "-m":
+    name = ""
+    if argv and argv[0] == "-m":
         name = find_module(orig_argv, argv)
-    elif (path := Path(argv[0]).resolve()).is_relative_to(ROOT):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    else:
-        return None
+    elif argv and argv[0].endswith(".py"):
+        with contextlib.suppress(OSError, ValueError):  # The working folder is gone; not of ours.
+            path = Path(argv[0]).resolve().relative_to(ROOT)
+            name = ".".join(path.with_suffix("").parts)
     return name if name.partition(".")[0] in ("benchmarks", "export", "training") else None
 
 

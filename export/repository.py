@@ -502,11 +502,14 @@ def main(config: RepositoryConfig) -> None:
     """Do what `config` says, and show what is there."""
     if (config.ensembles or config.settings) and config.name is None:
         raise InputError("pass --name too: which model is to change?")
+    if not config.ensembles and (config.max_pixels, config.max_bytes) != (None, None):
+        raise InputError("--max-pixels and --max-bytes are for --ensembles: pass that too.")
+    is_switched = config.rollback or config.version is not None
+    if is_switched and (config.name is None or (config.rollback and config.version is not None)):
+        raise InputError("pass --name with one of --rollback and --version.")
     if config.settings:
         console.print(configure(config.repository, str(config.name), **config.settings))
         tell_published(config.repository, str(config.name))
-    if not config.ensembles and (config.max_pixels, config.max_bytes) != (None, None):
-        raise InputError("--max-pixels and --max-bytes are for --ensembles: pass that too.")
     if config.ensembles:
         assert config.name is not None
         added = add_ensembles(
@@ -515,10 +518,10 @@ def main(config: RepositoryConfig) -> None:
             max_pixels=config.max_pixels,
             max_bytes=config.max_bytes,
         )
-        console.print(f"added {', '.join(each.name for each in added)}", markup=False)
-    if config.rollback or config.version is not None:
-        if config.name is None or (config.rollback and config.version is not None):
-            raise InputError("pass --name with one of --rollback and --version.")
+        said = f"added {', '.join(each.name for each in added)}. {RELOAD}"
+        console.print(said, markup=False, soft_wrap=True)
+    if is_switched:
+        assert config.name is not None
         switch_version(config.repository, config.name, config.version)
         tell_published(config.repository, config.name)
     if not config.repository.is_dir():

@@ -83,8 +83,9 @@ def has_fast_bf16(device: torch.device, found: Processor | None = None) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # torch's own answer covers processors too that have AVX-512 and no BF16, where it is no faster.
-    is_supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return is_supported and (found or processor.read()).has_fast_bf16
+    if not (found or processor.read()).has_fast_bf16 or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def describe(device: torch.device) -> str:

@@ -171,8 +171,7 @@ def test_the_ways_out_that_are_named_are_ways_out(tmp_path: Path, classes: Path,
         images[0].with_suffix(".txt").write_text("0 0 9 9")
         option = ("--folder-kind", "classes")
     arguments = ("--data", data, "--out-dir", tmp_path / "out", *TRAIN)
-    named = option[0].removeprefix("--").replace("-", "_")
-    assert named in fail("run", *arguments)
+    assert option[0] in fail("run", *arguments)
     config = tyro.cli(TrainConfig, args=[*map(str, arguments), *option])
     batches = open_data(config, parallel.World(0, 1, torch.device("cpu")))
     assert len(next(batches.stream(0)).group_B) == 4

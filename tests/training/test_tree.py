@@ -134,7 +134,7 @@ def test_what_could_be_either_is_refused_and_both_readings_named(tmp_path: Path)
     write(tmp_path, *(f"{folder}/{n}.jpg" for folder in ("cat", "dog") for n in range(4)))
     write(tmp_path, "cat/0.txt", "dog/3.txt", content=b"12 12 40 40")
     with pytest.raises(
-        InputError, match=r"2 of the 8 images .*'cat/0.jpg'.*folder_kind classes.*folder_kind capti"
+        InputError, match=r"2 of the 8 images .*'cat/0.jpg'.*folder-kind classes.*folder-kind capti"
     ):
         open_one(tmp_path)
     source = open_one(tmp_path, folder_kind="classes")

@@ -198,10 +198,12 @@ class PairBatches:
             # A streamed shard leaves out samples that never reach a row.
             bad = self._bad if self._pipe is None else self.skips
             num_bad = bad.total - self._skipped_before
+            found = f"{num_bad} of the first {self._num_good + num_bad} samples are bad"
+            if is_hopeless:
+                raise InputError(f"{found}, so that a batch cannot be filled: {bad}. Repair them.")
             raise InputError(
-                f"{num_bad} of the first {self._num_good + num_bad} samples are bad; at most "
-                f"{self._max_bad_share:.0%} may be: {bad}. Repair the data"
-                + ("." if is_hopeless else ", or raise --max-bad-share.")
+                f"{found}; at most {self._max_bad_share:.0%} may be: {bad}. Repair the data, or "
+                "raise --max-bad-share."
             )
 
     @property

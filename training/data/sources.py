@@ -71,9 +71,9 @@ def _open_folder(
     if holds_captions is None:
         raise InputError(
             f"{len(tree.captioned)} of the {len(tree.images)} images of {path} have a .txt beside "
-            f"them, such as {min(tree.captioned)!r}. Say what the folder is: folder_kind classes "
-            "reads a folder of images for each class and no .txt; folder_kind captions reads each "
-            ".txt as the caption of its image, and leaves out the images that have none."
+            f"them, such as {min(tree.captioned)!r}. Say what the folder is: --folder-kind classes "
+            "reads a folder of images for each class and no .txt; --folder-kind captions reads a "
+            ".txt as the caption of its image, and leaves out images that have none."
         )
     if holds_captions:
         return CaptionFolder(tree, allow_outside=allow_outside)

@@ -50,7 +50,7 @@ def open_model(
         checkpoint: What `training.weights.load.load_clip` reads.
         model: Key of `clip_rt.specs.MODELS`; None takes the name `training.run` wrote beside the
             weights.
-        activation: Overrides the checkpoint's and the architecture's.
+        activation: As the weights were trained; needed where nothing beside them says it.
 
     Raises:
         CheckpointError: missing or unreadable, or it names no architecture.

@@ -216,8 +216,9 @@ def _square(size: object) -> int | None:
 
 
 def _pixels(size: object) -> int | None:
-    is_whole = isinstance(size, (int, float)) and not isinstance(size, bool) and size == int(size)
-    return int(size) if is_whole and size > 0 else None  # type: ignore[call-overload, operator]
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not math.isfinite(size):
+        return None
+    return int(size) if size > 0 and size == int(size) else None
 
 
 def _flag(said: Mapping[str, Any], key: str) -> bool:

@@ -11,7 +11,6 @@ the model that Triton runs, where clip_rt may be missing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -255,6 +254,8 @@ def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
 
 
 def _lock(descriptor: int, timeout_s: float) -> bool:
+    import fcntl  # Here, because this module is imported where it does not exist.
+
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
