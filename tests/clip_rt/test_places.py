@@ -246,7 +246,9 @@ import subprocess, sys
 import clip_rt
 from clip_rt.server import EmbeddedServer
 for target in ("/tmp", "/dev/shm")[: int(sys.argv[2])]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", target], check=True)
+    # Itself, read only: this checkout may lie there.
+    for how in (("--bind", target), ("-o", "remount,bind,ro")):
+        subprocess.run(["mount", *how, target], check=True)
 try:
     with EmbeddedServer(sys.argv[1]):
         print("started")
