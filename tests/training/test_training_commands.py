@@ -190,7 +190,7 @@ def test_a_table_of_absolute_paths_is_read_where_that_is_asked_for(
     arguments = ["--checkpoint", tmp_path / "w.safetensors", "--data", tmp_path / "table/t.csv"]
     if name != "evaluate":
         arguments += ["--out", tmp_path / "out.npz"]
-    assert "allow_outside" in fail(name, *arguments)
+    assert "--allow-outside" in fail(name, *arguments)
     config = tyro.cli(COMMANDS[name][0], args=[*map(str, arguments), "--allow-outside"])
     samples = read_samples(config.data, allow_outside=config.allow_outside)
     assert [sample.label for sample in samples] == ["cat", "cat", "dog", "dog"]
