@@ -91,7 +91,7 @@ def losses_of(out_dir: Path) -> list[float]:
 
 
 def wait_for_step(out_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         log = out_dir / "log.jsonl"
         if log.exists() and any(line["step"] >= step for line in read_journal(log)):
