@@ -7,14 +7,17 @@ import logging
 import sys
 
 import clip_rt_commands
-from clip_rt.errors import ClipRTError
+from clip_rt_commands.errors import command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; `arguments` are those of the command line unless given.
 
     Returns:
-        0 when it did what it should, 1 when it could not, 130 when Ctrl-C cut it short.
+        0 when it did what it should, 1 when `doctor` found a fault, 130 when Ctrl-C cut it short.
+
+    Raises:
+        SystemExit: with 1 where an error of ours ended it; it is printed.
     """
     clip_rt_commands.print_any_text()
     parser = argparse.ArgumentParser(prog="python -m clip_rt", description=__doc__)
@@ -36,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         return examine(rest)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if options.command == "reload":
-        return _reload(options.port, options.timeout_s)
-    return _serve(options.repository, options.port, options.start_timeout_s)
+    with command():
+        if options.command == "reload":
+            return _reload(options.port, options.timeout_s)
+        return _serve(options.repository, options.port, options.start_timeout_s)
 
 
 def _serve(repository: str, port: int, start_timeout_s: float) -> int:
@@ -47,22 +51,15 @@ def _serve(repository: str, port: int, start_timeout_s: float) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         serve(repository, url=f"127.0.0.1:{port}", start_timeout_s=start_timeout_s)
-    except ClipRTError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
     except KeyboardInterrupt:
         return 130  # Asked twice, so it did not wait for the requests under way.
     return 0
 
 
 def _reload(port: int, timeout_s: float) -> int:
-    try:
-        from clip_rt.reload import reload
+    from clip_rt.reload import reload
 
-        is_new = reload(port, timeout_s=timeout_s)
-    except ClipRTError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    is_new = reload(port, timeout_s=timeout_s)
     what = "what its repository holds now" if is_new else "what it did: nothing new is there"
     sys.stdout.write(f"the server on port {port} serves {what}\n")
     return 0

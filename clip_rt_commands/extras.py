@@ -108,7 +108,7 @@ class _Explain:
         module = (getattr(error, "name", None) or "").partition(".")[0]
         is_missing = isinstance(error, ModuleNotFoundError) and module
         if is_missing and module not in OURS and module not in sys.stdlib_module_names:
-            sys.stderr.write(sentence(self._command, module) + "\n")
+            sys.stderr.write("error: " + sentence(self._command, module) + "\n")
         else:
             sys.__excepthook__(kind, error, traceback)
 

@@ -35,7 +35,8 @@ import clip_rt
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
-from export.console import command, console, mib, print_next
+from clip_rt_commands.errors import command
+from export.console import console, mib, print_next
 from export.repository import RELOAD, check_known, publish
 from export.triton_config import Serving, read_config, read_manifest, read_serving
 from export.version_folder import CONFIG, REPORT, list_weights, served_version
@@ -364,5 +365,7 @@ def main_unpack(*, file: Path, repository: Path = Path("model_repository")) -> N
 if __name__ == "__main__":
     with command():
         tyro.extras.subcommand_cli_from_dict(
-            {"pack": main_pack, "verify": main_verify, "unpack": main_unpack}, description=__doc__
+            {"pack": main_pack, "verify": main_verify, "unpack": main_unpack},
+            prog="python -m export.bundle",
+            description=__doc__,
         )

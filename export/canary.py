@@ -29,8 +29,9 @@ from clip_rt.images import preprocess
 from clip_rt.manifest import CANARY
 from clip_rt.specs import image_model, text_model
 from clip_rt.tokenizer import tokenize
+from clip_rt_commands.errors import command
 from export import parity
-from export.console import command, console
+from export.console import console
 from export.graphs import ImageGraph, TextGraph
 from export.repository import check_known, switch_version
 from export.triton_config import read_config, read_manifest
@@ -120,4 +121,4 @@ def main(config: CanaryConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(CanaryConfig, description=__doc__))
+        main(tyro.cli(CanaryConfig, prog="python -m export.canary", description=__doc__))

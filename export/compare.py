@@ -28,8 +28,9 @@ from clip_rt.decoding import ImageInput, Limits
 from clip_rt.errors import ContractError, ImageError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import slug
+from clip_rt_commands.errors import command
 from export import probes
-from export.console import command, console, stage
+from export.console import console, stage
 from export.drift import (
     MIN_IMAGES,
     MIN_KEPT_INTERCHANGEABLE,
@@ -43,9 +44,10 @@ from export.drift import (
     judge,
     measure,
 )
-from export.samples import NO_TEXT, check_paths, read_choices
+from export.samples import NO_TEXT, read_choices
 from export.served import Reference, find_reference
 from training.evaluation.class_names import NameTable, read_name_table
+from training.evaluation.labelled import check_exist
 
 _PROBE_SIDE_PX, _NUM_SMOOTH, _NUM_NOISE = 336, 53, 8
 _CHUNK = 64
@@ -135,7 +137,7 @@ def compare(config: CompareConfig) -> Report:
         raise InputError(f"there is no folder {config.report.parent} to write the report into.")
     if config.report is not None and config.report.is_dir():
         raise InputError(f"{config.report} is a folder; --report names a file.")
-    check_paths(*config.samples, config.class_names)
+    check_exist(*config.samples, config.class_names)
     samples, weak = _read(config)
     (manifest_a, embedded_a), (manifest_b, embedded_b) = (
         _embed(each, samples, config) for each in (a, b)
@@ -300,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     with command():
         try:
-            config = tyro.cli(CompareConfig, description=__doc__, args=arguments)
+            config = tyro.cli(
+                CompareConfig, prog="python -m export.compare", description=__doc__, args=arguments
+            )
         except SystemExit as end:
             # Ours is 2 when versions do not mix; a mistyped option is an error.
             raise SystemExit(1 if end.code else 0) from None

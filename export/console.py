@@ -1,4 +1,4 @@
-"""What an export prints: plan, stages with time and size, what the gate found, errors."""
+"""What an export prints: plan, stages with time and size, what the gate found."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-
-from clip_rt.errors import ClipRTError
 
 console = Console(highlight=False)
 MAX_FAILED = 4
@@ -40,16 +38,6 @@ def stage(title: str, *, spinner: bool = True) -> Iterator[list[str]]:
         f"[green]done[/] {title:<28} {duration_s:7.1f} s  {escape(', '.join(outcome))}",
         soft_wrap=True,
     )
-
-
-@contextmanager
-def command() -> Iterator[None]:
-    """Run a command: errors of ours end it with status 1 and no traceback."""
-    try:
-        yield
-    except (ClipRTError, OSError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
 
 
 def print_plan(*stages: tuple[str, str]) -> None:

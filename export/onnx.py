@@ -21,9 +21,10 @@ import tyro
 from clip_rt import processor
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
+from clip_rt_commands.errors import command
 from export import int8, parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import command, print_plan, stage
+from export.console import print_plan, stage
 from export.parity import Precision
 from export.repository import check_name, check_writable, publish
 from export.road import (
@@ -38,9 +39,9 @@ from export.road import (
     read_samples,
     run_gate,
 )
-from export.samples import check_paths
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
+from training.evaluation.labelled import check_exist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         )
         return None
     check_writable(config.repository, config.served_name)
-    check_paths(*config.samples, *config.calibration, config.class_names)
+    check_exist(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
     samples = read_samples(config.samples, config, clip.spec)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
@@ -169,4 +170,4 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
 
 if __name__ == "__main__":
     with command():
-        export(tyro.cli(OnnxConfig, description=__doc__))
+        export(tyro.cli(OnnxConfig, prog="python -m export.onnx", description=__doc__))

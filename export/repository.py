@@ -37,7 +37,8 @@ from clip_rt.decoding import Limits
 from clip_rt.errors import ContractError, InputError
 from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
-from export.console import command, console
+from clip_rt_commands.errors import command
+from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
 from export.triton_config import (
     Backend,
@@ -546,4 +547,4 @@ def main(config: RepositoryConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(RepositoryConfig, description=__doc__))
+        main(tyro.cli(RepositoryConfig, prog="python -m export.repository", description=__doc__))

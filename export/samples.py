@@ -50,17 +50,6 @@ class Samples:
         return digest.hexdigest()
 
 
-def check_paths(*paths: Path | None) -> None:
-    """Refuse what is not there, before minutes of work.
-
-    Raises:
-        InputError: names the first that is not.
-    """
-    for path in paths:
-        if path is not None and not path.exists():
-            raise InputError(f"{str(path)!r} does not exist.")
-
-
 def load_samples(
     path: Path,
     spec: ModelSpec,

@@ -26,9 +26,10 @@ import tyro
 
 from clip_rt.errors import InputError
 from clip_rt.specs import Tower, ViTSpec, find_spec, slug
+from clip_rt_commands.errors import command
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
-from export.console import command, console, mib, print_plan, stage
+from export.console import console, mib, print_plan, stage
 from export.engine import (
     BuildOptions,
     Profile,
@@ -55,10 +56,11 @@ from export.road import (
     read_samples,
     run_gate,
 )
-from export.samples import Samples, check_paths
+from export.samples import Samples
 from export.storage import external_files
 from export.store import Store, sha256_of
 from export.triton_config import Serving
+from training.evaluation.labelled import check_exist
 from training.model import CLIP
 
 
@@ -126,7 +128,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
     if config.dry_run:
         _print_plan(config, spec.name)
         return None
-    check_paths(*config.samples, config.class_names)
+    check_exist(*config.samples, config.class_names)
     if config.runtime == "tensorrt":
         check_writable(config.repository, config.served_name)
     trt = load_runtime(config.runtime)
@@ -321,4 +323,4 @@ def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     with command():
-        export(tyro.cli(TrtConfig, description=__doc__))
+        export(tyro.cli(TrtConfig, prog="python -m export.trt", description=__doc__))

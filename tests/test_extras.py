@@ -154,7 +154,7 @@ def test_what_is_missing_is_one_sentence(without, gone, command, extra):
     done = without(gone, *command)
     name = "benchmarks.run" if command[0] != "-m" else command[1]
     assert done.returncode == 1
-    assert done.stderr == extras.sentence(name, gone) + "\n"
+    assert done.stderr == "error: " + extras.sentence(name, gone) + "\n"
     assert f"pip install 'clip-rt[{extra}]'" in done.stderr
     assert f"-e '.[{extra}]'" in done.stderr
 

@@ -80,6 +80,8 @@ def test_every_command_of_the_documents_has_the_options_it_is_shown_with(command
     if program == ["-m", "pytest"]:
         return
     text = help_of(tuple(program))
+    if program[0] == "-m":
+        assert f"usage: python -m {' '.join(program[1:])} " in " ".join(text.lower().split())
     options = [word.partition("=")[0] for word in rest if word.startswith("--")]
     assert [each for each in options if not re.search(rf"{each}(?![\w-])", text)] == []
 

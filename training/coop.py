@@ -29,7 +29,7 @@ from clip_rt.errors import InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import check_labels, fill
 from clip_rt.tokenizer import encode, pad
-from training.command import command
+from clip_rt_commands.errors import command
 from training.evaluation.embed import device_of, logit_scale
 from training.evaluation.labelled import check_exist
 from training.evaluation.source import Source, choose_shots, embed_data, find_classes
@@ -168,7 +168,7 @@ def run(config: CoopConfig) -> Probe:
         InputError, CheckpointError: something it names cannot be used.
     """
     table = config.read_table()
-    check_exist(config.data)
+    check_exist(*config.data)
     model = config.open_model()
     images = embed_data(model, config.data, allow_outside=config.allow_outside, limits=config)
     classes = find_classes(images.labels, table)
@@ -206,4 +206,4 @@ def main(config: CoopConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(CoopConfig, description=__doc__))
+        main(tyro.cli(CoopConfig, prog="python -m training.coop", description=__doc__))

@@ -36,7 +36,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from training.command import command
+from clip_rt_commands.errors import command
 from training.render import iconify_svg, line_svg, render
 
 PACKAGES = {"@iconify/json": "2.2.535", "openmoji": "17.0.0", "emojibase-data": "17.0.0"}

@@ -29,7 +29,7 @@ from rich.table import Table
 from clip_rt.errors import InputError
 from clip_rt.prompts import DEFAULT_TEMPLATE
 from clip_rt.zero_shot import classify
-from training.command import command
+from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings
 from training.evaluation.class_names import NameTable, describe_layout, read_templates
 from training.evaluation.embed import class_embeddings, embed_drawings, embed_texts, logit_scale
@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     table = config.read_table()
     frames = read_templates(config.templates)
     captions = read_captions(config.captions) if config.captions else None
-    check_exist(config.data)
+    check_exist(*config.data)
     model = config.open_model()
     embedded = embed_data(model, config.data, allow_outside=config.allow_outside, limits=config)
     if captions is not None:
@@ -210,4 +210,4 @@ def _check_captions(
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(EvaluateConfig, description=__doc__))
+        main(tyro.cli(EvaluateConfig, prog="python -m training.evaluate", description=__doc__))

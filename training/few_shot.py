@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from clip_rt.errors import ImageError, InputError
 from clip_rt.images import preprocess
-from training.command import command
+from clip_rt_commands.errors import command
 from training.coop import context_probe, learn_context
 from training.evaluation.class_names import read_templates
 from training.evaluation.embed import class_embeddings, embed_images
@@ -250,7 +250,7 @@ def main(config: FewShotConfig) -> None:
     """Measure, print a table, draw the plot."""
     table = config.read_table()
     templates = read_templates(config.templates)
-    check_exist(config.data)
+    check_exist(*config.data)
     model = config.open_model()
     samples = list(read_samples(config.data, allow_outside=config.allow_outside))
     classes = find_classes([sample.label for sample in samples], table)
@@ -289,4 +289,4 @@ def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(FewShotConfig, description=__doc__))
+        main(tyro.cli(FewShotConfig, prog="python -m training.few_shot", description=__doc__))

@@ -26,8 +26,8 @@ from clip_rt.errors import CheckpointError, InputError
 from clip_rt.probe import Probe
 from clip_rt.prompts import DEFAULT_TEMPLATE
 from clip_rt.specs import Activation
+from clip_rt_commands.errors import command
 from training.checkpoint import save_checkpoint
-from training.command import command
 from training.evaluate import zero_shot
 from training.evaluation.class_names import read_name_table, read_templates
 from training.evaluation.embed import class_embeddings, logit_scale, open_model
@@ -146,7 +146,7 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     """
     table = read_name_table(config.class_names) if config.class_names else None
     frames = read_templates(config.templates) if config.templates else [DEFAULT_TEMPLATE]
-    check_exist(config.data)
+    check_exist(*config.data)
     model = open_model(config.zero_shot, model=config.model, activation=config.activation)
     name, activation = model.spec.name, model.spec.activation
     first = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -184,4 +184,6 @@ def main(config: InterpolateConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(InterpolateConfig, description=__doc__))
+        main(
+            tyro.cli(InterpolateConfig, prog="python -m training.interpolate", description=__doc__)
+        )

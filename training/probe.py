@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 
 from clip_rt.errors import InputError
 from clip_rt.probe import Probe
-from training.command import command
+from clip_rt_commands.errors import command
 from training.evaluation.class_names import NameTable
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy, accuracy
@@ -189,7 +189,7 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
         InputError, CheckpointError: something it names cannot be used.
     """
     table = config.read_table()
-    check_exist((*config.data, *config.validation, *config.test))
+    check_exist(*config.data, *config.validation, *config.test)
     model = config.open_model()
     embed = partial(embed_data, model, allow_outside=config.allow_outside, limits=config)
     images = embed(config.data)
@@ -266,4 +266,4 @@ def _same_classes(
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(ProbeConfig, description=__doc__))
+        main(tyro.cli(ProbeConfig, prog="python -m training.probe", description=__doc__))

@@ -25,11 +25,11 @@ import tyro
 from torch import Tensor
 
 from clip_rt.errors import TrainingError
+from clip_rt_commands.errors import command
 from training import parallel, precision
 from training.accumulate import cached_backward, split_batch
 from training.build import build, claim_folder, seed_everything
 from training.checkpoint import save_checkpoint
-from training.command import command
 from training.config import TrainConfig
 from training.curves import draw_curves
 from training.data.batches import Batch
@@ -312,4 +312,4 @@ def stopping(run: Run) -> Iterator[None]:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TrainConfig))
+        main(tyro.cli(TrainConfig, prog="python -m training.run"))

@@ -32,8 +32,8 @@ from clip_rt.specs import (
     ViTSpec,
     find_spec,
 )
+from clip_rt_commands.errors import command
 from export.config import ExportConfig
-from export.console import command
 from export.road import fingerprint_of, load_weights
 from training.model import CLIP
 from training.weights.load import load_clip

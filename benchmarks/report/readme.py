@@ -19,6 +19,7 @@ from benchmarks.findings import Row, Run
 from benchmarks.record import read_run
 from benchmarks.report import answers, words
 from clip_rt.errors import InputError
+from clip_rt_commands.errors import command
 
 README = Path(__file__).parents[2] / "README.md"
 MAX_CASES = 8
@@ -166,24 +167,21 @@ def main(
     readme: Annotated[Path, typer.Option(help="File with the blocks.")] = README,
 ) -> None:
     """Write the README's block of RESULT, or check it; --check alone checks all blocks."""
-    try:
-        paths = [result] if result else results_of(readme)
-        if not (result or is_check):
-            raise InputError("Name the result to write from, or --check.")
-        for path in paths:
-            run = read_run(path)
-            if not is_check:
-                changed = "updated" if update(readme, run, path) else "already says so"
-                typer.echo(f"{readme}: {changed}")
-            elif not check(readme, run, path):
-                raise InputError(
-                    f"{readme} does not say what {path} found. "
-                    f"Run python -m benchmarks.report.readme {path}."
-                )
-    except InputError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+    paths = [result] if result else results_of(readme)
+    if not (result or is_check):
+        raise InputError("Name the result to write from, or --check.")
+    for path in paths:
+        run = read_run(path)
+        if not is_check:
+            changed = "updated" if update(readme, run, path) else "already says so"
+            typer.echo(f"{readme}: {changed}")
+        elif not check(readme, run, path):
+            raise InputError(
+                f"{readme} does not say what {path} found. "
+                f"Run python -m benchmarks.report.readme {path}."
+            )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        typer.run(main)

@@ -191,8 +191,11 @@ def test_nobody_serves_beyond_this_machine(repository):
 
 
 def test_the_command_says_what_is_wrong_and_fails(tmp_path, capsys):
-    assert main(["serve", "--repository", str(tmp_path / "missing")]) == 1
-    assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(["serve", "--repository", str(tmp_path / "missing")])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "does not exist" in said
     for arguments in (["serve"], ["bake"], ["serve", "--repository", ".", "--host", "0.0.0.0"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)

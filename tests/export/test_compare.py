@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -264,7 +265,7 @@ def test_a_running_server_and_no_samples(models, capsys):
         with pytest.raises(SystemExit) as end:
             main([url.replace("shop", "shoes"), "shop", "--repository", str(models)])
         assert end.value.code == 1
-        assert "serves no shoes_image with shoes_text" in capsys.readouterr().out
+        assert re.match("error: .*serves no shoes_image with shoes_text", capsys.readouterr().err)
     finally:
         give_back(server)
 
@@ -319,7 +320,9 @@ def test_few_images_a_damaged_one_and_a_mistyped_option_are_errors(
         with pytest.raises(SystemExit) as end:
             main([*command, *wrong])
         assert end.value.code == 1
-        assert message in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().err.split())
+        assert message in said
+        assert not message or said.startswith("error: ")
 
 
 @served

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import EMBEDDINGS, MODELS
+from clip_rt_commands.errors import command
 from export import console, onnx_writer, parity, probes, storage
 from export.graphs import ImageGraph, TextGraph
 from export.onnx import OnnxConfig, export
@@ -300,17 +301,17 @@ class TestCommand:
         )
         assert found.returncode == 1
         assert "Traceback" not in found.stdout + found.stderr
-        assert path in found.stdout
-        assert "does not exist" in found.stdout or "no checkpoint file" in found.stdout
+        assert path in found.stderr
+        assert "does not exist" in found.stderr or "no checkpoint file" in found.stderr
 
     def test_weights_of_unknown_activation_need_the_option(self, tmp_path):
         checkpoint = tmp_path / "clip.safetensors"
         save_file(tiny.make(tiny.VIT).state_dict(), checkpoint)
         found = self.run("--model", "ViT-B/32", "--weights", checkpoint)
         assert found.returncode == 1
-        assert "Pass --activation quick_gelu or --activation gelu" in found.stdout
+        assert "Pass --activation quick_gelu or --activation gelu" in found.stderr
         asked = self.run("--model", "ViT-B/32", "--weights", checkpoint, "--activation", "gelu")
-        assert "does not fit ViT-B/32" in asked.stdout
+        assert "does not fit ViT-B/32" in asked.stderr
 
     def test_publishes_a_checkpoint(self, tmp_path):
         clip = random_clip(MODELS["RN26@64px"], seed=3)
@@ -338,7 +339,7 @@ class TestCommand:
     def test_errors_end_with_status_1_and_no_traceback(self, tmp_path):
         found = self.run("--model", "ViT-B/31", "--weights", "random", "--repository", tmp_path)
         assert found.returncode == 1
-        assert "unknown architecture 'ViT-B/31'" in found.stdout
+        assert found.stderr.startswith("error: unknown architecture 'ViT-B/31'")
         assert "Traceback" not in found.stdout + found.stderr
         assert not list(tmp_path.iterdir())
 
@@ -354,11 +355,12 @@ def test_failed_parity_ends_with_status_1_and_shows_the_table(
         max_top1_lost=0,
     )
     monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
-    with pytest.raises(SystemExit) as ended, console.command():
+    with pytest.raises(SystemExit) as ended, command():
         export(config(tmp_path))
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert ended.value.code == 1
-    assert "ParityError" in printed
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
     # The worst of those that drift, and where all of them are.
     assert len(re.findall(r"drifts +[^ ]$", printed, re.MULTILINE)) == console.MAX_FAILED
     assert len(printed.splitlines()) < 50

@@ -370,9 +370,12 @@ def test_a_shard_that_cannot_be_trusted_is_not_evaluated_on(tmp_path: Path) -> N
 def test_nothing_to_evaluate_names_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image"):
         list(read_samples([tmp_path]))
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="neither a folder"):
+        list(read_samples([tmp_path / "notes.txt"]))
+    with pytest.raises(InputError, match="missing' does not exist"):
         list(read_samples([tmp_path / "missing"]))
-    with pytest.raises(InputError, match="neither a folder"):
+    with pytest.raises(InputError, match="does not exist"):
         list(read_samples([Path(f"pipe:touch {tmp_path}/ran.tar")]))
     assert not (tmp_path / "ran.tar").exists()
 

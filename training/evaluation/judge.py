@@ -32,7 +32,7 @@ class Judge:
         self._eval_data = config.eval_data
         self._allow_outside = config.allow_outside
         self._limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
-        check_exist(config.eval_data)
+        check_exist(*config.eval_data)
         self._table = read_name_table(config.class_names) if config.class_names else None
         data_dir = SAMPLE_DIR if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")

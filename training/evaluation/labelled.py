@@ -58,18 +58,15 @@ class Sample:
     captions: tuple[str, ...] = ()
 
 
-def check_exist(data: Sequence[Path]) -> None:
-    """Refuse data that are not there, before anything else is done.
+def check_exist(*paths: Path | None) -> None:
+    """Refuse what is not there, before minutes of work; None names nothing.
 
     Raises:
-        InputError: a path does not exist.
+        InputError: names the first that is not.
     """
-    for path in data:
-        if not path.exists():
-            raise InputError(
-                f"{str(path)!r} does not exist: it is neither a folder, nor a table "
-                f"({', '.join(TABLE_SUFFIXES)}), nor a .tar shard."
-            )
+    for path in paths:
+        if path is not None and not path.exists():
+            raise InputError(f"{str(path)!r} does not exist.")
 
 
 def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterator[Sample]:
@@ -82,7 +79,7 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
     Raises:
         InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
     """
-    check_exist(data)
+    check_exist(*data)
     count = 0
     for path in data:
         if path.is_dir():

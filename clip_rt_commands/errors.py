@@ -1,7 +1,8 @@
-"""What every command of training does about errors: one line, and the exit status 1."""
+"""What every command does about errors: one line on stderr, and the exit status 1."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,4 +15,10 @@ def command() -> Iterator[None]:
     try:
         yield
     except (ClipRTError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print_error(error)
+        raise SystemExit(1) from None
+
+
+def print_error(error: object) -> None:
+    """Print what went wrong, as all commands do."""
+    sys.stderr.write(f"error: {error}\n")
