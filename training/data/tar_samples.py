@@ -25,7 +25,7 @@ from training.data.pairs import (
     BadSampleError,
     Skips,
 )
-from training.data.tree import LEFTOVER, is_leftover, unread_reason
+from training.data.tree import LEFTOVER, is_leftover, skip_leftover, unread_reason
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def read_samples(
         base, extension = base_plus_ext(header.name)
         refused = _refuse(header)
         if not refused and not header.isdir() and _is_leftover(header.name):
-            _skip_leftover(header.name, shard, skips)
+            skip_leftover(header.name, f"{shard}, {header.name!r}", skips)
             continue
         if base is None or header.isdir() or _METADATA.match(header.name):
             if refused:
@@ -119,13 +119,6 @@ def read_samples(
 
 def _is_leftover(name: str) -> bool:
     return any(map(is_leftover, name.replace("\\", "/").split("/")))
-
-
-def _skip_leftover(name: str, shard: str, skips: Skips) -> None:
-    """Count an image among what is no data, and note anything else."""
-    extension = os.path.splitext(name)[1].lstrip(".").lower()
-    is_image = extension in IMAGE_EXTENSIONS or unread_reason(extension) is not None
-    (skips.add if is_image else skips.note)(LEFTOVER, f"{shard}, {name!r}")
 
 
 def _headers(tar: tarfile.TarFile, shard: str, skips: Skips) -> Iterator[tarfile.TarInfo]:

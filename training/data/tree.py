@@ -45,6 +45,11 @@ def is_leftover(name: str) -> bool:
     return is_hidden or name.lower() in _LEFTOVERS
 
 
+def skip_leftover(name: str, place: str, skips: Skips) -> None:
+    """Count an image among what is no data, and note anything else, by its `place`."""
+    (skips.add if _ends_like_an_image(name) else skips.note)(LEFTOVER, place)
+
+
 def unread_reason(extension: str) -> str | None:
     """Say why an image with this ending, lower case without its dot, is left out; None if not."""
     return (
@@ -156,7 +161,7 @@ def _walk(root: Path, folders: list[str], skips: Skips) -> Iterator[tuple[str, l
         for entry in entries:
             path = os.path.join(parent, entry.name)
             if is_leftover(entry.name):
-                _skip_leftover(root, path, skips)
+                _skip_leftovers(root, path, skips)
             elif _is_folder(entry):
                 inner.append(path)
             else:
@@ -173,7 +178,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _skip_leftover(root: Path, path: str, skips: Skips) -> None:
+def _skip_leftovers(root: Path, path: str, skips: Skips) -> None:
     """Count each image in what is no data, and note the rest."""
     inside = [path]
     if (root / path).is_dir() and not (root / path).is_symlink():
@@ -183,15 +188,13 @@ def _skip_leftover(root: Path, path: str, skips: Skips) -> None:
             for name in files
         ]
     images = [each for each in inside if _ends_like_an_image(each)]
-    for each in images:
-        skips.add(LEFTOVER, each)
-    if not images:
-        skips.note(LEFTOVER, path)
+    for each in images or [path]:
+        skip_leftover(each, each, skips)
 
 
 def _ends_like_an_image(name: str) -> bool:
     extension = os.path.splitext(name)[1].lstrip(".").lower()
-    return extension in IMAGE_EXTENSIONS or extension in UNREAD_IMAGES
+    return extension in IMAGE_EXTENSIONS or unread_reason(extension) is not None
 
 
 def _is_image(path: Path) -> bool:
