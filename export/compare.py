@@ -72,7 +72,7 @@ class CompareConfig(Limits):
     num_images: int = 1000
     """How many images of each of the samples to measure on."""
     allow_outside: bool = False
-    """Let paths in tables lead out of the folder of the table."""
+    """Let paths in tables and links in folders of the samples lead out of them."""
     report: Path | None = None
     """JSON file to write everything measured to."""
 

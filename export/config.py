@@ -25,7 +25,7 @@ class ExportConfig(Limits):
     repository: Path = Path("model_repository")
     """Triton model repository to publish into."""
     activation: Activation | None = None
-    """Of the MLP blocks, where neither the weights nor the architecture say it right."""
+    """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it."""
     fp32_island: tuple[str, ...] = ()
     """Layers that stay FP32 among FP16 ones, by name or pattern: 'visual.*.resblocks.3.mlp'."""
     find_islands: bool = False
@@ -38,7 +38,7 @@ class ExportConfig(Limits):
     num_images: int = 256
     """How many images of each of the samples to measure on."""
     allow_outside: bool = False
-    """Let paths in tables lead out of the folder of the table."""
+    """Let paths in tables and links in folders of the samples lead out of them."""
     max_batch_size: int = MAX_BATCH_SIZE
     """Largest batch the server accepts."""
     keep_versions: int = KEEP_VERSIONS

@@ -66,7 +66,7 @@ def load_samples(
         spec: Of the model the images are for.
         num_images: How many to keep, chosen at random; all where there are fewer.
         table: Names of the classes, where their ids say nothing.
-        allow_outside: Whether the paths of a table may lead out of its folder.
+        allow_outside: Whether paths of a table, and links in a folder, may lead out of it.
         limits: How large an image may be.
 
     Raises:

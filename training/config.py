@@ -43,7 +43,8 @@ class TrainConfig(Limits):
     model: str = "RN26@64px"
     """Architecture, a key of clip_rt.specs.MODELS."""
     activation: Activation | None = None
-    """Of the MLP blocks; None is what init_from says of itself, or else the architecture's."""
+    """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it.
+    Without init_from, what the network is to have; None is the architecture's."""
     init_from: str | None = None
     """Weights to start from (fine-tuning): a file, hf:owner/name@revision, or openai."""
     out_dir: Path = Path("runs/drawings")

@@ -59,11 +59,11 @@ class InterpolateConfig(Limits):
     model: str | None = None
     """Architecture; without it, the one the checkpoints name."""
     activation: Activation | None = None
-    """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
+    """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:1."""
     allow_outside: bool = False
-    """Let paths in tables lead out of the folder of the table."""
+    """Let paths in tables and links in folders of `data` lead out of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

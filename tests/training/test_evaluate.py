@@ -367,6 +367,28 @@ def test_a_shard_that_cannot_be_trusted_is_not_evaluated_on(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("suffix", ["png", "txt"])
+def test_a_link_out_of_a_folder_is_followed_only_where_that_is_asked_for(
+    tmp_path: Path, suffix: str
+) -> None:
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "data" / name).write_bytes(png("red"))
+        (tmp_path / "data" / name).with_suffix(".txt").write_text("a red square")
+    inside, outside = (tmp_path / f"{each}/a.{suffix}" for each in ("data", "elsewhere"))
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    with pytest.raises(InputError, match=rf"a\.{suffix}.*--allow-outside permits it"):
+        list(read_samples([tmp_path / "data"]))
+    samples = list(read_samples([tmp_path / "data"], allow_outside=True))
+    assert [sample.captions for sample in samples] == [("a red square",)] * 2
+    (tmp_path / "link").symlink_to("data")  # What is named may be a link itself.
+    inside.unlink()
+    inside.symlink_to(f"b.{suffix}")
+    assert len(list(read_samples([tmp_path / "link"]))) == 2
+
+
 def test_nothing_to_evaluate_names_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image"):
         list(read_samples([tmp_path]))

@@ -74,7 +74,7 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
 
     Args:
         data: Each is one of these.
-        allow_outside: Whether the paths of a table may lead out of its folder.
+        allow_outside: Whether paths of tables, and links in folders, may lead out of them.
 
     Raises:
         InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
@@ -83,7 +83,7 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
     count = 0
     for path in data:
         if path.is_dir():
-            samples = read_folder(path)
+            samples = read_folder(path, allow_outside=allow_outside)
         elif path.suffix.lower() == ".tar" and path.is_file():
             samples = read_shard(path)
         elif is_table(path):
@@ -103,15 +103,16 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
         )
 
 
-def read_folder(folder: Path) -> Iterator[Sample]:
+def read_folder(folder: Path, *, allow_outside: bool = False) -> Iterator[Sample]:
     """Yield the images of a tree, each under the folder of its class; loose images have none.
 
     A folder whose only content is one folder of folders is stepped into, as archives of data sets
     are often packed. Where nearly every image has a .txt of the same name beside it, that is its
-    caption. Links may lead out of the folder.
+    caption. Links stay within the folder, unless `allow_outside`.
 
     Raises:
-        InputError: it holds images that are not read here; a caption cannot be read.
+        InputError: it holds images that are not read here, or a link that leads out of it; a
+            caption cannot be read.
     """
     tree = read_tree(folder)
     if lost := tree.skips.without(LEFTOVER):
@@ -131,9 +132,11 @@ def read_folder(folder: Path) -> Iterator[Sample]:
     for name in sorted(tree.images, key=lambda name: name.split(os.sep)):
         captions: tuple[str, ...] = ()
         if has_captions and name in tree.captioned:
-            captions = _read_caption_file(folder / f"{os.path.splitext(name)[0]}.txt")
+            text = f"{os.path.splitext(name)[0]}.txt"
+            captions = _read_caption_file(resolve(folder, text, allow_outside=allow_outside))
         key = name.removeprefix(tree.class_prefix)
-        yield Sample(key, folder / name, tree.class_of(name), captions)
+        image = resolve(folder, name, allow_outside=allow_outside)
+        yield Sample(key, image, tree.class_of(name), captions)
 
 
 def _read_caption_file(path: Path) -> tuple[str, ...]:

@@ -35,11 +35,11 @@ class Source(Limits):
     model: str | None = None
     """Architecture; without it, the one the checkpoint names."""
     activation: Activation | None = None
-    """Of the MLP blocks, where neither the checkpoint nor the architecture has it right."""
+    """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it."""
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:1."""
     allow_outside: bool = False
-    """Let paths in tables lead out of the folder of the table."""
+    """Let paths in tables and links in folders of `data` lead out of them."""
 
     def open_model(self) -> CLIP:
         """Load the checkpoint; see `training.evaluation.embed.open_model`."""
