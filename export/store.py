@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from clip_rt.runtime_choice import default_folder
 from export.console import console
 
 RECORD = "made.json"
@@ -48,11 +49,11 @@ class Store:
     on the console says so.
 
     Args:
-        folder: Made when the first artefact is; without it, `default_folder()`.
+        folder: Made when the first artefact is; without it, that of the user.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or default_folder()
+        self.folder = folder or default_folder("export")
         self._temporary: Path | None = None
 
     def make(
@@ -141,16 +142,6 @@ def _make(
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         _replace(made, folder, aside=Path(staging) / "damaged")
     return Artefact(folder / name, reused=False)
-
-
-def default_folder(part: str = "export") -> Path | None:
-    """Return where `part` of clip_rt keeps what it can make again; None where there is no home.
-
-    That is $XDG_CACHE_HOME/clip_rt/<part>, or below ~/.cache.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # The home of a user whom the system does not know stays ~.
-    return None if cache.startswith("~") else Path(cache) / "clip_rt" / part
 
 
 def source_hash(*modules: ModuleType) -> str:

@@ -28,10 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from clip_rt import runtime_choice
 from clip_rt.errors import InputError
 from clip_rt.prompts import fill, find_templates
 from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model
-from export import store
 
 ROOT = Path(__file__).parents[2]
 Form = Literal["onnxruntime", "openvino", "int8", "tensorrt"]
@@ -124,7 +124,7 @@ def default_folder() -> Path:
     Raises:
         InputError: there is no home folder.
     """
-    folder = store.default_folder("benchmarks")
+    folder = runtime_choice.default_folder("benchmarks")
     if folder is None:
         raise InputError("there is no home folder to keep models in; name one with --cache.")
     return folder

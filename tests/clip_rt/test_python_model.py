@@ -215,15 +215,18 @@ def test_another_cap_of_the_environment_is_measured_anew(tiny, capfd, choices, m
     assert len(list(choices.glob("*.json"))) == 4
 
 
-@pytest.mark.parametrize("in_the_way", ["a file", "a wrong entry"])
-def test_a_cache_that_is_of_no_use_fails_nothing(tiny, capfd, choices, in_the_way):
+@pytest.mark.parametrize(
+    ("in_the_way", "when"),
+    [("a file", "measured at each start: nothing can be kept"), ("a wrong entry", "measured now")],
+)
+def test_a_cache_that_is_of_no_use_fails_nothing(tiny, capfd, choices, in_the_way, when):
     if in_the_way == "a file":
         choices.parents[1].write_text("")
     else:
         serve(tiny, capfd)
         for entry in choices.glob("*.json"):
             entry.write_text('{"runtime": "../../bin/sh"}')
-    assert {said[-1] for said in SAID.findall(serve(tiny, capfd))} == {"measured now"}
+    assert {said[-1] for said in SAID.findall(serve(tiny, capfd))} == {when}
 
 
 def test_instances_of_a_model_measure_it_once(tiny, capfd, choices):
@@ -241,6 +244,17 @@ def test_while_others_measure_for_long_the_default_is_taken(tiny, capfd, choices
         log = serve(tiny, capfd)
     assert log.count("(not measured: other models still were)") == 2
     assert not list(choices.glob("*.json"))
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tiny, capfd, choices):
+    choices.parents[1].write_text("")
+    for tower in ("image", "text"):
+        file = tiny / f"tiny_{tower}/1/runtime_choice.py"
+        text = file.read_text()
+        assert "tempfile.gettempdir()" in text
+        file.write_text(text.replace("tempfile.gettempdir()", '"/proc"'))
+    log = serve(tiny, capfd)
+    assert log.count("(not measured: no folder can be written to for a lock)") == 2
 
 
 @pytest.mark.parametrize(

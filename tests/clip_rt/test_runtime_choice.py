@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -160,8 +161,31 @@ def test_a_folder_that_cannot_be_used_fails_nothing(what, tmp_path) -> None:
     assert not remember(folder, MACHINE, MODEL, CHOICE, name="tiny_text")
     assert recall(folder, MACHINE, MODEL) is None
     assert recall_all(folder, MACHINE) == {}
-    with alone(folder) as is_alone:
-        assert is_alone
+
+
+@pytest.mark.parametrize("folder", [Path("/proc/clip_rt"), None])
+def test_one_measures_at_a_time_where_nothing_can_be_kept(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with alone(folder) as is_first, alone(folder, timeout_s=0.1) as is_second:
+        assert (is_first, is_second) == (True, False)
+    with alone(folder) as is_third:
+        assert is_third
+
+
+def test_nobody_measures_where_nothing_can_be_written(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with alone(tmp_path / "file") as is_alone:
+        assert is_alone is None
+
+
+def test_a_link_in_the_temporary_folder_is_not_followed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = tmp_path / "target"
+    (tmp_path / f"clip_rt-runtimes-{os.getuid()}.lock").symlink_to(target)
+    with alone(None) as is_alone:
+        assert is_alone is None
+    assert not target.exists()
 
 
 def test_many_writers_leave_one_whole_entry_and_nothing_else(tmp_path) -> None:

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from export.store import RECORD, Store, default_folder
+from clip_rt.runtime_choice import default_folder
+from export.store import RECORD, Store
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ class TestWithoutAPlaceToKeep:
         ({"XDG_CACHE_HOME": "/c", "HOME": "/h"}, "/c/clip_rt/export"),
         ({"XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/clip_rt/export"),
         ({"HOME": "/h"}, "/h/.cache/clip_rt/export"),
-        ({"XDG_CACHE_HOME": "c", "HOME": "/h"}, "c/clip_rt/export"),
+        ({"XDG_CACHE_HOME": "c", "HOME": "/h"}, "/h/.cache/clip_rt/export"),
         ({}, "None"),
     ],
 )
@@ -190,8 +191,8 @@ def test_where_the_cache_is_without_a_known_user(variables, expected):
         "import pwd\n"
         "def getpwuid(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = getpwuid\n"
-        "from export.store import default_folder\n"
-        "print(default_folder())\n"
+        "from export.store import Store\n"
+        "print(Store().folder)\n"
     )
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME",)}
     kept.pop("XDG_CACHE_HOME", None)
@@ -207,6 +208,6 @@ def test_where_the_cache_is_without_a_known_user(variables, expected):
 
 def test_the_folder_is_looked_for_when_it_is_needed(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "clip_rt/export"
+    assert default_folder("export") == tmp_path / "clip_rt/export"
     assert Store().make("m.onnx", {}, writer(b"x", [])).path.is_relative_to(tmp_path)
     assert Store().keep("report.json", "{}") == tmp_path / "clip_rt/export/report.json"

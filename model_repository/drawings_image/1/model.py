@@ -159,9 +159,13 @@ def _load_fastest(path, args, parameters):
             choice = runtime_choice.recall(folder, machine, model)
             if choice is None and is_alone:
                 return _measure(path, args, parameters, (folder, machine, model))
-    reason = "not measured: other models still were" if has_both else ""
+    reason = ""
     if choice is not None:
         reason = f"{choice}, measured at an earlier start"
+    elif has_both and is_alone is None:
+        reason = "not measured: no folder can be written to for a lock"
+    elif has_both:
+        reason = "not measured: other models still were"
     order = sorted(LOADERS, key=lambda name: choice is not None and name != choice.runtime)
     return _load_first_of(order, path, args, parameters, reason)
 
@@ -212,9 +216,10 @@ def _measure(path, args, parameters, place):
             pb_utils.Logger.log_warn(f"{name}: not measured: {error}")
             reason = "not measured"
         else:
-            runtime_choice.remember(folder, machine, model, choice, name=name)
+            is_kept = runtime_choice.remember(folder, machine, model, choice, name=name)
+            when = "now" if is_kept else "at each start: nothing can be kept"
             encode, words = loaded[choice.runtime]
-            return encode, f"{words} ({choice}, measured now)"
+            return encode, f"{words} ({choice}, measured {when})"
     encode, words = loaded[first]
     return encode, f"{words} ({reason})"
 

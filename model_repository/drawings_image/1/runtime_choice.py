@@ -166,12 +166,15 @@ def available_bytes(root: Path = Path("/")) -> float:
     return free_bytes
 
 
-def default_folder() -> Path | None:
-    """Return `$XDG_CACHE_HOME/clip_rt/runtimes`, or below ~/.cache; None where there is no home."""
+def default_folder(part: str = "runtimes") -> Path | None:
+    """Return where `part` of clip_rt keeps what it can make again; None where there is no home.
+
+    That is `$XDG_CACHE_HOME/clip_rt/<part>`, or below ~/.cache where that is unset or relative.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     with contextlib.suppress(RuntimeError, KeyError):
         base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-        return base / "clip_rt" / "runtimes"
+        return base / "clip_rt" / part
     return None
 
 
@@ -232,25 +235,35 @@ def remember(folder: Path | None, machine: str, model: str, choice: Choice, *, n
 
 
 @contextlib.contextmanager
-def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool]:
+def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool | None]:
     """Keep out others who measure, who would slow each other.
 
+    What is locked is a file in `folder`, or in the temporary folder where that cannot be written.
+
     Yields:
-        False when somebody else was at it for `timeout_s`: then better not measure. Where there is
-        nothing to lock, True.
+        Whether it is locked: False when somebody else was at it for `timeout_s`, None where neither
+        folder can be written. Better not measure then.
     """
-    descriptor = None
-    with contextlib.suppress(OSError):
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _open_lock(folder)
     if descriptor is None:
-        yield True
+        yield None
         return
     try:
         yield _lock(descriptor, timeout_s)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(folder: Path | None) -> int | None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(folder / "lock", flags, 0o600)
+    with contextlib.suppress(OSError):
+        file = f"clip_rt-runtimes-{os.getuid()}.lock"
+        return os.open(Path(tempfile.gettempdir()) / file, flags, 0o600)
+    return None
 
 
 def _lock(descriptor: int, timeout_s: float) -> bool:
