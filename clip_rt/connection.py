@@ -83,7 +83,7 @@ class Connection:
         self._asking = threading.Lock()
         self._turn = 0
         self._is_closed = False
-        self._num_calls = 0
+        self._calls: dict[object, int] = {}
         self._is_retired = False
         _connections.add(self)
 
@@ -273,14 +273,15 @@ class Connection:
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
         """Keep it open for a call in a `with` block, even when it is retired meanwhile."""
+        call = object()
         with self._lock:
-            self._num_calls += 1
+            self._calls[call] = threading.get_ident()
         try:
             yield
         finally:
             with self._lock:
-                self._num_calls -= 1
-                is_last = self._is_retired and self._num_calls == 0
+                self._calls.pop(call, None)
+                is_last = self._is_retired and not self._calls
             if is_last:
                 self.close()
 
@@ -288,7 +289,7 @@ class Connection:
         """Close it once the calls that use it have ended; no other may begin."""
         with self._lock:
             self._is_retired = True
-            is_last = self._num_calls == 0
+            is_last = not self._calls
         if is_last:
             self.close()
 
@@ -318,7 +319,9 @@ class Connection:
         """Begin anew in a forked child: locks may be held, and nothing under way comes back."""
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self.budget = RetryBudget()
-        self._num_calls = 0
+        # Of the calls under way only those of the thread that forked go on in the child.
+        here = threading.get_ident()
+        self._calls = {call: thread for call, thread in self._calls.items() if thread == here}
         for endpoint in self.endpoints:
             endpoint.places.clear()
             endpoint.is_being_asked = False

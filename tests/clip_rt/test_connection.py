@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from owners import wait_until
 
 import clip_rt
 from clip_rt import testing
+from clip_rt.connection import Connection
 from clip_rt.endpoint import RECHECK_AFTER_S
 
 SIDE_PX = 8
@@ -295,3 +297,39 @@ def test_closing_ends_calls_on_a_connection_that_was_given_up(pair):
 def test_options_of_a_wrong_kind_are_refused_at_once(options):
     with pytest.raises(clip_rt.InputError):
         clip_rt.Client(**options)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_in_a_forked_child_the_call_that_forked_goes_on_and_no_other():
+    connection = Connection([])
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def call():
+        with connection.used():
+            has_begun.set()
+            may_end.wait(60)
+
+    other = threading.Thread(target=call)
+    other.start()
+    assert has_begun.wait(30)
+    with connection.used():
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                connection.retire()
+                was_open = not connection._is_closed
+                with connection.used():
+                    pass
+                was_open = was_open and not connection._is_closed
+            finally:
+                status = 0 if was_open else 2
+    if child == 0:  # The call has ended, and the other thread's is not here.
+        os._exit(status if connection._is_closed else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    connection.retire()
+    assert not connection._is_closed
+    may_end.set()
+    other.join(60)
+    assert connection._is_closed
