@@ -46,8 +46,8 @@ _WAYS_OUT = (
 """What to do about a fault, by words of the system that tell it."""
 _DTYPE_BYTES = {"UINT8": 1, "INT8": 1, "BOOL": 1, "FP16": 2, "BF16": 2, "INT16": 2, "UINT16": 2}
 _MIB = 1024**2
-_UNSAFE_NAME = re.compile(r"[\s\x00-\x1f'\"\\$`;&|<>()]")
-"""What a shell takes for something else than a part of a word."""
+_SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_.+=,@%:~#!^-]|[^\x00-\x7f\s])+")
+"""What a shell takes as it is within a word: no quotes, no patterns, nothing that ends it."""
 _PARTS = {"clip_rt": ".", "numpy": "linalg", "onnxruntime": "capi", "pytriton": "tritonserver"}
 """A folder in a package that tells it from one that only has its name."""
 
@@ -329,7 +329,7 @@ def find_models(repository: Path) -> dict[str, Path]:
                 f"{config} of the model repository cannot be read: {error.strerror}. {OTHER_WAY}"
             ) from error
         if _find_strings("backend", text) == ["python"]:
-            if _UNSAFE_NAME.search(folder.name):
+            if not _SAFE_NAME.fullmatch(folder.name):
                 raise ServerStartError(
                     f"the model {folder.name[:100]!r} of the model repository cannot be served: "
                     "Triton 2.51 would give its name to a shell. Rename its folder, to letters, "

@@ -106,7 +106,11 @@ def test_where_no_path_will_do_the_error_says_which_will(
 
 
 @pytest.mark.parametrize(
-    "name", ["my model", "a;touch planted", "$(touch planted)", "it's", "a\nb"]
+    "name",
+    [
+        *("my model", "a;touch planted", "$(touch planted)", "it's", "a\nb", "a\x85b", "a\x7f"),
+        *("a[1]", "a{1,2}", "a*", "a?"),  # would run another model's code
+    ],
 )
 def test_a_model_whose_name_a_shell_would_read_is_refused(tmp_path: Path, name: str) -> None:
     tiny_repository.write_bare(tmp_path)
@@ -116,7 +120,7 @@ def test_a_model_whose_name_a_shell_would_read_is_refused(tmp_path: Path, name: 
 
 
 def test_names_that_were_served_still_are(tmp_path: Path) -> None:
-    names = ["é+v2", "a=b,c@d%e", "x{1}[2]~!#"]
+    names = ["é+v2", "a=b,c@d%e", "x~!#^:2", "e\u0301"]
     for name in names:
         tiny_repository.write_bare(tmp_path)
         config = tmp_path / "bare" / "config.pbtxt"
