@@ -39,15 +39,21 @@ class Comparison:
         Args:
             found: The one it was measured on.
         """
-        times = f"images {self.image:.1f} times, texts {self.text:.1f} times"
+        times = f"{_in_words('images', self.image)}, {_in_words('texts', self.text)}"
         if not self.is_slower:
             kind = processor.in_brackets(found.flags, dict(found.caps))
             return f"INT8 is faster than FP32 here{kind}: {times}"
         why = "" if found.has_fast_int8 else f", which {found.lacks('AVX-512', 'VNNI', 'AMX')}"
         return (
-            f"INT8 is slower than FP32 on this processor{why}: {times} as fast; it may be faster "
+            f"INT8 is slower than FP32 on this processor{why}: {times}; it may be faster "
             "where you serve. --precision fp32 is what to serve here."
         )
+
+
+def _in_words(what: str, speed: float) -> str:
+    if speed < 1:
+        return f"{what} take {1 / speed:.2f} times as long"
+    return f"{what} are {speed:.1f} times as fast"
 
 
 def compare(fp32: Towers, quantised: Towers, spec: ModelSpec) -> Comparison:
