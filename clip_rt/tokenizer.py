@@ -1,11 +1,12 @@
-"""Texts in, the token ids that CLIP's text tower reads out; equal id for id to OpenAI's tokenizer.
+r"""Texts in, the token ids that CLIP's text tower reads out; equal id for id to OpenAI's tokenizer.
 
 No string in a text is ever a control token: `<|endoftext|>` or `<end_of_text>` typed by a user is
 plain text here, where the references would end the text at it and ignore the rest.
 
 Source: openai/CLIP `clip/simple_tokenizer.py` and open_clip 3.3.0 `tokenizer.py`. Rust `tokenizers`
 splits and merges; it knows the letters and digits of Unicode 16, so a character that came later may
-be split otherwise than by a reference whose `regex` is newer.
+be split otherwise than by a reference whose `regex` is newer. Mojibake may hold one: ftfy makes
+U+0558 of "\xd5\x98".
 """
 
 from __future__ import annotations

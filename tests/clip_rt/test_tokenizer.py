@@ -14,7 +14,7 @@ import unicodedata
 import ftfy
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from clip_rt import tokenizer
@@ -165,6 +165,8 @@ def test_every_character_is_split_as_open_clip_does(reference):
 @example("'S'ſ'sſ's")
 @example("<b> &amp;amp;lt;")
 def test_any_text_equals_open_clip(reference, text):
+    # Cleaned, it may hold what nobody has assigned yet: "\xd5\x98" is mojibake of U+0558.
+    assume(not any(unicodedata.category(char) == "Cn" for char in tokenizer._clean(text)))
     expected = reference.encode(text)
     if not expected:
         with pytest.raises(TextError):
