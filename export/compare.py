@@ -192,6 +192,7 @@ def _read_sample(path: Path, config: CompareConfig, table: NameTable | None) -> 
         num_images=config.num_images,
         table=table,
         allow_outside=config.allow_outside,
+        limits=config,
     )
     if len(kept) < MIN_IMAGES:
         raise InputError(f"{path} has {len(kept)} images; at least {MIN_IMAGES} are needed.")

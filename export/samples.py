@@ -74,7 +74,7 @@ def load_samples(
         ImageError: an image cannot be used; says which.
     """
     kept, texts, right_N = read_choices(
-        path, num_images=num_images, table=table, allow_outside=allow_outside
+        path, num_images=num_images, table=table, allow_outside=allow_outside, limits=limits
     )
     token_ids = encode(texts, context_length=spec.text.context_length, truncate=True)
     return Samples(
@@ -86,13 +86,19 @@ def load_samples(
 
 
 def read_choices(
-    path: Path, *, num_images: int, table: NameTable | None = None, allow_outside: bool = False
+    path: Path,
+    *,
+    num_images: int,
+    table: NameTable | None = None,
+    allow_outside: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[list[Sample], list[str], NDArray[np.int64]]:
     """Read images as they are, the M texts they are told apart by, and which text is right, (N,).
 
     The arguments and errors are those of `load_samples`; `NO_TEXT` stands where none is right.
     """
-    kept, ids = _choose(read_samples([path], allow_outside=allow_outside), num_images)
+    samples = read_samples([path], allow_outside=allow_outside, max_bytes=limits.max_bytes)
+    kept, ids = _choose(samples, num_images)
     if ids:
         ids = sort_ids(ids)
         own = [each.label for each in kept]

@@ -115,6 +115,7 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
                 allow_commands=config.allow_commands,
                 allow_outside=config.allow_outside,
                 folder_kind=config.folder_kind,
+                max_bytes=config.max_bytes,
             ),
             batch_size=config.batch_size,
             side_px=spec.side_px,

@@ -252,7 +252,9 @@ def main(config: FewShotConfig) -> None:
     templates = read_templates(config.templates)
     check_exist(*config.data)
     model = config.open_model()
-    samples = list(read_samples(config.data, allow_outside=config.allow_outside))
+    samples = list(
+        read_samples(config.data, allow_outside=config.allow_outside, max_bytes=config.max_bytes)
+    )
     classes = find_classes([sample.label for sample in samples], table)
     kept = [samples[row] for row in classes.rows_N]
     try:

@@ -15,6 +15,8 @@ from clip_rt.errors import InputError
 from training.data import pairs
 from training.data.pairs import BadSampleError
 from training.data.shards import PipedShards, TarShards
+from training.data.sources import open_sources
+from training.evaluation.labelled import read_samples
 
 JPEG = encode((200, 10, 10))
 
@@ -289,3 +291,22 @@ def test_piped_shards_without_any_pair_are_an_error() -> None:
     piped = PipedShards(["pipe:true", "pipe:exit 1"], allow_commands=True)
     with pytest.raises(InputError, match="gave no pair in epoch 0"):
         next(piped.stream(seed=0))
+
+
+@pytest.mark.parametrize("read", ["at random", "piped", "to evaluate"])
+def test_the_largest_image_of_a_shard_is_what_is_asked_for(tmp_path: Path, read: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": JPEG, "a.txt": b"a cat", "a.cls": b"0"})
+
+    def open_shard(max_bytes: int) -> object:
+        if read == "to evaluate":
+            (sample,) = read_samples([path], max_bytes=max_bytes)
+            return sample.image
+        if read == "piped":
+            options = {"allow_commands": True, "buffer_samples": 1, "max_bytes": max_bytes}
+            return next(PipedShards(f"pipe:cat {path}", **options).stream(seed=0)).image
+        (shards,) = open_sources([str(path)], max_bytes=max_bytes)
+        return shards[0].image
+
+    assert open_shard(len(JPEG)) == JPEG
+    with pytest.raises(InputError, match=r"jpg too large \(--max-bytes\)"):
+        open_shard(len(JPEG) - 1)

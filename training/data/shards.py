@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
+from clip_rt.decoding import MAX_BYTES
 from clip_rt.errors import InputError
 from training.data.batches import Purpose, rng
 from training.data.pairs import (
@@ -48,12 +49,19 @@ class TarShards:
     index takes 48 bytes a sample and is shared with worker processes.
     """
 
-    def __init__(self, shards: str | Path | Sequence[str | Path], *, caption_key: str = "caption"):
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        caption_key: str = "caption",
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         """Index shards.
 
         Args:
             shards: Paths; braces expand, as in `train/{000..099}.tar`.
             caption_key: Where a sample without .txt has its caption, or several, in its .json.
+            max_bytes: Largest encoded size of an image.
 
         Raises:
             InputError: a shard is missing or no path is local, or no sample is usable.
@@ -61,6 +69,7 @@ class TarShards:
         self.skips = Skips()
         self.paths = [_local(shard) for shard in expand(shards)]
         self._caption_key = caption_key
+        self._max_bytes = max_bytes
         rows = (
             self._index_shard(number, path)
             for number, path in enumerate(tqdm(self.paths, desc="indexing shards", disable=None))
@@ -76,7 +85,9 @@ class TarShards:
 
     def _index_shard(self, number: int, path: Path) -> Iterator[tuple[int, ...]]:
         with path.open("rb") as file:
-            for name, parts in index_samples(file, str(path), self.skips):
+            for name, parts in index_samples(
+                file, str(path), self.skips, max_bytes=self._max_bytes
+            ):
                 image = next((parts[key] for key in IMAGE_EXTENSIONS if key in parts), None)
                 text = parts.get("txt") or parts.get("json")
                 if image is None or text is None:
@@ -121,6 +132,7 @@ class PipedShards:
         caption_key: str = "caption",
         allow_commands: bool = False,
         buffer_samples: int = 1000,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         """Remember shards; nothing is opened yet.
 
@@ -130,6 +142,7 @@ class PipedShards:
             caption_key: Where a sample without .txt has its caption in its .json.
             allow_commands: Whether `pipe:` shards may run their commands in a shell.
             buffer_samples: Undecoded samples from which the next is drawn; they stay in memory.
+            max_bytes: Largest encoded size of an image.
 
         Raises:
             InputError: a shard is a command and commands are not allowed, or is a local path.
@@ -146,6 +159,7 @@ class PipedShards:
                 raise InputError(f"{url[:80]!r} is no URL. Local shards are read by TarShards.")
         self._caption_key = caption_key
         self._buffer_samples = buffer_samples
+        self._max_bytes = max_bytes
 
     def stream(self, *, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[Pair]:
         """Yield this rank's pairs, epoch after epoch.
@@ -190,7 +204,9 @@ class PipedShards:
         try:
             with contextlib.closing(gopen(url)) as stream:
                 tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header)  # noqa: SIM115
-                for name, parts in read_samples(tar, url, self.skips, read):
+                for name, parts in read_samples(
+                    tar, url, self.skips, read, max_bytes=self._max_bytes
+                ):
                     try:
                         place = f"{url}, {name!r}"
                         pair = _make_pair(parts, place, caption_key=self._caption_key)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_rt.decoding import MAX_BYTES
 from clip_rt.errors import InputError
 from training.data.folders import CaptionFolder, ClassFolder
 from training.data.pairs import Source
@@ -21,6 +22,7 @@ def open_sources(
     allow_commands: bool = False,
     allow_outside: bool = False,
     folder_kind: FolderKind = "auto",
+    max_bytes: int = MAX_BYTES,
 ) -> list[Source] | PipedShards:
     """Open each name as what it looks like.
 
@@ -33,6 +35,7 @@ def open_sources(
         allow_commands: Whether `pipe:` shards may run their commands.
         allow_outside: Whether paths of tables, and links in folders, may lead out of them.
         folder_kind: What folders are.
+        max_bytes: Largest encoded size of an image in a shard.
 
     Raises:
         InputError: a name is none of these, or nothing usable is in it.
@@ -40,18 +43,24 @@ def open_sources(
     if any(_is_url(name) for name in names):
         if not all(_is_url(name) for name in names):
             raise InputError("streamed shards cannot be mixed with local data; copy them first.")
-        return PipedShards(list(names), allow_commands=allow_commands)
-    return [_open(name, templates, allow_outside, folder_kind) for name in names]
+        return PipedShards(list(names), allow_commands=allow_commands, max_bytes=max_bytes)
+    return [_open(name, templates, allow_outside, folder_kind, max_bytes) for name in names]
 
 
 def _is_url(name: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+:", name, re.IGNORECASE) is not None
 
 
-def _open(name: str, templates: str | None, allow_outside: bool, folder_kind: FolderKind) -> Source:
+def _open(
+    name: str,
+    templates: str | None,
+    allow_outside: bool,
+    folder_kind: FolderKind,
+    max_bytes: int,
+) -> Source:
     path = Path(name)
     if path.suffix.lower() == ".tar":
-        return TarShards(name)
+        return TarShards(name, max_bytes=max_bytes)
     if is_table(path):
         return Table(path, templates=templates, allow_outside=allow_outside)
     if path.is_dir():

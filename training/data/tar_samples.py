@@ -29,13 +29,12 @@ from training.data.tree import LEFTOVER, is_leftover, skip_leftover, unread_reas
 
 T = TypeVar("T")
 
-MAX_SIZE_BYTES = {
-    **dict.fromkeys(IMAGE_EXTENSIONS, MAX_BYTES),
+_MAX_SIZE_BYTES = {
     "txt": MAX_CAPTION_BYTES,
     "json": MAX_JSON_BYTES,
     "cls": 32,
 }
-"""Largest member of each kind that is read."""
+"""Largest member that is read, of each kind but images."""
 _CODE_EXTENSIONS = frozenset("pkl pickle pyd pyc pth pt ckpt npy npz joblib ten tb mp".split())
 """What WebDataset's decoders may run or unpickle; told to the user, because it is unusual."""
 _MAX_HEADER_BYTES = 64 * 1024
@@ -65,12 +64,19 @@ class Header(tarfile.TarInfo):
 
 
 def read_samples(
-    tar: tarfile.TarFile, shard: str, skips: Skips, read: Callable[[tarfile.TarInfo], T]
+    tar: tarfile.TarFile,
+    shard: str,
+    skips: Skips,
+    read: Callable[[tarfile.TarInfo], T],
+    *,
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[tuple[str, dict[str, T]]]:
     """Yield the name of each good sample with what `read` makes of its members, by extension.
 
-    `read` may raise BadSampleError. What is left out is counted in `skips`, each sample once.
+    `read` may raise BadSampleError; it gets no image of more than `max_bytes`. What is left out is
+    counted in `skips`, each sample once.
     """
+    max_size_bytes = _MAX_SIZE_BYTES | dict.fromkeys(IMAGE_EXTENSIONS, max_bytes)
     name, parts, reason = "", dict[str, T](), ""
     unread: str | None = None
 
@@ -100,12 +106,13 @@ def read_samples(
             reason = reason or refused or "two members of one name"
         elif extension in _CODE_EXTENSIONS:
             skips.ignored[f".{extension}"] += 1
-        elif extension not in MAX_SIZE_BYTES:
+        elif extension not in max_size_bytes:
             unread = unread or unread_reason(extension)
         elif not reason:
             try:
-                if header.size > MAX_SIZE_BYTES[extension]:
-                    raise BadSampleError(f"{extension} too large", name)
+                if header.size > max_size_bytes[extension]:
+                    way_out = " (--max-bytes)" if extension in IMAGE_EXTENSIONS else ""
+                    raise BadSampleError(f"{extension} too large{way_out}", name)
                 parts[extension] = read(header)
             except BadSampleError as error:
                 reason = error.reason
@@ -152,7 +159,7 @@ def _refuse(header: tarfile.TarInfo) -> str:
     return ""
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_shard(path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield name and members of each sample of a shard that must be whole.
 
     Raises:
@@ -161,7 +168,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """
     skips = Skips()
     with path.open("rb") as file:
-        samples = list(index_samples(file, str(path), skips))
+        samples = list(index_samples(file, str(path), skips, max_bytes=max_bytes))
         if lost := skips.without(LEFTOVER):
             raise InputError(
                 f"the shard {path} is damaged or not to be trusted, or holds images that are not "
@@ -172,11 +179,12 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def index_samples(
-    file: IO[bytes], shard: str, skips: Skips
+    file: IO[bytes], shard: str, skips: Skips, *, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Yield name and (offset, size) in bytes of the members of each good sample.
 
-    Headers are read, nothing else. What is left out is counted in `skips`, damage included.
+    Headers are read, nothing else. An image has at most `max_bytes`. What is left out is counted in
+    `skips`, damage included.
     """
     end = os.fstat(file.fileno()).st_size
 
@@ -191,7 +199,7 @@ def index_samples(
         skips.add("unreadable shard", f"{shard}: {error}")
         return
     damages = skips.counts["damaged shard"]
-    yield from read_samples(tar, shard, skips, extent)
+    yield from read_samples(tar, shard, skips, extent, max_bytes=max_bytes)
     # tarfile takes a damaged header for the end, which is marked by zeros.
     if damages == skips.counts["damaged shard"] and any(read_extent(file, tar.offset, 512) or b"?"):
         skips.add("damaged shard", f"{shard}: no end mark at byte {tar.offset}")

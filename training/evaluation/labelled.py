@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_rt.decoding import ImageInput
+from clip_rt.decoding import MAX_BYTES, ImageInput
 from clip_rt.errors import InputError
 from training.data.pairs import (
     IMAGE_EXTENSIONS,
@@ -69,12 +69,15 @@ def check_exist(*paths: Path | None) -> None:
             raise InputError(f"{str(path)!r} does not exist.")
 
 
-def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterator[Sample]:
+def read_samples(
+    data: Sequence[Path], *, allow_outside: bool = False, max_bytes: int = MAX_BYTES
+) -> Iterator[Sample]:
     """Yield the samples of folders, tables and shards, one after the other.
 
     Args:
         data: Each is one of these.
         allow_outside: Whether paths of tables, and links in folders, may lead out of them.
+        max_bytes: Largest encoded size of an image in a shard.
 
     Raises:
         InputError: a path is none of these, is damaged, or holds nothing to evaluate on.
@@ -85,7 +88,7 @@ def read_samples(data: Sequence[Path], *, allow_outside: bool = False) -> Iterat
         if path.is_dir():
             samples = read_folder(path, allow_outside=allow_outside)
         elif path.suffix.lower() == ".tar" and path.is_file():
-            samples = read_shard(path)
+            samples = read_shard(path, max_bytes=max_bytes)
         elif is_table(path):
             samples = read_table(path, allow_outside=allow_outside)
         else:
@@ -169,13 +172,13 @@ def read_table(path: Path, *, allow_outside: bool = False) -> Iterator[Sample]:
     yield from samples.values()
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
+def read_shard(path: Path, *, max_bytes: int = MAX_BYTES) -> Iterator[Sample]:
     """Yield the samples of one tar that have an image.
 
     Raises:
         InputError: the tar is damaged or hostile, or a sample's text or JSON cannot be read.
     """
-    for name, members in read_members(path):
+    for name, members in read_members(path, max_bytes=max_bytes):
         image = next((members[key] for key in IMAGE_EXTENSIONS if key in members), None)
         if image is not None:
             yield _sample(f"{path.name}:{name}", image, members)

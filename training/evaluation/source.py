@@ -82,7 +82,7 @@ def embed_data(
     limits: Limits = DEFAULT_LIMITS,
 ) -> Embedded:
     """Read and embed a folder or shards, with a progress bar; see `embed_samples`."""
-    samples = read_samples(data, allow_outside=allow_outside)
+    samples = read_samples(data, allow_outside=allow_outside, max_bytes=limits.max_bytes)
     bar = tqdm(samples, desc="embedding", unit="image", dynamic_ncols=True)
     return embed_samples(model, bar, limits=limits)
 
