@@ -21,15 +21,15 @@ extras: .venv/all
 	.venv/bin/python .ci/extras.py
 
 # What runs a model: the client and the embedded server. No torch.
-.venv/client: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[server,quickstart]'
+.venv/client: pyproject.toml model_repository/pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install --quiet -c constraints.txt ./model_repository -e '.[server,quickstart]'
 	$(PIP) show --quiet nvidia-pytriton 2>/dev/null || \
 	  $(PIP) install --quiet --no-deps -c constraints.txt nvidia-pytriton
 	touch $@
 
 # What also makes one: training, export, and all that the tests hold them against.
 .venv/all: .venv/client
-	$(PIP) install --quiet -c constraints.txt -e '.[server,quickstart,export,train,bench,test]'
+	$(PIP) install --quiet -c constraints.txt ./model_repository -e '.[server,quickstart,export,train,bench,test]'
 	touch $@
 
 .venv/bin/python:

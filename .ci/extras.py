@@ -38,7 +38,9 @@ SERVING = (
     "sleep 2; python -m clip_rt doctor --url localhost:{port} && break; done; "
 )
 """Runs what comes after it beside a server, which ends when it does."""
-INSTALL = re.compile(r"pip install (?:-c constraints\.txt )?-e '\.\[([\w,-]+)\]'")
+INSTALL = re.compile(
+    r"pip install (?:-c constraints\.txt )?(?:\./model_repository )?-e '\.\[([\w,-]+)\]'"
+)
 
 OLD_RUN = "benchmarks/results/2026-11-26_run.json"
 TINY_RUN = (
@@ -286,7 +288,9 @@ class Walk:
         venv = self._folder / f"venv-{wanted or 'client'}"
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv, "--without-pip"], check=True)
         python = venv / "bin/python"
-        what = ["-c", "constraints.txt", "-e", f".[{wanted}]" if wanted else ".", *others]
+        bundled = ["./model_repository"] if "server" in wanted.split(",") else []
+        what = ["-c", "constraints.txt", *bundled, "-e", f".[{wanted}]" if wanted else "."]
+        what += others
         if self._uv is not None:
             pip = [self._uv, "pip"]
             where = ["--python", str(python), "--index-strategy", "unsafe-best-match"]

@@ -34,7 +34,7 @@ from benchmarks.drawings import TEMPLATES, names
 from benchmarks.emoji import STYLES_DIR, load_style
 from benchmarks.record import save
 from clip_rt import transform
-from clip_rt.client import CHECKOUT_REPOSITORY
+from clip_rt.bundled import find_model_repository
 from clip_rt.decoding import Decode
 from clip_rt.images import preprocess
 from clip_rt.specs import find_spec
@@ -70,7 +70,7 @@ def load_encoders(folder: Path) -> dict[str, Encoder]:
     """Load both, the random one through a file in `folder`."""
     clip = random_clip(find_spec("ViT-B/32"))
     write_onnx(ImageGraph(clip), clip.spec, folder / "image.onnx")
-    bundled = CHECKOUT_REPOSITORY / "drawings_image/1/model.onnx"
+    bundled = find_model_repository() / "drawings_image/1/model.onnx"
     return dict(zip(ENCODERS, map(onnx_encoder, (bundled, folder / "image.onnx")), strict=True))
 
 
@@ -157,7 +157,7 @@ def measure_accuracy(max_drawings: int) -> dict[str, Any]:
         white_NSSC = on_white(drawings.pixels[:max_drawings])
         guesses_N, embeddings_NE = {}, {}
         for decode in DECODES:
-            with clip_rt.Client(repository=CHECKOUT_REPOSITORY, decode=decode) as client:
+            with clip_rt.Client(repository=find_model_repository(), decode=decode) as client:
                 classes_CE = client.class_embeddings(labels, templates=TEMPLATES, timeout_s=600)
                 found_NE = client.encode_images(enlarge(white_NSSC), timeout_s=3600)
             embeddings_NE[decode] = found_NE

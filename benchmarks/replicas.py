@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.serving.bench import START_TIMEOUT_S
-from clip_rt.client import CHECKOUT_REPOSITORY
+from clip_rt.bundled import find_model_repository
 
 DRAIN_TIMEOUT_S = 60.0
 POLL_S = 0.1
@@ -76,7 +76,7 @@ class Replica:
             RuntimeError: it cannot.
         """
         command = [sys.executable, "-m", "clip_rt", "serve", "--port", str(self.port)]
-        command += ["--repository", str(CHECKOUT_REPOSITORY)]
+        command += ["--repository", str(find_model_repository())]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -50,7 +50,7 @@ from benchmarks.replicas import Replica, find_children, find_server, kill, port_
 from benchmarks.report.terminal import bar_table
 from benchmarks.resources import Resources, idle_mib
 from benchmarks.serving.bench import MAX_DIFFERENCE, borrowed
-from clip_rt.client import CHECKOUT_REPOSITORY
+from clip_rt.bundled import find_model_repository
 from clip_rt.errors import ServerError, ServerStartError
 from clip_rt.server import EmbeddedServer
 
@@ -386,9 +386,9 @@ def main(
     bars: list[Bar] = []
     if minutes:
         with (
-            borrowed(CHECKOUT_REPOSITORY) as server,
+            borrowed(find_model_repository()) as server,
             clip_rt.Client(
-                repository=CHECKOUT_REPOSITORY, model=MODEL, timeout_s=TIMEOUT_S
+                repository=find_model_repository(), model=MODEL, timeout_s=TIMEOUT_S
             ) as client,
         ):
             steps = one_server_steps(server)

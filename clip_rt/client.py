@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt import batching, dispatch, prompts, telemetry, tokenizer, zero_shot
+from clip_rt.bundled import find_model_repository
 from clip_rt.cache import Key, PromptCache
 from clip_rt.channel import TLS, parse_url
 from clip_rt.connection import Connection, Model
@@ -52,7 +53,6 @@ from clip_rt.zero_shot import Scores
 URL_VARIABLE = "CLIP_RT_URL"
 REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"
 CACHE_VARIABLE = "CLIP_RT_CACHE_DIR"
-CHECKOUT_REPOSITORY = Path(__file__).parents[1] / "model_repository"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,7 +79,7 @@ class Client:
             a name stands for. Which of those answers is not known, so all must have the same
             weights; servers that are listed are held to that. Without it: the embedded server over
             `repository` if that is given, else the addresses in $CLIP_RT_URL, separated by commas,
-            else the embedded server over $CLIP_RT_REPOSITORY or the checkout's model_repository.
+            else the embedded server over $CLIP_RT_REPOSITORY or the bundled model.
         model: Name the model was exported under. Without it: the only one there is.
         repository: Folder of models for the embedded server.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.
@@ -627,7 +627,7 @@ class Client:
             if given := os.environ.get(URL_VARIABLE):
                 urls = _split_urls(given)
             else:
-                repository = Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+                repository = Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
         if urls is not None:
             return Connection.to_urls(urls, headers=self._headers, tls=self._tls)
         assert repository is not None

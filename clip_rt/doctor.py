@@ -123,7 +123,11 @@ def examine(
         return
     yield check_processor(processor.read())
     yield from _check_cache_folder()
-    targets = _find_targets(urls, repository, model)
+    try:
+        targets = _find_targets(urls, repository, model)
+    except ServerStartError as error:
+        yield Finding("models", "fail", str(error))
+        return
     for index, target in enumerate(targets):
         if target.url is None:
             yield _check_shared_memory()
@@ -164,13 +168,14 @@ def _find_targets(
     urls: Sequence[str], repository: Path | None, model: str | None
 ) -> tuple[Target, ...]:
     """Choose as a client does that is given the same arguments."""
-    from clip_rt.client import CHECKOUT_REPOSITORY, REPOSITORY_VARIABLE, URL_VARIABLE
+    from clip_rt.bundled import find_model_repository
+    from clip_rt.client import REPOSITORY_VARIABLE, URL_VARIABLE
 
     if not urls and repository is None:
         urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]
     if urls:
         return tuple(Target(url=url, model=model) for url in urls)
-    folder = repository or Path(os.environ.get(REPOSITORY_VARIABLE) or CHECKOUT_REPOSITORY)
+    folder = repository or Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
     return (Target(repository=folder, model=model),)
 
 

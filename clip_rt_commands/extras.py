@@ -90,9 +90,11 @@ def extras_of(command: str) -> str:
 def sentence(command: str, module: str) -> str:
     """Say what a command needs and how to get it."""
     extras = extras_of(command)
+    # [server] needs the bundled model, a distribution of its own.
+    bundled = "./model_repository " if "server" in extras.split(",") else ""
     return (
         f"{command} needs {module}: pip install 'clip-rt[{extras}]', or in a checkout "
-        f"pip install -c constraints.txt -e '.[{extras}]'"
+        f"pip install -c constraints.txt {bundled}-e '.[{extras}]'"
     )
 
 

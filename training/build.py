@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from clip_rt.bundled import find_sample
 from clip_rt.decoding import Limits
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from training import parallel
 from training.checkpoint import remove_partials
-from training.config import SAMPLE_DIR, TrainConfig
+from training.config import TrainConfig
 from training.data.batches import BatchStream
 from training.data.drawing_batches import DrawingBatches, load_drawings
 from training.data.pair_batches import PairBatches
@@ -132,7 +133,7 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
             device=world.device,
             max_bad_share=config.max_bad_share,
         )
-    data_dir = SAMPLE_DIR if config.sample else config.data_dir
+    data_dir = find_sample() if config.sample else config.data_dir
     shards = sorted(data_dir.glob("train/*.tar"))
     if not shards:
         raise InputError(

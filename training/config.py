@@ -14,7 +14,6 @@ from training.data.tree import FolderKind
 from training.optimizer import Lock
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-SAMPLE_DIR = Path(__file__).with_name("sample")
 
 FREE_FIELDS = frozenset(
     (

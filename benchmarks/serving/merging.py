@@ -17,7 +17,7 @@ from benchmarks.findings import Bar
 from benchmarks.serving.bench import Bench, embed_singly, preprocessed
 from benchmarks.serving.timing import Found, by_turns, describe_latencies, rates, ratio
 from clip_rt import lane
-from clip_rt.client import CHECKOUT_REPOSITORY
+from clip_rt.bundled import find_model_repository
 
 SMALL = "drawings"
 """The bundled model."""
@@ -33,7 +33,7 @@ def measure_merging(bench: Bench) -> tuple[Found, list[Bar]]:
     little, what is around it counts.
     """
     document: Found = {}
-    for model, repository in (bench.model, bench.repository), (SMALL, CHECKOUT_REPOSITORY):
+    for model, repository in (bench.model, bench.repository), (SMALL, find_model_repository()):
         with replace(bench, model=model, repository=repository).client() as client:
             document[model] = _compare_merging(bench, client, model)
     return document, []

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 import clip_rt
+from clip_rt.bundled import find_sample
 from clip_rt.errors import InputError, ParityError
 from export import int8, parity, probes
 from export.onnx import OnnxConfig
 from export.samples import NO_TEXT, calibration_batches, load_samples
-from training.config import SAMPLE_DIR
 
 EXPORT_DIR = Path(int8.__file__).parent
-OPENMOJI = SAMPLE_DIR / "styles/openmoji.tar"
+OPENMOJI = find_sample() / "styles/openmoji.tar"
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_rt.bundled import find_sample
 from clip_rt.decoding import Limits
 from clip_rt.specs import ModelSpec
 from training import evaluate
-from training.config import SAMPLE_DIR, TrainConfig
+from training.config import TrainConfig
 from training.data.drawing_batches import load_drawings
 from training.evaluation.class_names import read_name_table
 from training.evaluation.embed import class_embeddings, embed_drawings
@@ -34,7 +35,7 @@ class Judge:
         self._limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
         check_exist(*config.eval_data)
         self._table = read_name_table(config.class_names) if config.class_names else None
-        data_dir = SAMPLE_DIR if config.sample else config.data_dir
+        data_dir = find_sample() if config.sample else config.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {
             path.stem: load_drawings([path], progress=False)
