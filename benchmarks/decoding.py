@@ -5,8 +5,8 @@
 Speed: photographs of 12 megapixels, made as `benchmarks.photos` says, exact and fast, on one and on
 two threads, by turns. Difference: pixels, embeddings of the bundled model, and embeddings of
 ViT-B/32 with random weights, for photographs of three sizes, since the size decides how much is
-left out. Both for other values of `clip_rt.transform.FAST_OVERSAMPLING` too. Accuracy: drawings
-that the bundled model never saw, enlarged and saved as JPEG, are named by the client.
+left out. Both for other values of `clip_rt.inputs.transform.FAST_OVERSAMPLING` too. Accuracy:
+drawings that the bundled model never saw, enlarged and saved as JPEG, are named by the client.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from benchmarks import photos
 from benchmarks.drawings import TEMPLATES, names
 from benchmarks.emoji import STYLES_DIR, load_style
 from benchmarks.record import save
-from clip_rt import transform
-from clip_rt.bundled import find_model_repository
-from clip_rt.decoding import Decode
-from clip_rt.images import preprocess
+from clip_rt.embedded.bundled import find_model_repository
+from clip_rt.inputs import transform
+from clip_rt.inputs.decoding import Decode
+from clip_rt.inputs.images import preprocess
+from clip_rt.inputs.transform import FAST_OVERSAMPLING
 from clip_rt.specs import find_spec
-from clip_rt.transform import FAST_OVERSAMPLING
 from export.graphs import ImageGraph
 from export.onnx_writer import write_onnx
 from export.parity import Encoder, onnx_encoder

@@ -34,7 +34,8 @@ from rich.table import Table
 from benchmarks.contenders import onnxruntime, openvino
 from benchmarks.intervals import median_interval
 from benchmarks.record import save
-from clip_rt import processor, runtime_choice
+from clip_rt import processor
+from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec
 from export import int8, probes
 from export.graphs import ImageGraph, TextGraph

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.emoji import ROOT, kind_by_hexcode, load_style, with_kinds
 from benchmarks.record import save
-from clip_rt.prompts import DEFAULT_TEMPLATE
+from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from training import few_shot
 from training.evaluation.embed import on_white, open_model
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import save
-from clip_rt.batching import MAX_ROWS, plan_texts
+from clip_rt.requests.batches import MAX_ROWS, plan_texts
 from clip_rt.specs import EMBEDDINGS, find_spec
 from export import int8, probes
 from export.graphs import ImageGraph, TextGraph

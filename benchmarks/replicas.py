@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.serving.bench import START_TIMEOUT_S
-from clip_rt.bundled import find_model_repository
+from clip_rt.embedded.bundled import find_model_repository
 
 DRAIN_TIMEOUT_S = 60.0
 POLL_S = 0.1

@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.drawings import hog_features, small_pixels
 from benchmarks.emoji import kind_by_hexcode, load_style, with_kinds
 from benchmarks.record import save
-from clip_rt.prompts import DEFAULT_TEMPLATE
+from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from training.data.drawing_batches import Drawings, load_drawings
 from training.evaluation.embed import embed_images, on_white, open_model
 from training.evaluation.metrics import accuracy

@@ -50,9 +50,9 @@ from benchmarks.replicas import Replica, find_children, find_server, kill, port_
 from benchmarks.report.terminal import bar_table
 from benchmarks.resources import Resources, idle_mib
 from benchmarks.serving.bench import MAX_DIFFERENCE, borrowed
-from clip_rt.bundled import find_model_repository
+from clip_rt.embedded.bundled import find_model_repository
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerError, ServerStartError
-from clip_rt.server import EmbeddedServer
 
 MODEL = "drawings"
 NUM_THREADS = 16

@@ -24,10 +24,10 @@ from rich.table import Table
 
 from benchmarks.record import save
 from benchmarks.training_step import import_open_clip
-from clip_rt.batching import MAX_ROWS, plan_texts
+from clip_rt.inputs.tokenizer import encode as encode_texts
+from clip_rt.inputs.tokenizer import pad
+from clip_rt.requests.batches import MAX_ROWS, plan_texts
 from clip_rt.specs import TEXT_BUCKETS, find_spec
-from clip_rt.tokenizer import encode as encode_texts
-from clip_rt.tokenizer import pad
 from export.graphs import TextGraph
 from export.onnx_writer import write_onnx
 from export.parity import Encoder, onnx_encoder

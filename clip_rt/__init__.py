@@ -17,9 +17,11 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 if TYPE_CHECKING:
     from clip_rt import telemetry, testing
     from clip_rt.async_client import AsyncClient
-    from clip_rt.channel import TLS
+    from clip_rt.classification.probe import Probe
+    from clip_rt.classification.zero_shot import Scores
     from clip_rt.client import Client
-    from clip_rt.encoded import Encoded
+    from clip_rt.embedded.foreground import serve
+    from clip_rt.embedded.server import EmbeddedServer
     from clip_rt.errors import (
         CheckpointError,
         ClientClosedError,
@@ -45,15 +47,13 @@ if TYPE_CHECKING:
         TrainingError,
         UnknownModelError,
     )
-    from clip_rt.foreground import serve
-    from clip_rt.images import preprocess
-    from clip_rt.manifest import Manifest
-    from clip_rt.probe import Probe
-    from clip_rt.server import EmbeddedServer
+    from clip_rt.inputs.images import preprocess
+    from clip_rt.inputs.tokenizer import tokenize
+    from clip_rt.requests.results import Encoded
     from clip_rt.specs import MODELS, ModelSpec
     from clip_rt.telemetry import Timings, measure
-    from clip_rt.tokenizer import tokenize
-    from clip_rt.zero_shot import Scores
+    from clip_rt.wire.channel import TLS
+    from clip_rt.wire.manifest import Manifest
 
 __all__ = [
     "MODELS",
@@ -102,19 +102,19 @@ __all__ = [
 _MODULE_BY_NAME = {
     "AsyncClient": "async_client",
     "Client": "client",
-    "EmbeddedServer": "server",
-    "Encoded": "encoded",
+    "EmbeddedServer": "embedded.server",
+    "Encoded": "requests.results",
     "MODELS": "specs",
-    "Manifest": "manifest",
+    "Manifest": "wire.manifest",
     "ModelSpec": "specs",
-    "Probe": "probe",
-    "Scores": "zero_shot",
-    "TLS": "channel",
+    "Probe": "classification.probe",
+    "Scores": "classification.zero_shot",
+    "TLS": "wire.channel",
     "Timings": "telemetry",
     "measure": "telemetry",
-    "preprocess": "images",
-    "serve": "foreground",
-    "tokenize": "tokenizer",
+    "preprocess": "inputs.images",
+    "serve": "embedded.foreground",
+    "tokenize": "inputs.tokenizer",
 }
 """Where a name comes from; those that are not listed are errors."""
 

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(repository: str, port: int, start_timeout_s: float) -> int:
-    from clip_rt.foreground import serve
+    from clip_rt.embedded.foreground import serve
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
@@ -57,7 +57,7 @@ def _serve(repository: str, port: int, start_timeout_s: float) -> int:
 
 
 def _reload(port: int, timeout_s: float) -> int:
-    from clip_rt.reload import reload
+    from clip_rt.embedded.reload import reload
 
     is_new = reload(port, timeout_s=timeout_s)
     what = "what its repository holds now" if is_new else "what it did: nothing new is there"

@@ -19,16 +19,16 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt import tokenizer
-from clip_rt.cache import PromptCache
+from clip_rt.cache.memory import PromptCache
+from clip_rt.classification.probe import Probe
+from clip_rt.classification.zero_shot import Scores
 from clip_rt.client import Client
 from clip_rt.deadline import Cancellation, cancellable
-from clip_rt.encoded import Encoded, OnError
 from clip_rt.errors import ClientClosedError
-from clip_rt.images import Images
-from clip_rt.manifest import Manifest
-from clip_rt.probe import Probe
-from clip_rt.zero_shot import Scores
+from clip_rt.inputs import tokenizer
+from clip_rt.inputs.images import Images
+from clip_rt.requests.results import Encoded, OnError
+from clip_rt.wire.manifest import Manifest
 
 MAX_CALLS = 64
 """Calls at work at a time; more wait their turn, and their time runs meanwhile."""

@@ -22,14 +22,13 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt import batching, dispatch, prompts, telemetry, tokenizer, zero_shot
-from clip_rt.bundled import find_model_repository
-from clip_rt.cache import Key, PromptCache
-from clip_rt.channel import TLS, parse_url
-from clip_rt.connection import Connection, Model
+from clip_rt import telemetry
+from clip_rt.cache.memory import Key, PromptCache
+from clip_rt.classification import zero_shot
+from clip_rt.classification.probe import Probe
+from clip_rt.classification.zero_shot import Scores
 from clip_rt.deadline import START_TIMEOUT_S, Deadline
-from clip_rt.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
-from clip_rt.encoded import Encoded, Gathering, OnError, check_on_error, number_parts
+from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.errors import (
     ClientClosedError,
     ContractError,
@@ -43,12 +42,17 @@ from clip_rt.errors import (
     TextError,
     TextTooLongError,
 )
-from clip_rt.images import Images, count_threads, prepare_each
-from clip_rt.lane import Lane
-from clip_rt.manifest import Manifest
-from clip_rt.probe import Probe
+from clip_rt.inputs import prompts, tokenizer
+from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
+from clip_rt.inputs.images import Images, count_threads, prepare_each
+from clip_rt.requests import batches as batching
+from clip_rt.requests import dispatch
+from clip_rt.requests.connection import Connection, Model
+from clip_rt.requests.lane import Lane
+from clip_rt.requests.results import Encoded, Gathering, OnError, check_on_error, number_parts
 from clip_rt.specs import slug
-from clip_rt.zero_shot import Scores
+from clip_rt.wire.channel import TLS, parse_url
+from clip_rt.wire.manifest import Manifest
 
 URL_VARIABLE = "CLIP_RT_URL"
 REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"

@@ -25,20 +25,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import clip_rt
-from clip_rt import canary, processor, runtime_choice
+from clip_rt import processor
 from clip_rt.deadline import Deadline
+from clip_rt.embedded import runtime_choice
 from clip_rt.errors import (
     ClipRTError,
     ServerStartError,
     ServerTimeoutError,
     ServerUnavailableError,
 )
+from clip_rt.wire import canary
 
 if TYPE_CHECKING:
     from clip_rt.client import Client
+    from clip_rt.embedded.runtime_choice import Choice
     from clip_rt.processor import Processor
-    from clip_rt.runtime_choice import Choice
-    from clip_rt.transport import ServedModel, Transport
+    from clip_rt.wire.transport import ServedModel, Transport
 
 TIMEOUT_S = 30.0
 PYTHONS = ((3, 10), (3, 13))
@@ -168,8 +170,8 @@ def _find_targets(
     urls: Sequence[str], repository: Path | None, model: str | None
 ) -> tuple[Target, ...]:
     """Choose as a client does that is given the same arguments."""
-    from clip_rt.bundled import find_model_repository
     from clip_rt.client import REPOSITORY_VARIABLE, URL_VARIABLE
+    from clip_rt.embedded.bundled import find_model_repository
 
     if not urls and repository is None:
         urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]
@@ -306,7 +308,7 @@ def _check_shared_memory() -> Finding:
 
 
 def _check_parts() -> Finding:
-    from clip_rt.installation import find_home
+    from clip_rt.embedded.installation import find_home
 
     try:
         find_home()
@@ -350,12 +352,12 @@ def _examine_server(target: Target, deadline: Deadline) -> Iterator[Finding]:
 
 def _reach(target: Target, deadline: Deadline, stack: contextlib.ExitStack) -> Transport:
     """Open a connection to a server, starting it if it is to be our own."""
-    from clip_rt.transport import Transport
+    from clip_rt.wire.transport import Transport
 
     if target.url is not None:
         return stack.enter_context(contextlib.closing(Transport(target.url)))
     assert target.repository is not None
-    from clip_rt.server import borrow, give_back
+    from clip_rt.embedded.server import borrow, give_back
 
     server = borrow(target.repository, start_timeout_s=_remaining_s(deadline))
     stack.callback(give_back, server)
@@ -397,7 +399,7 @@ def _check_version(transport: Transport, name: str, deadline: Deadline) -> Findi
 
 
 def _check_encryption(url: str) -> Finding:
-    from clip_rt.channel import parse_url
+    from clip_rt.wire.channel import parse_url
 
     _, is_secure = parse_url(url)
     if is_secure or _is_loopback(url):
@@ -407,7 +409,7 @@ def _check_encryption(url: str) -> Finding:
 
 
 def _is_loopback(url: str) -> bool:
-    from clip_rt.channel import host_of, parse_url
+    from clip_rt.wire.channel import host_of, parse_url
 
     host = host_of(parse_url(url)[0])
     try:

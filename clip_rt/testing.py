@@ -56,10 +56,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from clip_rt import specs, tokenizer
+from clip_rt import specs
 from clip_rt.errors import InputError, ServerStartError
-from clip_rt.images import Images, preprocess
-from clip_rt.manifest import Manifest
+from clip_rt.inputs import tokenizer
+from clip_rt.inputs.images import Images, preprocess
+from clip_rt.wire.manifest import Manifest
 
 SERVICE = "inference.GRPCInferenceService"
 MAX_CALLS_AT_ONCE = 128

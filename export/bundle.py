@@ -33,8 +33,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import clip_rt
 from clip_rt.errors import ContractError, InputError
-from clip_rt.manifest import Manifest
 from clip_rt.specs import Tower, image_model, text_model
+from clip_rt.wire.manifest import Manifest
 from clip_rt_commands.errors import command
 from export.console import console, mib, print_next
 from export.repository import RELOAD, check_known, publish

@@ -1,4 +1,4 @@
-"""What the reference answers to the image and the text of `clip_rt.canary`, into manifests.
+"""What the reference answers to the image and the text of `clip_rt.wire.canary`, into manifests.
 
 Every export writes it. For a model exported before there were canaries, and for the bundled one,
 whose weights are published in FP16 only:
@@ -23,12 +23,12 @@ import tyro
 from google.protobuf import text_format
 from numpy.typing import NDArray
 
-from clip_rt import canary
 from clip_rt.errors import InputError
-from clip_rt.images import preprocess
-from clip_rt.manifest import CANARY
+from clip_rt.inputs.images import preprocess
+from clip_rt.inputs.tokenizer import tokenize
 from clip_rt.specs import image_model, text_model
-from clip_rt.tokenizer import tokenize
+from clip_rt.wire import canary
+from clip_rt.wire.manifest import CANARY
 from clip_rt_commands.errors import command
 from export import parity
 from export.console import console

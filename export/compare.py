@@ -24,10 +24,10 @@ from rich.progress import track
 from rich.table import Table
 
 from clip_rt.client import Client
-from clip_rt.decoding import ImageInput, Limits
 from clip_rt.errors import ContractError, ImageError, InputError
-from clip_rt.manifest import Manifest
+from clip_rt.inputs.decoding import ImageInput, Limits
 from clip_rt.specs import slug
+from clip_rt.wire.manifest import Manifest
 from clip_rt_commands.errors import command
 from export import probes
 from export.console import console, stage

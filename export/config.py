@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rt.decoding import Limits
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Activation
 from export.parity import Precision
 from export.repository import KEEP_VERSIONS

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import InputError
-from clip_rt.manifest import Manifest
+from clip_rt.wire.manifest import Manifest
 from export.samples import NO_TEXT
 
 FloatArray: TypeAlias = NDArray[np.float32]

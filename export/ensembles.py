@@ -17,10 +17,10 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from clip_rt.decoding import Limits
 from clip_rt.errors import InputError
-from clip_rt.manifest import Manifest
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, image_model, slug, text_model
+from clip_rt.wire.manifest import Manifest
 from export.triton_config import ModelConfig
 
 PYTHON_FRONT = Path(__file__).with_name("python_front.py")

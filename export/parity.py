@@ -19,8 +19,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from clip_rt.batching import MAX_ROWS, TextPlan, plan_texts
 from clip_rt.errors import ParityError
+from clip_rt.requests.batches import MAX_ROWS, TextPlan, plan_texts
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS, Tower
 from export import probes
 from export.int8 import load_openvino

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clip_rt.inputs.tokenizer import tokenize
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT
-from clip_rt.tokenizer import tokenize
 
 PROMPTS = (
     "a photo of a cat.",

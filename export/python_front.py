@@ -29,7 +29,8 @@ class TritonPythonModel:
         facts = {k: json.loads(v["string_value"]) for k, v in config["parameters"].items()}
         _check_strings()
         try:
-            from clip_rt import errors, images, tokenizer
+            from clip_rt import errors
+            from clip_rt.inputs import images, tokenizer
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"{args['model_name']} prepares its input with clip_rt, and {error}. Install it in "

@@ -13,7 +13,7 @@ config.pbtxt, rendered from the manifest, and a numbered folder for each version
 Nothing is written in place. A version's folder is complete when it gets its name, and it is served
 from the moment its config.pbtxt replaces the one before. Whatever ends an export half-way, Ctrl-C
 included, what was served stays; only a kill between the two towers leaves one of each version,
-which a client refuses (`clip_rt.connection`) and the next export puts right.
+which a client refuses (`clip_rt.requests.connection`) and the next export puts right.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import tyro
 from google.protobuf import text_format
 from rich.table import Column, Table
 
-from clip_rt.decoding import Limits
 from clip_rt.errors import ContractError, InputError
-from clip_rt.manifest import Manifest
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Tower, image_model, text_model
+from clip_rt.wire.manifest import Manifest
 from clip_rt_commands.errors import command
 from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles

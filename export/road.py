@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 import clip_rt
 from clip_rt import specs
 from clip_rt.errors import InputError, ParityError
-from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec, slug
+from clip_rt.wire.manifest import Manifest
 from export import graphs, int8, onnx_writer, parity, precision, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig

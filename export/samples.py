@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt.batching import plan_texts
-from clip_rt.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.errors import ImageError, InputError
-from clip_rt.prompts import DEFAULT_TEMPLATE, fill
+from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
+from clip_rt.inputs.prompts import DEFAULT_TEMPLATE, fill
+from clip_rt.inputs.tokenizer import encode
+from clip_rt.inputs.transform import prepare
+from clip_rt.requests.batches import plan_texts
 from clip_rt.specs import ModelSpec
-from clip_rt.tokenizer import encode
-from clip_rt.transform import prepare
 from training.evaluation.class_names import NameTable, name_classes, sort_ids
 from training.evaluation.labelled import Sample, read_samples
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from clip_rt.client import Client
-from clip_rt.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.specs import image_model, slug, text_model
 from export.version_folder import CONFIG, list_versions, served_version
 

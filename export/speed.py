@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from clip_rt import processor
+from clip_rt.embedded.runtime_choice import time_by_turns
 from clip_rt.processor import Processor
-from clip_rt.runtime_choice import time_by_turns
 from clip_rt.specs import ModelSpec, Tower
 from export import int8, parity, probes
 from export.road import Towers

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from clip_rt.runtime_choice import default_folder
+
 from export.console import console
 
 RECORD = "made.json"

@@ -15,7 +15,6 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
-from clip_rt.manifest import Manifest
 from clip_rt.specs import (
     EMBEDDINGS,
     PIXELS,
@@ -25,6 +24,7 @@ from clip_rt.specs import (
     image_model,
     text_model,
 )
+from clip_rt.wire.manifest import Manifest
 
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Backend = Literal["python", "onnxruntime", "tensorrt"]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from clip_rt import processor, runtime_choice
+from clip_rt import processor
+from clip_rt.embedded import runtime_choice
 from clip_rt.errors import InputError
 from export.ensembles import PYTHON_DLPACK
 from export.storage import external_files

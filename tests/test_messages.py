@@ -307,12 +307,20 @@ def test_every_way_out_exists(package: str) -> None:
 @pytest.mark.parametrize(
     ("module", "text", "found"),
     [
-        ("clip_rt.decoding", "too many pixels. Make it smaller or raise max_things.", "max_things"),
+        (
+            "clip_rt.inputs.decoding",
+            "too many pixels. Make it smaller or raise max_things.",
+            "max_things",
+        ),
         ("training.data.tables", "leaves its folder (allow_things permits it)", "allow_things"),
         ("training.run", "It diverges. Lower peak_lr.", "peak_lr"),
         ("clip_rt.client", "It was late. Allow more with timeout_ms=.", "timeout_ms="),
-        ("clip_rt.ownership", "It was late. Allow more with timeout_s=.", "timeout_s="),
-        ("clip_rt.server", "Name one: clip_rt.Client(address=...).", "clip_rt.Client(address=)"),
+        ("clip_rt.embedded.ownership", "It was late. Allow more with timeout_s=.", "timeout_s="),
+        (
+            "clip_rt.embedded.server",
+            "Name one: clip_rt.Client(address=...).",
+            "clip_rt.Client(address=)",
+        ),
         ("clip_rt.client", "pass a clip_rt.Tls.", "clip_rt.Tls"),
         ("clip_rt.doctor", "Allow more with --timeout.", "--timeout"),
         ("training.run", "It is there. Go on with --continue.", "--continue"),
@@ -339,10 +347,10 @@ def test_a_dead_end_is_found(module: str, text: str, found: str) -> None:
     ("module", "text"),
     [
         ("clip_rt.client", "It was late. Allow more with timeout_s=, or use clip_rt.serve."),
-        ("clip_rt.ownership", "It was late. Allow more with start_timeout_s=."),
-        ("clip_rt.tokenizer", "Shorten it or pass truncate=True."),
+        ("clip_rt.embedded.ownership", "It was late. Allow more with start_timeout_s=."),
+        ("clip_rt.inputs.tokenizer", "Shorten it or pass truncate=True."),
         ("clip_rt.doctor", "--timeout-s must be above 0"),
-        ("clip_rt.installation", "docker run --shm-size=1g. Or: clip_rt.Client(url=...)."),
+        ("clip_rt.embedded.installation", "docker run --shm-size=1g. Or: clip_rt.Client(url=...)."),
         ("training.run", "batch_size is 7; it must be even. Make --batch-size a multiple."),
         ("training.data.shards", "Pass --allow-commands, in Python allow_commands=True."),
         ("export.onnx", "python -m training.run --resume; pip install 'clip-rt[int8]' openvino"),

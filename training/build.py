@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from clip_rt.bundled import find_sample
-from clip_rt.decoding import Limits
+from clip_rt.embedded.bundled import find_sample
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import find_spec
 from training import parallel
 from training.checkpoint import remove_partials

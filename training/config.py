@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clip_rt.decoding import Limits
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Activation
 from training.data.tree import FolderKind
 from training.optimizer import Lock

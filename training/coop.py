@@ -25,10 +25,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
-from clip_rt.probe import Probe
-from clip_rt.prompts import check_labels, fill
-from clip_rt.tokenizer import encode, pad
+from clip_rt.inputs.prompts import check_labels, fill
+from clip_rt.inputs.tokenizer import encode, pad
 from clip_rt_commands.errors import command
 from training.evaluation.embed import device_of, logit_scale
 from training.evaluation.labelled import check_exist

@@ -26,9 +26,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from clip_rt.classification.zero_shot import classify
 from clip_rt.errors import InputError
-from clip_rt.prompts import DEFAULT_TEMPLATE
-from clip_rt.zero_shot import classify
+from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings
 from training.evaluation.class_names import NameTable, describe_layout, read_templates

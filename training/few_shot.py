@@ -29,7 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from clip_rt.errors import ImageError, InputError
-from clip_rt.images import preprocess
+from clip_rt.inputs.images import preprocess
 from clip_rt_commands.errors import command
 from training.coop import context_probe, learn_context
 from training.evaluation.class_names import read_templates

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip_rt.decoding import Limits
+from clip_rt.classification.probe import Probe
 from clip_rt.errors import CheckpointError, InputError
-from clip_rt.probe import Probe
-from clip_rt.prompts import DEFAULT_TEMPLATE
+from clip_rt.inputs.decoding import Limits
+from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from clip_rt.specs import Activation
 from clip_rt_commands.errors import command
 from training.checkpoint import save_checkpoint

@@ -26,8 +26,8 @@ from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
-from clip_rt.probe import Probe
 from clip_rt_commands.errors import command
 from training.evaluation.class_names import NameTable
 from training.evaluation.labelled import check_exist

@@ -16,7 +16,7 @@ from benchmarks.contenders.implementation import (
 )
 from benchmarks.contenders.kit import MAX_BATCH_SIZE, Kit
 from benchmarks.findings import CallKind
-from clip_rt import zero_shot
+from clip_rt.classification import zero_shot
 from clip_rt.specs import END_OF_TEXT
 
 Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.contenders.kit import Kit
-from clip_rt import tokenizer
 from clip_rt.errors import InputError
+from clip_rt.inputs import tokenizer
 from clip_rt.specs import (
     CLIP_MEAN,
     CLIP_STD,

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 import clip_rt
 from benchmarks.findings import CallKind
-from clip_rt.prompts import fill, find_templates
-from clip_rt.zero_shot import MIN_NORM
+from clip_rt.classification.zero_shot import MIN_NORM
+from clip_rt.inputs.prompts import fill, find_templates
 
 TEMPLATES = "openai_imagenet"
 """The 80 prompts that each class has in a "classifier" call; "zero_shot" has one for each label."""

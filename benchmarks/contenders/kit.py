@@ -30,7 +30,7 @@ from typing import Literal, cast, get_args
 
 from clip_rt import runtime_choice
 from clip_rt.errors import InputError
-from clip_rt.prompts import fill, find_templates
+from clip_rt.inputs.prompts import fill, find_templates
 from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,12 @@ SUBJECTS = (
 """Of captions, in prompts of all sorts: INT8 needs to see words and lengths of every kind."""
 PACKAGES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
 SOURCES = (
-    *("clip_rt/specs.py", "clip_rt/manifest.py", "clip_rt/tokenizer.py", "clip_rt/transform.py"),
+    *(
+        "clip_rt/specs.py",
+        "clip_rt/wire/manifest.py",
+        "clip_rt/inputs/tokenizer.py",
+        "clip_rt/inputs/transform.py",
+    ),
     *("export", "training/model.py", "training/resnet.py", "training/weights"),
     *("benchmarks/photos.py", "benchmarks/contenders/forms.py", "benchmarks/contenders/kit.py"),
 )

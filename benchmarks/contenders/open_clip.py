@@ -15,7 +15,7 @@ from benchmarks.contenders import torch_peer
 from benchmarks.contenders.implementation import TEMPLATES, installed, zero_shot_prompts
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
-from clip_rt.prompts import find_templates
+from clip_rt.inputs.prompts import find_templates
 from clip_rt.specs import ModelSpec
 
 

@@ -13,7 +13,7 @@ import clip_rt
 from benchmarks.contenders.implementation import TEMPLATES, installed
 from benchmarks.contenders.kit import Form, Kit
 from benchmarks.findings import CallKind
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
 TIMEOUT_S = 1800.0
 START_TIMEOUT_S = 240.0

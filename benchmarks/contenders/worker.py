@@ -38,7 +38,7 @@ from benchmarks.contenders.items import read_items, split_items
 from benchmarks.contenders.plant import Planted
 from benchmarks.contenders.process import LoadResult, Order
 from benchmarks.findings import CallKind
-from clip_rt.canary import TEXT, draw_image
+from clip_rt.wire.canary import TEXT, draw_image
 
 MAX_ARRIVAL_THREADS = 256
 """Calls under way at once when they arrive by themselves; a call that has to wait for one of these

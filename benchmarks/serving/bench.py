@@ -16,7 +16,7 @@ from rich.progress import track
 import clip_rt
 from benchmarks import photos
 from benchmarks.serving.timing import console, run_threads
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
 INT8 = "int8"
 """Name under which the INT8 form of the model is served."""

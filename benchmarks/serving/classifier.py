@@ -19,7 +19,8 @@ from benchmarks.findings import Bar
 from benchmarks.serving.bare_runtime import BATCH_ROWS, BareRuntime
 from benchmarks.serving.bench import TIMEOUT_S, Bench, borrowed, check_equal
 from benchmarks.serving.timing import Found, console, ratio, timed
-from clip_rt import prompts, zero_shot
+from clip_rt.classification import zero_shot
+from clip_rt.inputs import prompts
 from clip_rt.specs import text_model
 
 TEMPLATES = "openai_imagenet"

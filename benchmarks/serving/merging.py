@@ -16,8 +16,8 @@ import clip_rt
 from benchmarks.findings import Bar
 from benchmarks.serving.bench import Bench, embed_singly, preprocessed
 from benchmarks.serving.timing import Found, by_turns, describe_latencies, rates, ratio
-from clip_rt import lane
-from clip_rt.bundled import find_model_repository
+from clip_rt.embedded.bundled import find_model_repository
+from clip_rt.requests import lane
 
 SMALL = "drawings"
 """The bundled model."""

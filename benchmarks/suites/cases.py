@@ -17,7 +17,7 @@ import clip_rt
 from benchmarks import photos
 from benchmarks.contenders.implementation import TEMPLATES
 from benchmarks.findings import CallKind
-from clip_rt import prompts, tokenizer
+from clip_rt.inputs import prompts, tokenizer
 
 SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
 NUM_LABELS = 100

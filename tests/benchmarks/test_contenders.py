@@ -352,7 +352,7 @@ def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expe
 
 
 def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
-    from clip_rt.server import EmbeddedServer
+    from clip_rt.embedded.server import EmbeddedServer
 
     with (
         ThreadPoolExecutor(1) as pool,

@@ -10,7 +10,7 @@ import tiny_repository
 from owners import Owner
 
 import clip_rt
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_rt.batching import join, plan_texts
+from clip_rt.requests.batches import join, plan_texts
 
 TEXTS = st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=77), max_size=60)
 

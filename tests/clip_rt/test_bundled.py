@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import clip_rt
-from clip_rt import bundled
 from clip_rt.__main__ import main
+from clip_rt.embedded import bundled
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FINDERS = {"model_repository": bundled.find_model_repository, "sample": bundled.find_sample}

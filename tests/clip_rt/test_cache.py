@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from owners import wait_until
 
-from clip_rt.cache import ENTRY_BYTES, Key, PromptCache
+from clip_rt.cache.memory import ENTRY_BYTES, Key, PromptCache
 from clip_rt.deadline import Cancellation, Deadline
 from clip_rt.errors import InferenceError, ServerTimeoutError
 
@@ -496,7 +496,7 @@ def test_where_there_is_no_room_it_says_what_makes_some(max_bytes, kept):
 
 
 def test_a_killed_process_leaves_what_it_wrote_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_rt.cache.WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("clip_rt.cache.memory.WRITE_EVERY_S", 0.0)
     keys = keys_of("abcd")
 
     def make(positions):

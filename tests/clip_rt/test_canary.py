@@ -12,9 +12,9 @@ import pytest
 import tiny_repository
 from PIL import Image
 
-from clip_rt import canary
 from clip_rt.errors import ContractError
-from clip_rt.manifest import Manifest
+from clip_rt.wire import canary
+from clip_rt.wire.manifest import Manifest
 
 
 def unit(rng, dim):

@@ -23,9 +23,9 @@ from stopping import stopped
 
 import clip_rt
 from clip_rt import client as client_module
-from clip_rt.endpoint import RECHECK_AFTER_S
-from clip_rt.lane import MAX_IN_FLIGHT
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.requests.endpoint import RECHECK_AFTER_S
+from clip_rt.requests.lane import MAX_IN_FLIGHT
 
 COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
 

@@ -14,8 +14,8 @@ from owners import wait_until
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.connection import Connection
-from clip_rt.endpoint import RECHECK_AFTER_S
+from clip_rt.requests.connection import Connection
+from clip_rt.requests.endpoint import RECHECK_AFTER_S
 
 SIDE_PX = 8
 

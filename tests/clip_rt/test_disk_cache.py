@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from owners import wait_until
 
-from clip_rt import disk_cache
-from clip_rt.cache import Key, PromptCache, _index
+from clip_rt.cache.disk import DiskCache
+from clip_rt.cache.memory import Key, PromptCache, _index
+from clip_rt.cache.memory import disk as disk_cache
 from clip_rt.deadline import Deadline
-from clip_rt.disk_cache import DiskCache
 
 KEY = Key("weights", "tokenizer", 77, ("a {}.",), "cat")
 NAMESPACE = _index([KEY])[0][0]
@@ -468,8 +468,8 @@ def test_a_tilde_is_the_home(monkeypatch, tmp_path):
     assert len(segments_of(tmp_path / "cache")) == 1
 
 
-WRITES = ["clip_rt.disk_cache.tempfile.mkstemp", "clip_rt.disk_cache.os.replace"]
-READS = ["clip_rt.disk_cache.os.scandir", "pathlib.Path.open"]
+WRITES = ["clip_rt.cache.disk.tempfile.mkstemp", "clip_rt.cache.disk.os.replace"]
+READS = ["clip_rt.cache.disk.os.scandir", "pathlib.Path.open"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
@@ -622,7 +622,7 @@ def test_a_folder_that_is_deleted_in_the_middle_of_a_write(filled, monkeypatch, 
 
     cache = open_new(filled)
     with monkeypatch.context() as patched:
-        patched.setattr("clip_rt.disk_cache.os.replace", delete_and_replace)
+        patched.setattr("clip_rt.cache.disk.os.replace", delete_and_replace)
         assert ask(cache, ["new"]) == ["new"]
         assert ask(cache, ["newer"]) == ["newer"]
     assert len(warnings()) == 1

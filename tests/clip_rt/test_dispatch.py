@@ -12,7 +12,7 @@ import pytest
 import clip_rt
 from clip_rt import testing
 from clip_rt.deadline import Cancellation, Deadline, RetryBudget, RetryPolicy, cancellable
-from clip_rt.lane import MAX_IN_FLIGHT
+from clip_rt.requests.lane import MAX_IN_FLIGHT
 
 SIDE_PX = 8
 

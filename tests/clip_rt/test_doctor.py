@@ -14,13 +14,15 @@ import pytest
 import tiny_repository
 
 import clip_rt
-from clip_rt import canary, doctor, installation
-from clip_rt import server as server_module
+from clip_rt import doctor
 from clip_rt.deadline import Deadline
+from clip_rt.embedded import installation
+from clip_rt.embedded import server as server_module
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerStartError
 from clip_rt.processor import Processor
-from clip_rt.server import EmbeddedServer
-from clip_rt.transport import ServerFacts
+from clip_rt.wire import canary
+from clip_rt.wire.transport import ServerFacts
 
 ROOT = Path(__file__).parents[2]
 

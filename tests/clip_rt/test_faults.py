@@ -60,8 +60,8 @@ from stopping import stopped
 import clip_rt
 from clip_rt import testing
 from clip_rt.deadline import RetryBudget
-from clip_rt.endpoint import RECHECK_AFTER_S
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.requests.endpoint import RECHECK_AFTER_S
 
 
 def shade(index):

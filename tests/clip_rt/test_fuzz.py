@@ -24,8 +24,9 @@ from hypothesis.extra import numpy as numpy_st
 from PIL import Image
 
 import clip_rt
-from clip_rt import prompts, testing
-from clip_rt.tokenizer import MAX_TEXT_CHARS
+from clip_rt import testing
+from clip_rt.inputs import prompts
+from clip_rt.inputs.tokenizer import MAX_TEXT_CHARS
 
 SHORT_RUN = 300
 CASES = int(os.environ.get("CLIP_RT_FUZZ_CASES", SHORT_RUN))

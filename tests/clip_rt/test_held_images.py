@@ -19,9 +19,10 @@ from PIL import Image, ImageOps
 from test_input_forms import draw, encode, opened, orient
 
 import clip_rt
-from clip_rt import decoding, testing, transform
-from clip_rt.images import prepare_each
-from clip_rt.transform import prepare
+from clip_rt import testing
+from clip_rt.inputs import decoding, transform
+from clip_rt.inputs.images import prepare_each
+from clip_rt.inputs.transform import prepare
 
 PNG = encode(draw())
 EXPECTED = prepare(PNG, side_px=32)
@@ -372,7 +373,7 @@ def test_an_image_made_from_it_is_taken_as_its_owner_sees_it(make):
 
 def test_an_orientation_that_is_not_followed_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(transform, "_num_left_as_they_are", iter(range(9)))
-    with caplog.at_level(logging.WARNING, "clip_rt.images"):
+    with caplog.at_level(logging.WARNING, "clip_rt.inputs.images"):
         see(draw())
         see(opened(STORED))
         assert not caplog.records

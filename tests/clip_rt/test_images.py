@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from clip_rt.errors import ImageError, InputError
-from clip_rt.images import iterate, prepare_each, preprocess
-from clip_rt.transform import MAX_SIDE_PX, prepare
+from clip_rt.inputs.images import iterate, prepare_each, preprocess
+from clip_rt.inputs.transform import MAX_SIDE_PX, prepare
 
 SIZES = (
     (1, 1),
@@ -247,7 +247,7 @@ def scene() -> Image.Image:
 
 def decoded_sizes(monkeypatch) -> list[tuple[int, int]]:
     """Note the size that each image has when it comes to the resize."""
-    from clip_rt import transform
+    from clip_rt.inputs import transform
 
     sizes, make_resizable = [], transform._make_resizable
 
@@ -566,7 +566,7 @@ def test_large_files_are_refused_before_they_are_read(tmp_path):
 
 
 def test_a_file_that_hides_its_length_is_read_to_one_byte_past_the_limit(tmp_path, monkeypatch):
-    from clip_rt import decoding
+    from clip_rt.inputs import decoding
 
     path = tmp_path / "grows.png"
     path.write_bytes(b"x" * 5000)

@@ -11,7 +11,7 @@ import pytest
 
 LIMIT_S = 0.3
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "torchvision", "open_clip")
-MODULES = ("clip_rt", "clip_rt.images", "clip_rt.tokenizer", "clip_rt.prompts")
+MODULES = ("clip_rt", "clip_rt.inputs.images", "clip_rt.inputs.tokenizer", "clip_rt.inputs.prompts")
 
 PROGRAM = """
 import json, sys, time
@@ -56,11 +56,11 @@ def test_import_is_quick(module):
 def test_import_opens_no_data_file_and_no_socket(module):
     _, _, opened = import_in_a_new_process(module)
     assert {event for event, _ in opened} <= {"open"}
-    assert not [path for _, path in opened if "/clip_rt/data" in path]
+    assert not [path for _, path in opened if "/clip_rt/inputs/data" in path]
 
 
 def test_text_and_image_libraries_load_when_they_are_used():
-    _, loaded, _ = import_in_a_new_process("clip_rt.tokenizer")
+    _, loaded, _ = import_in_a_new_process("clip_rt.inputs.tokenizer")
     assert loaded.isdisjoint({"ftfy", "tokenizers", "PIL"})
-    _, loaded, _ = import_in_a_new_process("clip_rt.images")
+    _, loaded, _ = import_in_a_new_process("clip_rt.inputs.images")
     assert loaded.isdisjoint({"ftfy", "tokenizers"})

@@ -14,9 +14,10 @@ from PIL import Image
 from test_input_forms import Series
 
 import clip_rt
-from clip_rt import prompts, testing
-from clip_rt.items import check_list, count_axes, describe_non_string
-from clip_rt.zero_shot import classify
+from clip_rt import testing
+from clip_rt.classification.zero_shot import classify
+from clip_rt.inputs import prompts
+from clip_rt.inputs.items import check_list, count_axes, describe_non_string
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 

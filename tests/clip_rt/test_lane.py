@@ -13,7 +13,7 @@ from owners import wait_until
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.lane import MAX_IN_FLIGHT
+from clip_rt.requests.lane import MAX_IN_FLIGHT
 
 SIDE_PX = 8
 
@@ -135,7 +135,9 @@ def test_a_request_frees_its_rows_when_it_is_done(fake, client):
     gc.disable()
     try:
         client.encode_images(squares(64))
-        alive = [each for each in gc.get_objects() if type(each).__module__ == "clip_rt.lane"]
+        alive = [
+            each for each in gc.get_objects() if type(each).__module__ == "clip_rt.requests.lane"
+        ]
         kinds = {type(each).__name__ for each in alive}
         assert kinds == {"Lane"}
     finally:

@@ -16,13 +16,13 @@ from owners import find_processes, find_remains, is_running, wait_until
 from stopping import stopped
 
 import clip_rt
-from clip_rt import server as server_module
-from clip_rt import supervisor
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded import server as server_module
+from clip_rt.embedded import supervisor
+from clip_rt.embedded.server import EmbeddedServer
 
 SHARER = """
 import sys
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer
 server = EmbeddedServer(sys.argv[1], is_shared=True)
 print(server.start(), flush=True)
 sys.stdin.readline()

@@ -22,11 +22,11 @@ from owners import wait_until
 from PIL import Image, ImageSequence
 from processes import running
 
-from clip_rt import images as images_module
 from clip_rt import telemetry
 from clip_rt.errors import ImageError, InputError
-from clip_rt.images import MAX_THREADS, count_threads, prepare_each, preprocess
-from clip_rt.transform import prepare
+from clip_rt.inputs import images as images_module
+from clip_rt.inputs.images import MAX_THREADS, count_threads, prepare_each, preprocess
+from clip_rt.inputs.transform import prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
         import io, itertools, resource
         import numpy as np
         from PIL import Image
-        from clip_rt.images import prepare_each
+        from clip_rt.inputs.images import prepare_each
         file = io.BytesIO()
         Image.new("RGB", (3000, 2000), "orange").save(file, "JPEG")
         def peak_mib():
@@ -375,7 +375,7 @@ def test_ctrl_c_ends_it(tmp_path):
     program = """
         import io, itertools
         from PIL import Image
-        from clip_rt.images import prepare_each
+        from clip_rt.inputs.images import prepare_each
         file = io.BytesIO()
         Image.effect_noise((1500, 1500), 90).convert("RGB").save(file, "JPEG")
         try:
@@ -404,7 +404,7 @@ def test_it_works_while_the_interpreter_ends():
     program = """
         import atexit, io
         from PIL import Image
-        from clip_rt.images import preprocess
+        from clip_rt.inputs.images import preprocess
         file = io.BytesIO()
         Image.new("RGB", (60, 50)).save(file, "JPEG")
         images = [file.getvalue()] * 5
@@ -421,7 +421,7 @@ def test_a_forked_child_has_threads_of_its_own_and_leaves_the_parent_s():
         import numpy as np
         from PIL import Image
         from clip_rt import errors
-        from clip_rt.images import prepare_each, preprocess
+        from clip_rt.inputs.images import prepare_each, preprocess
         warnings.simplefilter("ignore")
         files = []
         for seed in range(8):
@@ -483,7 +483,7 @@ def test_threads_by_default_are_the_cores_of_this_process():
     if hasattr(os, "sched_getaffinity"):
         program = """
             import os
-            from clip_rt.images import count_threads
+            from clip_rt.inputs.images import count_threads
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             print(count_threads())
         """

@@ -14,10 +14,10 @@ import tiny_repository
 from owners import ROOT, find_remains
 
 import clip_rt
-from clip_rt import installation, sharing
-from clip_rt import server as server_module
-from clip_rt.installation import find_home
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded import installation, sharing
+from clip_rt.embedded import server as server_module
+from clip_rt.embedded.installation import find_home
+from clip_rt.embedded.server import EmbeddedServer
 
 ODD = {
     "space and quotes": "my 'own' \"tmp\" ",
@@ -248,7 +248,7 @@ def test_a_user_whom_nobody_knows_and_who_has_no_home(repository: Path, tmp_path
 READ_ONLY = """
 import subprocess, sys
 import clip_rt
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer
 for target in ("/tmp", "/dev/shm")[: int(sys.argv[2])]:
     # Itself, read only: this checkout may lie there.
     for how in (("--bind", target), ("-o", "remount,bind,ro")):

@@ -12,9 +12,9 @@ import pytest
 import tiny_repository
 from PIL import Image
 
+from clip_rt.classification.probe import FORMAT, Probe
 from clip_rt.client import Client
 from clip_rt.errors import CheckpointError, ContractError, ImageError, InputError
-from clip_rt.probe import FORMAT, Probe
 
 
 def make(**changes: object) -> Probe:
@@ -137,7 +137,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused_unread(
 ) -> None:
     path = write(tmp_path / "p.npz", weight=np.zeros((2, 4_000_000), np.float32), compress=True)
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr("clip_rt.probe.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("clip_rt.classification.probe.MAX_BYTES", 1_000_000)
     with pytest.raises(CheckpointError, match="unpacks to 32,"):
         Probe.load(path)
 

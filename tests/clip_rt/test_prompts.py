@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_rt.errors import TemplateError, TextError
-from clip_rt.prompts import (
+from clip_rt.inputs.prompts import (
     DEFAULT_TEMPLATE,
     check_template,
     fill,

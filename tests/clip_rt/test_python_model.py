@@ -21,10 +21,10 @@ import tiny_repository
 from owners import find_processes
 
 import clip_rt
-from clip_rt import installation, runtime_choice
 from clip_rt.deadline import Deadline
-from clip_rt.server import EmbeddedServer
-from clip_rt.transport import ServedModel, Transport
+from clip_rt.embedded import installation, runtime_choice
+from clip_rt.embedded.server import EmbeddedServer
+from clip_rt.wire.transport import ServedModel, Transport
 
 # Ids up to 59999 pass the check at the door and fail inside the graph.
 WIDER = 'parameters { key: "vocab_size" value { string_value: "60000" } }\n'

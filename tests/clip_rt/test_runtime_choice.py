@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_rt import runtime_choice
-from clip_rt.runtime_choice import (
+from clip_rt.embedded import runtime_choice
+from clip_rt.embedded.runtime_choice import (
     Choice,
     alone,
     available_bytes,

@@ -19,8 +19,8 @@ from stopping import stopped
 
 import clip_rt
 from clip_rt.__main__ import main
-from clip_rt.foreground import serve
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.foreground import serve
+from clip_rt.embedded.server import EmbeddedServer
 
 Start = Callable[..., subprocess.Popen[str]]
 

@@ -27,16 +27,16 @@ from owners import (
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import clip_rt
-from clip_rt import installation
-from clip_rt import server as server_module
 from clip_rt.deadline import Deadline
-from clip_rt.server import EmbeddedServer, borrow, give_back
-from clip_rt.transport import Transport
+from clip_rt.embedded import installation
+from clip_rt.embedded import server as server_module
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.wire.transport import Transport
 
 OWNER = """
 import os, signal, sys, time
 import clip_rt
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer
 server = EmbeddedServer(sys.argv[1])
 print(server.start(), flush=True)
 """
@@ -446,7 +446,7 @@ def test_shared_memory_is_reckoned_from_the_configuration(config, mib):
 ELSEWHERE = """
 import os, subprocess, sys, tempfile
 import clip_rt
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer
 def mount(target, options):
     os.makedirs(target, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", target], check=True)

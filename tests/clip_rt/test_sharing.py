@@ -23,14 +23,14 @@ from owners import (
 )
 
 import clip_rt
-from clip_rt import server as server_module
-from clip_rt import sharing
-from clip_rt.installation import find_home, find_models
-from clip_rt.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded import server as server_module
+from clip_rt.embedded import sharing
+from clip_rt.embedded.installation import find_home, find_models
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
 BORROWER = """
 import sys
-from clip_rt.server import borrow, give_back
+from clip_rt.embedded.server import borrow, give_back
 server = borrow(sys.argv[1])
 print(server.server_id, server.url, flush=True)
 for line in sys.stdin:
@@ -267,7 +267,7 @@ def test_a_path_longer_than_a_socket_may_have_will_do(own_repository, tmp_path, 
 
 FORKING = """
 import os, sys
-from clip_rt.server import EmbeddedServer, borrow
+from clip_rt.embedded.server import EmbeddedServer, borrow
 server = EmbeddedServer(sys.argv[1]) if sys.argv[2] == "own" else borrow(sys.argv[1])
 server.start()
 if os.fork() == 0:

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from clip_rt import tokenizer
 from clip_rt.errors import ClipRTError, InputError, TextError, TextTooLongError
+from clip_rt.inputs import tokenizer
+from clip_rt.inputs.tokenizer import MAX_TEXT_CHARS, encode, encode_text, fingerprint, pad, tokenize
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT, VOCAB_SIZE
-from clip_rt.tokenizer import MAX_TEXT_CHARS, encode, encode_text, fingerprint, pad, tokenize
 
 # Blocks of Unicode, from which words are drawn.
 SCRIPTS = {
@@ -378,7 +378,7 @@ def test_threads_that_come_at_once_agree():
 def test_a_fork_tokenizes_without_a_word_on_stderr():
     program = """if True:
         import os
-        from clip_rt.tokenizer import encode
+        from clip_rt.inputs.tokenizer import encode
         expected = encode(["a photo of a cat"] * 100)
         child = os.fork()
         if child == 0:

@@ -22,11 +22,11 @@ from stopping import stopped
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 import clip_rt
-from clip_rt import transport as transport_module
-from clip_rt.channel import TLS, parse_url
 from clip_rt.deadline import Deadline
-from clip_rt.server import EmbeddedServer
-from clip_rt.transport import ERROR_BY_CODE, ServedModel, Transport
+from clip_rt.embedded.server import EmbeddedServer
+from clip_rt.wire import transport as transport_module
+from clip_rt.wire.channel import TLS, parse_url
+from clip_rt.wire.transport import ERROR_BY_CODE, ServedModel, Transport
 
 IMAGE = ServedModel(
     name="tiny_image",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import clip_rt
-from clip_rt import zero_shot
-from clip_rt.zero_shot import classify, pool
+from clip_rt.classification import zero_shot
+from clip_rt.classification.zero_shot import classify, pool
 
 
 def unit(array):

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rt import specs
-from clip_rt.manifest import Manifest
+from clip_rt.wire.manifest import Manifest
 from export.version_folder import copy_python_model
 
 SIDE_PX = 64

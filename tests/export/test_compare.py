@@ -12,8 +12,8 @@ import pytest
 import tiny_clip as tiny
 from PIL import Image
 
+from clip_rt.embedded.server import borrow, give_back
 from clip_rt.errors import InputError
-from clip_rt.server import borrow, give_back
 from export import compare, drift
 from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure

@@ -16,9 +16,9 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import clip_rt
-from clip_rt.decoding import MAX_BYTES, MAX_PIXELS
+from clip_rt.embedded.server import borrow, give_back
 from clip_rt.errors import InputError
-from clip_rt.server import borrow, give_back
+from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS
 from export.ensembles import folder_names, read_limits
 from export.repository import (
     RepositoryConfig,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import clip_rt
-from clip_rt import canary
 from clip_rt.errors import InputError
+from clip_rt.wire import canary
 from export import parity
 from export.canary import add_canary, make_canary
 from export.repository import publish, switch_version

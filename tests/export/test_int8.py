@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import clip_rt
-from clip_rt.bundled import find_sample
+from clip_rt.embedded.bundled import find_sample
 from clip_rt.errors import InputError, ParityError
 from export import int8, parity, probes
 from export.onnx import OnnxConfig

@@ -17,8 +17,8 @@ from processes import running
 from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
-from clip_rt.manifest import Manifest
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from clip_rt.wire.manifest import Manifest
 from export import repository, version_folder
 from export.repository import (
     RepositoryConfig,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import clip_rt
-from clip_rt.canary import TEXT
 from clip_rt.deadline import Deadline
-from clip_rt.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.specs import image_model, text_model
-from clip_rt.transport import Transport
+from clip_rt.wire.canary import TEXT
+from clip_rt.wire.transport import Transport
 from export import probes
 from export.repository import configure, publish
 from export.road import make_manifest

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import clip_rt
-from clip_rt.server import borrow, give_back
+from clip_rt.embedded.server import borrow, give_back
 
 ROOT = Path(__file__).parents[2]
 TEXTS = (

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from tar_shards import write_tar
 
+from clip_rt.classification.zero_shot import classify
 from clip_rt.errors import CheckpointError, ImageError, InputError, NonFiniteEmbeddingError
-from clip_rt.images import preprocess
+from clip_rt.inputs.images import preprocess
 from clip_rt.specs import MODELS
-from clip_rt.zero_shot import classify
 from training.data.drawing_batches import load_drawings
 from training.evaluate import EvaluateConfig, evaluate, main, zero_shot_accuracy
 from training.evaluation.class_names import (

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from clip_rt.classification.probe import Probe
+from clip_rt.classification.zero_shot import classify
 from clip_rt.errors import CheckpointError, InputError, TrainingError
-from clip_rt.probe import Probe
 from clip_rt.specs import MODELS
-from clip_rt.zero_shot import classify
 from training import coop, few_shot, interpolate
 from training.coop import CoopConfig, context_probe, embed_prompts, learn_context
 from training.evaluation.embed import class_embeddings, embed_images, embed_texts

@@ -12,8 +12,8 @@ import torch
 from tar_shards import encode, write_pairs, write_tar
 
 from clip_rt.errors import InputError
+from clip_rt.inputs.tokenizer import tokenize
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
-from clip_rt.tokenizer import tokenize
 from training.data.batches import Batch
 from training.data.folders import ClassFolder
 from training.data.pair_batches import PairBatches, normalise_pixels

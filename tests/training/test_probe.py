@@ -8,8 +8,8 @@ import tiny_clip
 from PIL import Image
 from safetensors.torch import save_file
 
+from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
-from clip_rt.probe import Probe
 from clip_rt.specs import MODELS
 from training.evaluation.embed import embed_images
 from training.probe import (

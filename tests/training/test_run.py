@@ -18,8 +18,8 @@ from processes import running
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from clip_rt.classification.probe import Probe
 from clip_rt.errors import CheckpointError, InputError, TrainingError
-from clip_rt.probe import Probe
 from clip_rt.specs import MODELS
 from training import build as build_module
 from training import coop

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_rt.errors import InputError
-from clip_rt.tokenizer import tokenize
+from clip_rt.inputs.tokenizer import tokenize
 from training.data.pairs import Skips
 
 MAX_SEED = 2**32 - 1

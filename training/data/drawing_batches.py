@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from clip_rt.decoding import MAX_BYTES, open_image
 from clip_rt.errors import InputError
-from clip_rt.prompts import fill
+from clip_rt.inputs.decoding import MAX_BYTES, open_image
+from clip_rt.inputs.prompts import fill
 from training.data.augment import Dice, augment
 from training.data.batches import (
     Batch,

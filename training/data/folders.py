@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_rt.errors import InputError
-from clip_rt.prompts import fill, find_templates
+from clip_rt.inputs.prompts import fill, find_templates
 from training.data.pairs import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -40,7 +40,7 @@ class ClassFolder:
 
         Args:
             folder: Holds a folder per class; a folder that holds nothing but that is stepped into.
-            templates: Captions are these, filled with the label; as in `clip_rt.prompts`.
+            templates: Captions are these, filled with the label; as in `clip_rt.inputs.prompts`.
             labels: Label by folder name, such as ImageNet's n01440764. Otherwise the label is
                 the folder's name with spaces for underscores.
             allow_outside: Whether links may lead out of the folder.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_rt.errors import ImageError, TextError
-from clip_rt.tokenizer import encode_text, pad
+from clip_rt.inputs.tokenizer import encode_text, pad
 from training.data.batches import Purpose, rng
 from training.data.pairs import BadSampleError, Pair, Source
 from training.data.photos import PhotoAugmentation

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from clip_rt.errors import InputError
-from clip_rt.tokenizer import MAX_TEXT_CHARS
+from clip_rt.inputs.tokenizer import MAX_TEXT_CHARS
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),

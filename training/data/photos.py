@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from clip_rt.decoding import DEFAULT_LIMITS, Limits, open_image
 from clip_rt.errors import ImageError, InputError
+from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits, open_image
 
 _CROP_TRIES = 10
 
@@ -60,7 +60,7 @@ class PhotoAugmentation:
         """Decode, crop, resize and recolour one image; uint8 (side_px, side_px, 3), RGB.
 
         Raises:
-            ImageError: it cannot be decoded or is over a limit of `clip_rt.decoding`.
+            ImageError: it cannot be decoded or is over a limit of `clip_rt.inputs.decoding`.
         """
         upright = decode(image, self.limits)
         box = random_box(*upright.size, scale=self.scale, ratio=self.ratio, rng=rng)

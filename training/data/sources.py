@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_rt.decoding import MAX_BYTES
+
 from clip_rt.errors import InputError
 from training.data.folders import CaptionFolder, ClassFolder
 from training.data.pairs import Source
@@ -31,7 +32,7 @@ def open_sources(
             URLs of shards, which are streamed together. A folder of which at least 80 % of the
             images have a .txt of the same name beside them is read as pairs, one of which none has
             one as a folder of images for each class; of what is between, `folder_kind` must say it.
-        templates: Captions of what has a class only; a name of `clip_rt.prompts`.
+        templates: Captions of what has a class only; a name of `clip_rt.inputs.prompts`.
         allow_commands: Whether `pipe:` shards may run their commands.
         allow_outside: Whether paths of tables, and links in folders, may lead out of them.
         folder_kind: What folders are.

@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from clip_rt.errors import InputError
-from clip_rt.prompts import fill, find_templates
+from clip_rt.inputs.prompts import fill, find_templates
 from training.data.pairs import (
     MAX_JSON_BYTES,
     BadSampleError,
@@ -49,7 +49,7 @@ class Table:
 
         Args:
             path: .csv or .tsv with a line of column names, or .jsonl with an object a line. UTF-8.
-            templates: Captions of rows that have a label only; as in `clip_rt.prompts`.
+            templates: Captions of rows that have a label only; as in `clip_rt.inputs.prompts`.
             image_column: Where the image's path is, relative to the folder of the table.
             caption_column: Where the caption is; in JSONL, perhaps a list of several.
             label_column: Where the class of the image is, which may be missing.

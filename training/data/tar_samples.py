@@ -16,8 +16,8 @@ from typing import IO, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
-from clip_rt.decoding import MAX_BYTES
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import MAX_BYTES
 from training.data.pairs import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_rt.errors import InputError
-from clip_rt.prompts import find_templates, template_names
+from clip_rt.inputs.prompts import find_templates, template_names
 
 IMAGENET_CLASSES = 1000
 _WNID = re.compile(r"n\d{8}")

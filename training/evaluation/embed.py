@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from clip_rt import batching
-from clip_rt.decoding import DEFAULT_LIMITS, ImageInput, Limits
+from clip_rt.classification.zero_shot import pool
 from clip_rt.errors import CheckpointError
-from clip_rt.images import Images, iterate
-from clip_rt.prompts import check_labels, fill, find_templates
+from clip_rt.inputs.decoding import DEFAULT_LIMITS, ImageInput, Limits
+from clip_rt.inputs.images import Images, iterate
+from clip_rt.inputs.prompts import check_labels, fill, find_templates
+from clip_rt.inputs.tokenizer import encode
+from clip_rt.inputs.transform import prepare
+from clip_rt.requests import batches as batching
 from clip_rt.specs import Activation, find_spec
-from clip_rt.tokenizer import encode
-from clip_rt.transform import prepare
-from clip_rt.zero_shot import pool
 from training.data.augment import normalise
 from training.data.drawing_batches import Drawings
 from training.model import CLIP

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_rt.bundled import find_sample
-from clip_rt.decoding import Limits
+from clip_rt.embedded.bundled import find_sample
+from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import ModelSpec
 from training import evaluate
 from training.config import TrainConfig

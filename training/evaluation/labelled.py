@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_rt.decoding import MAX_BYTES, ImageInput
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import MAX_BYTES, ImageInput
 from training.data.pairs import (
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,

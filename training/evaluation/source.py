@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from clip_rt.decoding import DEFAULT_LIMITS, ImageInput, Limits
 from clip_rt.errors import ImageError, InputError
+from clip_rt.inputs.decoding import DEFAULT_LIMITS, ImageInput, Limits
 from clip_rt.specs import Activation
 from training.evaluation.class_names import NameTable, name_classes, read_name_table, sort_ids
 from training.evaluation.embed import embed_images, open_model

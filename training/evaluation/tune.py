@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.errors import InputError, TrainingError
-from clip_rt.prompts import check_labels, fill, find_templates
+from clip_rt.inputs.prompts import check_labels, fill, find_templates
 from training.data.batches import cut_tokens
 from training.evaluation.embed import device_of, pixels_to_input
 from training.model import CLIP

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from clip_rt.deadline import Deadline, RetryPolicy
 from clip_rt.errors import ServerTimeoutError
-from clip_rt.transport import Transport
+from clip_rt.wire.transport import Transport
 
 if TYPE_CHECKING:
-    from clip_rt.server import EmbeddedServer
+    from clip_rt.embedded.server import EmbeddedServer
 
 RECHECK_AFTER_S = 0.5
 """Silent for longer, and the server may have been replaced meanwhile: ask it again what it has."""

@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt import telemetry
-from clip_rt.connection import Model
 from clip_rt.deadline import Deadline
-from clip_rt.endpoint import RECHECK_AFTER_S
 from clip_rt.errors import (
     ClipRTError,
     InferenceError,
@@ -29,8 +27,10 @@ from clip_rt.errors import (
     ServerTimeoutError,
     ServerUnavailableError,
 )
-from clip_rt.lane import MAX_IN_FLIGHT, Job, Lane
-from clip_rt.transport import GRACE_S
+from clip_rt.requests.connection import Model
+from clip_rt.requests.endpoint import RECHECK_AFTER_S
+from clip_rt.requests.lane import MAX_IN_FLIGHT, Job, Lane
+from clip_rt.wire.transport import GRACE_S
 
 PATIENCE = 0.5
 """Share of a request's time that a silent server gets before another is asked."""

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_rt import telemetry
-from clip_rt.decoding import (
+from clip_rt.errors import ImageError, InputError
+from clip_rt.inputs.decoding import (
     BYTES_LIKE,
     MAX_BYTES,
     MAX_PIXELS,
@@ -30,12 +31,11 @@ from clip_rt.decoding import (
     is_array_like,
     is_file,
 )
-from clip_rt.errors import ImageError, InputError
-from clip_rt.items import check_list, count_axes
-from clip_rt.transform import Square, check_side, is_square, prepare
+from clip_rt.inputs.items import check_list, count_axes
+from clip_rt.inputs.transform import Square, check_side, is_square, prepare
 
 if TYPE_CHECKING:
-    from clip_rt.encoded import OnError
+    from clip_rt.requests.results import OnError
 
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 """A batch: any list of images, see `items`, or generator; one image alone is a batch of one."""

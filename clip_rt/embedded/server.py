@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from clip_rt import sharing, supervisor
 from clip_rt.deadline import START_TIMEOUT_S
-from clip_rt.errors import ServerStartError
-from clip_rt.installation import (
+from clip_rt.embedded import sharing, supervisor
+from clip_rt.embedded.installation import (
     OTHER_WAY,
     Home,
     check_shared_memory,
@@ -34,7 +33,8 @@ from clip_rt.installation import (
     find_models,
     find_repository,
 )
-from clip_rt.ownership import Facts, Run, find_cause, join, launch, make_start_error
+from clip_rt.embedded.ownership import Facts, Run, find_cause, join, launch, make_start_error
+from clip_rt.errors import ServerStartError
 
 MAX_TRIES = 5
 """When others take the port first, or one that others started dies before we have joined it."""

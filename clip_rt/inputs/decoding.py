@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from clip_rt.errors import ImageError, InputError
-from clip_rt.items import count_axes
+from clip_rt.inputs.items import count_axes
 
 MAX_PIXELS = 64_000_000
 """Largest width x height accepted, checked before decoding; about 256 MB once decoded."""

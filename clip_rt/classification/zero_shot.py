@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, NonFiniteEmbeddingError
-from clip_rt.items import check_list
+from clip_rt.inputs.items import check_list
 
 MIN_NORM = 1e-6
 MAX_SMALL_PRODUCT = 2**22

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_rt import sharing, supervisor
+from clip_rt.embedded import sharing, supervisor
+from clip_rt.embedded.installation import OTHER_WAY, Home, find_way_out
 from clip_rt.errors import ServerError, ServerStartError
-from clip_rt.installation import OTHER_WAY, Home, find_way_out
-from clip_rt.transport import Transport
+from clip_rt.wire.transport import Transport
 
 _POLL_S = 0.02
 _COLLECT_S = 0.002

@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_rt import telemetry
-from clip_rt.channel import TLS
-from clip_rt.contract import Towers, check_towers, find_differences
 from clip_rt.deadline import START_TIMEOUT_S, Deadline, RetryBudget, RetryPolicy
-from clip_rt.endpoint import Endpoint, Place, dial
 from clip_rt.errors import (
     ClientClosedError,
     ClipRTError,
@@ -32,10 +29,13 @@ from clip_rt.errors import (
     ServerUnavailableError,
     UnknownModelError,
 )
-from clip_rt.lane import Lane
-from clip_rt.manifest import Manifest
+from clip_rt.requests.endpoint import Endpoint, Place, dial
+from clip_rt.requests.lane import Lane
 from clip_rt.specs import image_model, text_model
-from clip_rt.transport import GRACE_S, ServedModel, Transport
+from clip_rt.wire.channel import TLS
+from clip_rt.wire.contract import Towers, check_towers, find_differences
+from clip_rt.wire.manifest import Manifest
+from clip_rt.wire.transport import GRACE_S, ServedModel, Transport
 
 OTHERS_S = 0.25
 """How long the first answer of several servers is held back for those of the others."""
@@ -108,7 +108,7 @@ class Connection:
             ServerStartError: it cannot run here.
         """
         # Here, because it needs Linux, and a client of a remote server does not.
-        from clip_rt.server import borrow
+        from clip_rt.embedded.server import borrow
 
         server = borrow(Path(repository), start_timeout_s=start_timeout_s)
         return cls([Endpoint(dial(server), server)])
@@ -311,7 +311,7 @@ class Connection:
         for endpoint in self.endpoints:
             endpoint.transport.close()
             if endpoint.server is not None:
-                from clip_rt.server import give_back
+                from clip_rt.embedded.server import give_back
 
                 give_back(endpoint.server)
 

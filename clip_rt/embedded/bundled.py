@@ -8,7 +8,7 @@ from pathlib import Path
 from clip_rt.errors import InputError, ServerStartError
 
 PACKAGE = "clip_rt_drawings"
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def find_model_repository() -> Path:

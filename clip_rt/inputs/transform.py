@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from clip_rt import telemetry
-from clip_rt.decoding import (
+from clip_rt.errors import ImageError, InputError
+from clip_rt.inputs.decoding import (
     MAX_BYTES,
     MAX_PIXELS,
     READABLE_FORMATS,
@@ -33,7 +34,6 @@ from clip_rt.decoding import (
     open_image,
     shrink,
 )
-from clip_rt.errors import ImageError, InputError
 
 MAX_SIDE_PX = 2048
 """Largest square made; more than any CLIP reads."""
@@ -56,7 +56,7 @@ quarter longer. `benchmarks.decoding` measures all three.
 # since loading reads a file object, which may be of anyone's making.
 _loading = [threading.RLock() for _ in range(64)]
 
-_log = logging.getLogger("clip_rt.images")
+_log = logging.getLogger("clip_rt.inputs.images")
 _num_left_as_they_are = itertools.count()
 
 _ORIENTATION = 0x0112

@@ -1,6 +1,6 @@
 """What a server says about two towers in; refused unless they are one model, and of one kind.
 
-The tensor contract that exports obey is `ARCHITECTURE.md`'s; `clip_rt.manifest` is what they say.
+The tensor contract that exports obey is `ARCHITECTURE.md`'s; what they say is `manifest`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from clip_rt.errors import ContractError
 from clip_rt.specs import PIXELS, TOKENS, image_model, slug
-from clip_rt.transport import ServedModel
+from clip_rt.wire.transport import ServedModel
 
 Towers: TypeAlias = tuple[ServedModel, ServedModel]
 """Image and text."""

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import clip_rt
-from clip_rt import supervisor
+from clip_rt.embedded import supervisor
+from clip_rt.embedded.installation import OTHER_WAY, Home
 from clip_rt.errors import ServerStartError
-from clip_rt.installation import OTHER_WAY, Home
 
 _POLL_S = 0.01
 _CONNECT_TIMEOUT_S = 5.0

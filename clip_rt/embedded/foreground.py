@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_rt.deadline import START_TIMEOUT_S
+from clip_rt.embedded.installation import find_home, find_models
+from clip_rt.embedded.reload import Reloader, take_port
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import InputError, ServerStartError
-from clip_rt.installation import find_home, find_models
-from clip_rt.reload import Reloader, take_port
-from clip_rt.server import EmbeddedServer
 
 URL = "127.0.0.1:8001"
 RESTRICTED = "shared-memory,trace,logging"
@@ -42,7 +42,7 @@ def serve(
     One line on standard output says when it is ready; Triton's log goes to standard error. Asked to
     end, it accepts no more requests, answers those under way, and returns; the second time it
     ends at once. A server that dies is started again, and given up when it dies again and again.
-    After `python -m clip_rt reload` another one takes its place; see `clip_rt.reload`.
+    After `python -m clip_rt reload` another one takes its place; see `clip_rt.embedded.reload`.
     Outside the main thread, which alone hears signals, it serves as long as the process lives.
 
     Args:

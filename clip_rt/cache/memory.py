@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt import telemetry
+from clip_rt.cache.disk import DiskCache
 from clip_rt.deadline import Deadline
-from clip_rt.disk_cache import DiskCache
 from clip_rt.errors import ServerTimeoutError
 
 ENTRY_BYTES = 500

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt.batching import join
-from clip_rt.dispatch import Answer, blame_item
 from clip_rt.errors import ClipRTError, InputError, ServerError
+from clip_rt.requests.batches import join
+from clip_rt.requests.dispatch import Answer, blame_item
 
 MAX_ITEMS = 1024
 """Items of a part: of equal or unusable ones any number might go into one."""

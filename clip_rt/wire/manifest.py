@@ -54,7 +54,7 @@ class Manifest:
     contract_version: int = CONTRACT_VERSION
     # Two exports of the same weights need not give the same one, and it says nothing more.
     canary: dict[str, Any] | None = field(default=None, compare=False, repr=False)
-    """What the FP32 reference answers to `clip_rt.canary`; None in exports that lack it."""
+    """What the FP32 reference answers to `clip_rt.wire.canary`; None in exports that lack it."""
 
     def to_parameters(self) -> dict[str, str]:
         """Return the manifest as config.pbtxt parameters."""

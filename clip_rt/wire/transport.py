@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from clip_rt.channel import TLS, open_channel, parse_url, stops_greenlets
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
@@ -36,8 +35,9 @@ from clip_rt.errors import (
     ServerUnavailableError,
     UnknownModelError,
 )
-from clip_rt.manifest import Manifest
 from clip_rt.specs import EMBEDDINGS, NORM_TOLERANCE
+from clip_rt.wire.channel import TLS, open_channel, parse_url, stops_greenlets
+from clip_rt.wire.manifest import Manifest
 
 CLOSE_TIMEOUT_S = 1.0
 MIN_NORM = 1e-6

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, TextError, TextTooLongError
-from clip_rt.items import check_list, describe_non_string
+from clip_rt.inputs.items import check_list, describe_non_string
 from clip_rt.specs import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt.tokenizer import pad
+from clip_rt.inputs.tokenizer import pad
 
 MAX_ROWS = 32
 """Rows of one request at most: larger ones wait longer without being served better."""

@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clip_rt import sharing
+from clip_rt.embedded import sharing
+from clip_rt.embedded.installation import find_home, find_models
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import InputError, ServerStartError
-from clip_rt.installation import find_home, find_models
-from clip_rt.server import EmbeddedServer
 
 CONNECT_TIMEOUT_S = 5.0
 LOCK_TIMEOUT_S = 60.0

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt import zero_shot
+from clip_rt.classification import zero_shot
+from clip_rt.classification.zero_shot import Scores
 from clip_rt.errors import CheckpointError, InputError
-from clip_rt.zero_shot import Scores
 
 FORMAT = "clip_rt.probe/1"
 MAX_BYTES = 512 * 1024**2

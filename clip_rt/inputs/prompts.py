@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from clip_rt.errors import TemplateError, TextError
-from clip_rt.items import check_list, describe_non_string
+from clip_rt.inputs.items import check_list, describe_non_string
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 """The one template used when none is asked for (Radford et al. 2021, section 3.1.4)."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt.batching import MAX_ROWS
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClipRTError,
@@ -25,12 +24,13 @@ from clip_rt.errors import (
     ProtocolError,
     ServerUnavailableError,
 )
+from clip_rt.requests.batches import MAX_ROWS
 from clip_rt.specs import TEXT_BUCKETS
-from clip_rt.transport import Future, ServedModel
+from clip_rt.wire.transport import Future, ServedModel
 
 if TYPE_CHECKING:
-    from clip_rt.connection import Connection
-    from clip_rt.endpoint import Endpoint, Place
+    from clip_rt.requests.connection import Connection
+    from clip_rt.requests.endpoint import Endpoint, Place
 
 MAX_IN_FLIGHT = 4
 """Requests under way at a server for one tower: enough to keep it busy, few enough to fill."""

@@ -1,0 +1,1 @@
+"""Class embeddings that were made once, in memory and in a folder."""

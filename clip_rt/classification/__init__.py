@@ -1,0 +1,1 @@
+"""From embeddings to probabilities and classes."""

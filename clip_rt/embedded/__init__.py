@@ -1,0 +1,1 @@
+"""A Triton server of this machine's own: found, started, shared, ended."""
