@@ -9,7 +9,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from clip_rt._version import __version__
 
 # A library does not print: the application says who listens.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

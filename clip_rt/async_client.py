@@ -27,7 +27,8 @@ from clip_rt.deadline import Cancellation, cancellable
 from clip_rt.errors import ClientClosedError
 from clip_rt.inputs import tokenizer
 from clip_rt.inputs.images import Images
-from clip_rt.requests.results import Encoded, OnError
+from clip_rt.inputs.items import OnError
+from clip_rt.requests.results import Encoded
 from clip_rt.wire.manifest import Manifest
 
 MAX_CALLS = 64

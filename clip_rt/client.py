@@ -45,11 +45,12 @@ from clip_rt.errors import (
 from clip_rt.inputs import prompts, tokenizer
 from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
 from clip_rt.inputs.images import Images, count_threads, prepare_each
+from clip_rt.inputs.items import OnError, check_on_error
 from clip_rt.requests import batches as batching
 from clip_rt.requests import dispatch
 from clip_rt.requests.connection import Connection, Model
 from clip_rt.requests.lane import Lane
-from clip_rt.requests.results import Encoded, Gathering, OnError, check_on_error, number_parts
+from clip_rt.requests.results import Encoded, Gathering, number_parts
 from clip_rt.specs import slug
 from clip_rt.wire.channel import TLS, parse_url
 from clip_rt.wire.manifest import Manifest

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import clip_rt
 from clip_rt import processor
+from clip_rt._version import __version__
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import runtime_choice
 from clip_rt.errors import (
@@ -191,7 +191,7 @@ def _check_python() -> Finding:
 
 
 def _check_packages() -> Finding:
-    found, missing = [f"clip_rt {clip_rt.__version__}"], []
+    found, missing = [f"clip_rt {__version__}"], []
     for name in PACKAGES:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")

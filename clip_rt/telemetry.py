@@ -20,7 +20,7 @@ from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-import clip_rt
+from clip_rt._version import __version__
 from clip_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ def _as_current(span: Span | None) -> contextlib.AbstractContextManager[Any]:
 def _find_tracer() -> Tracer:
     from opentelemetry.trace import get_tracer
 
-    return get_tracer("clip_rt", clip_rt.__version__)
+    return get_tracer("clip_rt", __version__)
 
 
 def _renew_lock() -> None:

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from clip_rt.runtime_choice import default_folder
-
+from clip_rt.embedded.runtime_choice import default_folder
 from export.console import console
 
 RECORD = "made.json"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import clip_rt
+from clip_rt._version import __version__
 from clip_rt.embedded import supervisor
 from clip_rt.embedded.installation import OTHER_WAY, Home
 from clip_rt.errors import ServerStartError
@@ -60,7 +60,7 @@ def make_key(home: Home, models: dict[str, Path]) -> str:
         with contextlib.suppress(FileNotFoundError):
             configs.append((folder / "config.pbtxt").read_text("utf-8", "replace"))
     made_of = (
-        *(clip_rt.__version__, os.getuid(), sys.version, repr(home), files, configs),
+        *(__version__, os.getuid(), sys.version, repr(home), files, configs),
         sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)),
         sorted(os.sched_getaffinity(0)),
         # A container may share the folder with its host, but not the loopback interface.

@@ -35,7 +35,7 @@ from clip_rt.inputs.items import check_list, count_axes
 from clip_rt.inputs.transform import Square, check_side, is_square, prepare
 
 if TYPE_CHECKING:
-    from clip_rt.requests.results import OnError
+    from clip_rt.inputs.items import OnError
 
 Images: TypeAlias = ImageInput | Iterable[ImageInput]
 """A batch: any list of images, see `items`, or generator; one image alone is a batch of one."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, MappingView, Set
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from clip_rt.errors import InputError
+
+OnError: TypeAlias = Literal["raise", "skip"]
+"""What an unusable item does: end the call, or be left out and reported."""
 
 MAX_SHOWN = 5
 """Names of columns that an error shows."""
@@ -94,3 +97,13 @@ def _choose_column(given: object, name: str) -> str:
         f"Iterating over it gives no row of it: pass one of its columns, such as "
         f"{name}[{names[0]!r:.40}]{list_of}. It has {shown}{more}."
     )
+
+
+def check_on_error(on_error: str) -> None:
+    """Refuse what is not an `OnError`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error is {on_error!r:.40}; it must be 'raise' or 'skip'.")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, ServerError
+from clip_rt.inputs.items import OnError
 from clip_rt.requests.batches import join
 from clip_rt.requests.dispatch import Answer, blame_item
 
 MAX_ITEMS = 1024
 """Items of a part: of equal or unusable ones any number might go into one."""
-
-OnError: TypeAlias = Literal["raise", "skip"]
-"""What an unusable item does: end the call, or be left out and reported."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,16 +139,6 @@ class Gathering:
 
 def _digest(item: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(item).data, digest_size=16).digest()
-
-
-def check_on_error(on_error: str) -> None:
-    """Refuse what is not an `OnError`.
-
-    Raises:
-        InputError: it is not.
-    """
-    if on_error not in ("raise", "skip"):
-        raise InputError(f"on_error is {on_error!r:.40}; it must be 'raise' or 'skip'.")
 
 
 def number_parts(

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from owners import wait_until
 
+from clip_rt.cache import disk as disk_cache
 from clip_rt.cache.disk import DiskCache
 from clip_rt.cache.memory import Key, PromptCache, _index
-from clip_rt.cache.memory import disk as disk_cache
 from clip_rt.deadline import Deadline
 
 KEY = Key("weights", "tokenizer", 77, ("a {}.",), "cat")

@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from clip_rt.runtime_choice import default_folder
 
+from clip_rt.embedded.runtime_choice import default_folder
 from export.store import RECORD, Store
 
 

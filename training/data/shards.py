@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import webdataset
 from braceexpand import braceexpand
-from clip_rt.decoding import MAX_BYTES
 from tqdm import tqdm
 from webdataset.gopen import gopen
 
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import MAX_BYTES
 from training.data.batches import Purpose, rng
 from training.data.pairs import (
     IMAGE_EXTENSIONS,

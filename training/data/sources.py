@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_rt.decoding import MAX_BYTES
-
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import MAX_BYTES
 from training.data.folders import CaptionFolder, ClassFolder
 from training.data.pairs import Source
 from training.data.shards import PipedShards, TarShards
