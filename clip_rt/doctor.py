@@ -170,8 +170,8 @@ def _find_targets(
     urls: Sequence[str], repository: Path | None, model: str | None
 ) -> tuple[Target, ...]:
     """Choose as a client does that is given the same arguments."""
-    from clip_rt.client import REPOSITORY_VARIABLE, URL_VARIABLE
     from clip_rt.embedded.bundled import find_model_repository
+    from clip_rt.session import REPOSITORY_VARIABLE, URL_VARIABLE
 
     if not urls and repository is None:
         urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+from clip_rt import fork
 from clip_rt._version import __version__
 from clip_rt.errors import InputError
 
@@ -385,5 +385,4 @@ def _renew_lock() -> None:
     _lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+fork.register("telemetry", in_child=_renew_lock)

@@ -17,7 +17,7 @@ from benchmarks.findings import Bar
 from benchmarks.serving.bench import Bench, embed_singly, preprocessed
 from benchmarks.serving.timing import Found, by_turns, describe_latencies, rates, ratio
 from clip_rt.embedded.bundled import find_model_repository
-from clip_rt.requests import lane
+from clip_rt.requests import dynamic_batching
 
 SMALL = "drawings"
 """The bundled model."""
@@ -71,8 +71,8 @@ def merging_left_to_triton(call: Callable[[], float]) -> Callable[[], float]:
 
     def changed() -> float:
         with (
-            patch.object(lane, "MAX_IN_FLIGHT", 1024),
-            patch.object(lane.Lane, "_find_company", lambda self, first: []),
+            patch.object(dynamic_batching, "MAX_IN_FLIGHT", 1024),
+            patch.object(dynamic_batching.DynamicBatcher, "_take_joinable", lambda self, first: []),
         ):
             return call()
 

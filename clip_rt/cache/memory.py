@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 import weakref
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_rt import telemetry
+from clip_rt import fork, telemetry
 from clip_rt.cache.disk import DiskCache
 from clip_rt.deadline import Deadline
 from clip_rt.errors import ServerTimeoutError
@@ -371,10 +370,7 @@ def _release_all_in_child() -> None:
     _release_all()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_hold_all, after_in_parent=_release_all, after_in_child=_release_all_in_child
-    )
+fork.register("cache", before=_hold_all, in_parent=_release_all, in_child=_release_all_in_child)
 
 
 def _index(keys: Sequence[Key]) -> list[_Entry]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_rt import fork
 from clip_rt.embedded import sharing, supervisor
 from clip_rt.embedded.installation import OTHER_WAY, Home, find_way_out
 from clip_rt.errors import ServerError, ServerStartError
@@ -483,5 +484,4 @@ def _let_go_in_child() -> None:
     _supervisors.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
+fork.register("ownership", in_child=_let_go_in_child)

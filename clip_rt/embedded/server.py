@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from clip_rt import fork
 from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt.embedded import sharing, supervisor
 from clip_rt.embedded.installation import (
@@ -438,5 +439,4 @@ def _announce(repository: Path, url: str) -> None:
     )
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks_in_child)
+fork.register("server", in_child=_renew_locks_in_child)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from clip_rt import fork
 from clip_rt._version import __version__
 from clip_rt.embedded import supervisor
 from clip_rt.embedded.installation import OTHER_WAY, Home
@@ -248,5 +249,4 @@ def _close_in_child() -> None:
             os.close(_descriptors.pop())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
+fork.register("sharing", in_child=_close_in_child)

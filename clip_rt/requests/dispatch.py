@@ -1,7 +1,7 @@
 """One call's batches in, their embeddings out in order, whatever happens on the way.
 
-What passes by itself is tried again within the deadline, elsewhere where there is another server.
-A batch that is refused is halved down to the rows it is refused for, so that the others pass.
+What passes by itself is retried within the deadline, on another server where there is one. A batch
+that is refused is halved down to the rows it is refused for, so that the others pass.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,14 @@ from clip_rt.errors import (
     ServerUnavailableError,
 )
 from clip_rt.requests.connection import Model
-from clip_rt.requests.endpoint import RECHECK_AFTER_S
-from clip_rt.requests.lane import MAX_IN_FLIGHT, Job, Lane
+from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT, DynamicBatcher, Outcome, PendingBatch
+from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S, Replica
 from clip_rt.wire.transport import GRACE_S
 
-PATIENCE = 0.5
-"""Share of a request's time that a silent server gets before another is asked."""
-MAX_PATIENCE_S = 60.0
+FAILOVER_SHARE = 0.5
+"""Of a request's time that a silent server gets before another is asked."""
+MAX_FAILOVER_S = 60.0
+"""And at most so long."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Answer:
 
     embeddings: NDArray[np.float32]
     """float32 (N, D), a row for each of the batch; those in `refused` mean nothing."""
-    refused: dict[int, ServerError] = field(default_factory=dict)
+    refused: Mapping[int, ServerError] = field(default_factory=dict)
     """Why a row has no embedding."""
 
 
 def stream(
     model: Model,
-    lane: Lane,
+    batcher: DynamicBatcher,
     batches: Iterable[NDArray[Any] | None],
     start_clock: Callable[[], Deadline],
 ) -> Generator[Answer, None, None]:
@@ -57,9 +58,9 @@ def stream(
 
     Args:
         model: What the call began with.
-        lane: Of the tower that reads the batches.
-        batches: Arrays of at most `lane.max_rows` rows; taken as needed. None stands for a batch of
-            no rows, so that its turn comes without a request.
+        batcher: Of the tower that reads the batches.
+        batches: Arrays of at most `batcher.max_rows` rows; taken as needed. None stands for a batch
+            of no rows, so that its turn comes without a request.
         start_clock: Called for when a batch must be back, as it is sent, and again where the caller
             comes for it only later.
 
@@ -70,166 +71,196 @@ def stream(
         ServerError: see `errors`; what is under way is given up.
         ContractError: the server came back with another model.
     """
-    jobs: deque[Job | None] = deque()
+    under_way: deque[PendingBatch | None] = deque()
     try:
         for batch in batches:
-            jobs.append(None if batch is None else _submit(model, lane, batch, start_clock()))
+            if batch is None:
+                under_way.append(None)
+            else:
+                deadline = start_clock()
+                if deadline.remaining_s() <= 0:
+                    raise batcher.pool.time_out(deadline)
+                # In a lull of the caller's the server may have been replaced, and nothing failed.
+                model.connection.verify_with_retries(model, deadline)
+                under_way.append(batcher.submit(PendingBatch(batch, deadline)))
             # More than may be under way, so that the next one waits where it can join others.
-            if len(jobs) > MAX_IN_FLIGHT * len(lane.connection.endpoints):
-                answer = _land(model, lane, jobs[0], start_clock)
-                jobs.popleft()
+            if len(under_way) > MAX_IN_FLIGHT * len(batcher.pool.replicas):
+                answer = _collect(model, batcher, under_way[0], start_clock)
+                under_way.popleft()
                 yield answer
-        while jobs:
-            answer = _land(model, lane, jobs[0], start_clock)
-            jobs.popleft()
+        while under_way:
+            answer = _collect(model, batcher, under_way[0], start_clock)
+            under_way.popleft()
             yield answer
     finally:
-        for job in jobs:
-            if job is not None:
-                job.abandon()
+        for pending in under_way:
+            if pending is not None:
+                pending.abandon()
 
 
-def _submit(model: Model, lane: Lane, batch: NDArray[Any], deadline: Deadline) -> Job:
-    if deadline.remaining_s() <= 0:
-        raise lane.connection.time_out(deadline)
-    # In a lull of the caller's the server may have been replaced without anything failing.
-    lane.connection.insist(model, deadline)
-    return lane.submit(Job(batch, deadline))
-
-
-def _land(model: Model, lane: Lane, job: Job | None, start_clock: Callable[[], Deadline]) -> Answer:
+def _collect(
+    model: Model,
+    batcher: DynamicBatcher,
+    pending: PendingBatch | None,
+    start_clock: Callable[[], Deadline],
+) -> Answer:
     """Wait for a batch, and do what it takes to get it back whole."""
-    if job is None:
-        return Answer(np.empty((0, lane.tower.embedding_dim), np.float32))
-    if job.deadline.remaining_s() <= 0:
-        job.deadline = start_clock()
+    if pending is None:
+        return Answer(np.empty((0, batcher.tower.embedding_dim), np.float32))
+    deadline = pending.deadline if pending.deadline.remaining_s() > 0 else start_clock()
     try:
-        job, embeddings = _insist(model, lane, job)
+        answer, replica = _deliver(model, batcher, pending, deadline)
     except InferenceError as error:
         if not error.may_be_one_item:
             raise
-        if isinstance(error, MessageTooLongError):
-            lane.shrink(job.sent_rows // 2)
-        return _halve(model, lane, job, error)
-    if job.bad and lane.connection.has_other(job.endpoint):
+        if isinstance(error, MessageTooLongError) and pending.sent is not None:
+            batcher.shrink(pending.sent.num_rows // 2)
+        return _bisect(model, batcher, pending, deadline, error)
+    if answer.refused and batcher.pool.has_other(replica):
         # A replica may be broken where the others are not.
-        elsewhere = Job(job.array, job.deadline, is_retry=True, avoid=job.endpoint)
-        job, embeddings = _insist(model, lane, lane.submit(elsewhere))
-    return Answer(embeddings, dict(job.bad))
+        elsewhere = PendingBatch(pending.array, deadline, is_retry=True, avoid=replica)
+        answer, _ = _deliver(model, batcher, batcher.submit(elsewhere), deadline)
+    return answer
 
 
-def _insist(model: Model, lane: Lane, job: Job) -> tuple[Job, NDArray[np.float32]]:
-    """Wait for a job, and send it again as often as the policy allows."""
-    connection, deadline = lane.connection, job.deadline
-    last: ServerError | None = None
+def _deliver(
+    model: Model, batcher: DynamicBatcher, pending: PendingBatch, deadline: Deadline
+) -> tuple[Answer, Replica | None]:
+    """Wait for a batch, and retry it as often as the policy allows.
 
-    def attempt() -> tuple[Job, NDArray[np.float32]]:
-        nonlocal job, last
+    Returns:
+        The answer, and who gave it.
+    """
+    pool, verify = batcher.pool, model.connection.verify
+    outcome: Outcome | None = None
+    has_failed = False
+
+    def attempt() -> tuple[Answer, Replica | None]:
+        nonlocal pending, outcome, has_failed
         try:
-            if last is not None:
+            if has_failed:
                 telemetry.count("retries")
-                connection.confirm(model, deadline)
-                job = lane.submit(Job(job.array, deadline, is_retry=True, is_alone=job.is_alone))
-            embeddings = _wait(lane, job)
-        except ServerError as error:
-            last = error
+                verify(model, deadline)
+                pending = batcher.submit(
+                    PendingBatch(pending.array, deadline, is_retry=True, is_alone=pending.is_alone)
+                )
+            outcome = None
+            outcome = _wait(batcher, pending, deadline)
+            embeddings = outcome.read()
+        except ServerError:
+            has_failed = True
             raise
-        if job.is_other_version:
+        if outcome.is_other_version:
             # Perhaps of other weights: no answer is better than that.
-            connection.confirm(model, deadline)
-        elif job.is_unsure:
+            verify(model, deadline)
+        elif outcome.is_unsure:
             # Of a server that has just ended, or of one that took its place. If it is there, ask.
             with contextlib.suppress(ServerUnavailableError, ServerTimeoutError):
-                connection.confirm(model, deadline)
-        return job, embeddings
+                verify(model, deadline)
+        replica = None if pending.sent is None else pending.sent.replica
+        return Answer(embeddings, outcome.refused), replica
+
+    def may_retry(error: ClipRTError) -> bool:
+        return error.retryable and (outcome is None or outcome.may_retry)
 
     def is_other_ready(error: ClipRTError) -> bool:
-        return isinstance(error, ServerUnavailableError) and connection.has_other()
+        return isinstance(error, ServerUnavailableError) and pool.has_other()
 
-    return connection.policy.call(
+    return pool.retry_policy.call(
         attempt,
         deadline,
-        may_retry=lambda error: error.retryable and job.may_retry,
-        is_worth_waiting=connection.is_worth_waiting,
+        may_retry=may_retry,
+        is_worth_waiting=pool.is_worth_waiting,
         is_other_ready=is_other_ready,
     )
 
 
-def _wait(lane: Lane, job: Job) -> NDArray[np.float32]:
-    """Wait for a job until its deadline, or until another server should be asked instead."""
-    connection, deadline = lane.connection, job.deadline
+def _wait(batcher: DynamicBatcher, pending: PendingBatch, deadline: Deadline) -> Outcome:
+    """Wait for a batch until the deadline, or until another server should be asked instead."""
+    pool, outcome = batcher.pool, None
     try:
-        while True:
+        while outcome is None:
             left_s = deadline.remaining_s() + GRACE_S
             try:
-                return job.wait(min(left_s, _patience_s(lane, job)))
+                outcome = pending.wait(min(left_s, _failover_after_s(batcher, pending)))
             except TimeoutError:
-                if job.is_over or left_s <= GRACE_S:
+                if pending.is_over or left_s <= GRACE_S:
                     break
-                _give_way(lane, job)
+                _fail_over(batcher, pending)
     except BaseException:
-        job.abandon()
+        pending.abandon()
         raise
     finally:
-        telemetry.add("queue", job.sent_at_s - job.queued_at_s)
-        telemetry.add("network", max(job.done_at_s - job.sent_at_s, 0.0))
-    job.abandon()
-    if job.endpoint is None or deadline.is_called_off:
-        raise connection.time_out(deadline)
-    connection.suspect(job.endpoint, job.sent_at_s)
-    raise job.endpoint.transport.time_out(deadline)
+        _report_times(pending, outcome)
+    if outcome is not None:
+        return outcome
+    pending.abandon()
+    sent = pending.sent
+    if sent is None or deadline.is_called_off:
+        raise pool.time_out(deadline)
+    pool.report_silence(sent.replica, sent.at_s)
+    raise sent.replica.transport.time_out(deadline)
 
 
-def _patience_s(lane: Lane, job: Job) -> float:
+def _report_times(pending: PendingBatch, outcome: Outcome | None) -> None:
+    sent_at_s = pending.queued_at_s if pending.sent is None else pending.sent.at_s
+    ended_at_s = sent_at_s if outcome is None else outcome.at_s
+    telemetry.add("queue", sent_at_s - pending.queued_at_s)
+    telemetry.add("network", max(ended_at_s - sent_at_s, 0.0))
+
+
+def _failover_after_s(batcher: DynamicBatcher, pending: PendingBatch) -> float:
     """Return how long to wait before looking whether another server should be asked."""
-    if len(lane.connection.endpoints) == 1:
+    if len(batcher.pool.replicas) == 1:
         return float("inf")
     now_s = time.monotonic()
-    begun_at_s = now_s if job.endpoint is None else job.sent_at_s
-    patience_s = min(PATIENCE * (job.deadline.at_s - begun_at_s), MAX_PATIENCE_S)
+    begun_at_s = now_s if pending.sent is None else pending.sent.at_s
+    share_s = FAILOVER_SHARE * (pending.deadline.at_s - begun_at_s)
     # Where that is over and the server answers others, look again now and then.
-    return max(begun_at_s + patience_s - now_s, RECHECK_AFTER_S)
+    return max(begun_at_s + min(share_s, MAX_FAILOVER_S) - now_s, HEALTH_CHECK_AFTER_S)
 
 
-def _give_way(lane: Lane, job: Job) -> None:
+def _fail_over(batcher: DynamicBatcher, pending: PendingBatch) -> None:
     """Give up a server that answers nobody, if another can be asked in the time that is left."""
-    connection, endpoint = lane.connection, job.endpoint
-    if endpoint is None or not endpoint.is_silent(job.sent_at_s):
+    pool, sent = batcher.pool, pending.sent
+    if sent is None or not sent.replica.is_silent(sent.at_s):
         return
-    if not connection.has_other(endpoint) or not connection.budget.spend():
+    if not pool.has_other(sent.replica) or not pool.retry_budget.spend():
         return
-    connection.suspect(endpoint, job.sent_at_s)
+    pool.report_silence(sent.replica, sent.at_s)
     telemetry.count("failovers")
-    job.abandon()
-    url, silent_s = endpoint.transport.url, time.monotonic() - job.sent_at_s
+    pending.abandon()
+    url, silent_s = sent.replica.transport.url, time.monotonic() - sent.at_s
     raise ServerUnavailableError(
         f"{url} said nothing for {silent_s:.3g} s.", url=url, was_reached=True
     )
 
 
-def _halve(model: Model, lane: Lane, job: Job, error: InferenceError) -> Answer:
-    """Send the halves of a refused job, and theirs, down to single rows."""
-    if job.was_joined:
+def _bisect(
+    model: Model,
+    batcher: DynamicBatcher,
+    pending: PendingBatch,
+    deadline: Deadline,
+    error: InferenceError,
+) -> Answer:
+    """Send the halves of a refused batch, and theirs, down to single rows."""
+
+    def deliver_alone(array: NDArray[Any]) -> Answer:
+        alone = batcher.submit(PendingBatch(array, deadline, is_alone=True))
         try:
-            alone, embeddings = _insist(
-                model, lane, lane.submit(Job(job.array, job.deadline, is_alone=True))
-            )
-            return Answer(embeddings, dict(alone.bad))
+            return _deliver(model, batcher, alone, deadline)[0]
         except InferenceError as own:
-            error = own
-    num_rows = len(job.array)
-    dim = lane.tower.embedding_dim
+            return _bisect(model, batcher, alone, deadline, own)
+
+    if pending.sent is not None and pending.sent.is_joined:
+        return deliver_alone(pending.array)
+    num_rows = len(pending.array)
     if num_rows == 1:
-        return Answer(np.zeros((1, dim), np.float32), {0: error})
+        return Answer(np.zeros((1, batcher.tower.embedding_dim), np.float32), {0: error})
     refused: dict[int, ServerError] = {}
     parts = []
     for start, end in ((0, num_rows // 2), (num_rows // 2, num_rows)):
-        half = lane.submit(Job(job.array[start:end], job.deadline, is_alone=True))
-        try:
-            whole, embeddings = _insist(model, lane, half)
-            answer = Answer(embeddings, dict(whole.bad))
-        except InferenceError as own:
-            answer = _halve(model, lane, half, own)
+        answer = deliver_alone(pending.array[start:end])
         parts.append(answer.embeddings)
         refused |= {start + row: why for row, why in answer.refused.items()}
     return Answer(np.concatenate(parts), refused)

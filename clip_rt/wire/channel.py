@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,39 @@ def _read_pem(path: Path | str | None, name: str) -> bytes | None:
     if b"-----BEGIN " not in content:
         raise InputError(f"{name}, {str(path)!r}, is no PEM file.")
     return content
+
+
+def split_urls(url: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one or several addresses, checked.
+
+    Raises:
+        InputError: one is none, or is named twice.
+    """
+    if not isinstance(url, Iterable) or isinstance(url, bytes):
+        raise InputError(f"url is a {type(url).__name__}; pass host:port, or a list of them.")
+    urls = tuple(part.strip() for part in url.split(",")) if isinstance(url, str) else tuple(url)
+    if not urls:
+        raise InputError("url names no server; name at least one.")
+    for index, each in enumerate(urls):
+        parse_url(each)
+        if each in urls[:index]:
+            raise InputError(f"url names {each!r} twice; name each server once.")
+    return urls
+
+
+def check_headers(headers: Mapping[str, str] | None) -> None:
+    """Make sure that headers can be sent.
+
+    Raises:
+        InputError: one cannot.
+    """
+    if not isinstance(headers, Mapping | None):
+        raise InputError(f"headers is a {type(headers).__name__}; pass a dict of strings.")
+    for name, value in (headers or {}).items():
+        is_name = isinstance(name, str) and re.fullmatch(r"(?!grpc-)[a-z0-9_.-]+(?<!-bin)", name)
+        is_value = isinstance(value, str) and value.isascii() and value.isprintable()
+        if not is_name or not is_value:
+            raise InputError(
+                f"header {name!r:.40} cannot be sent: names are strings of lower-case letters, "
+                "digits and _ . -, not grpc-... nor ...-bin; values are strings of printable ASCII."
+            )

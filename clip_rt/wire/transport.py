@@ -8,7 +8,6 @@ additions in triton-inference-server/common `protobuf/grpc_service.proto`.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from clip_rt import fork
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
@@ -518,8 +518,7 @@ def _forget_in_child() -> None:
         transport._forget()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+fork.register("transport", in_child=_forget_in_child)
 
 
 def _code(error: object) -> Any:

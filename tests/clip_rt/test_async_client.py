@@ -94,7 +94,7 @@ def test_a_cancelled_task_calls_its_request_off_and_the_client_goes_on(fake):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            (endpoint,) = client._client._connection.endpoints
+            (endpoint,) = client._client._session.connection.pool.replicas
             assert wait_until(lambda: endpoint.num_in_flight == 0)
             return await client.encode_texts(["red"])
 

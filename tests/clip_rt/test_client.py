@@ -24,8 +24,8 @@ from stopping import stopped
 import clip_rt
 from clip_rt import client as client_module
 from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
-from clip_rt.requests.endpoint import RECHECK_AFTER_S
-from clip_rt.requests.lane import MAX_IN_FLIGHT
+from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT
+from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 
 COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
 
@@ -333,7 +333,7 @@ def test_a_server_killed_between_two_calls_comes_back_before_anyone_noticed(tmp_
     with clip_rt.Client(repository=repository) as client:
         before = client.encode_images(shade(1))
         (pid,) = list_own(find_own(repository), "bin/tritonserver")
-        time.sleep(1.1 * RECHECK_AFTER_S)  # The next call asks for the model first.
+        time.sleep(1.1 * HEALTH_CHECK_AFTER_S)  # The next call asks for the model first.
         os.kill(pid, signal.SIGKILL)
         np.testing.assert_array_equal(client.encode_images(shade(1)), before)
 

@@ -15,7 +15,7 @@ from owners import wait_until
 import clip_rt
 from clip_rt import testing
 from clip_rt.requests.connection import Connection
-from clip_rt.requests.endpoint import RECHECK_AFTER_S
+from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 
 SIDE_PX = 8
 
@@ -131,7 +131,7 @@ def test_servers_of_other_weights_are_never_mixed(pair, client, caplog):
     client.encode_images(squares(1))
     one.swap_weights()
     # A fleet in the middle of an upgrade: those with the weights in use go on alone.
-    time.sleep(RECHECK_AFTER_S + 0.1)
+    time.sleep(HEALTH_CHECK_AFTER_S + 0.1)
     before = served(pair)
     for index in range(6):
         client.encode_images(squares(1, index))
@@ -205,7 +205,7 @@ def test_a_server_that_is_replaced_in_a_moment_is_noticed_within_a_call(pair):
     one, _ = pair
     with clip_rt.Client(one.url) as client:
         client.encode_images(squares(1))
-        (endpoint,) = client._connection.endpoints
+        (endpoint,) = client._session.connection.pool.replicas
 
         def images():
             for index in range(400):
@@ -242,7 +242,7 @@ def test_a_cancelled_or_hurried_caller_makes_no_healthy_server_suspect(pair, cli
     for index in range(4):
         with pytest.raises(clip_rt.ServerTimeoutError):
             client.encode_images(squares(1, index), timeout_s=0.05)
-    assert all(endpoint.is_admitted for endpoint in client._connection.endpoints)
+    assert all(replica.is_healthy for replica in client._session.connection.pool.replicas)
 
 
 def test_a_long_call_takes_a_server_back_that_was_away(pair, client):

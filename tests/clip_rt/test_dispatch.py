@@ -11,8 +11,9 @@ import pytest
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.deadline import Cancellation, Deadline, RetryBudget, RetryPolicy, cancellable
-from clip_rt.requests.lane import MAX_IN_FLIGHT
+from clip_rt.deadline import Cancellation, Deadline, cancellable
+from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT
+from clip_rt.requests.retries import RetryBudget, RetryPolicy
 
 SIDE_PX = 8
 
@@ -231,7 +232,7 @@ def test_an_abandoned_stream_gives_up_what_is_under_way(fake, client):
     parts = client.stream_images(iter(squares(640)))
     next(parts)
     parts.close()
-    (endpoint,) = client._connection.endpoints
+    (endpoint,) = client._session.connection.pool.replicas
     end_s = time.monotonic() + 10
     while endpoint.num_in_flight and time.monotonic() < end_s:
         time.sleep(0.01)
@@ -358,4 +359,4 @@ def test_a_message_limit_is_held_against_what_was_sent_together():
         client.encode_images(images[:1])
         fake.fail_next(testing.Late(0.3), times=MAX_IN_FLIGHT)
         list(pool.map(client.encode_images, images))
-        assert client._connection._model.image.max_rows >= 8
+        assert client._session.connection._model.image.max_rows >= 8

@@ -59,9 +59,9 @@ from stopping import stopped
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.deadline import RetryBudget
 from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
-from clip_rt.requests.endpoint import RECHECK_AFTER_S
+from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
+from clip_rt.requests.retries import RetryBudget
 
 
 def shade(index):
@@ -485,7 +485,7 @@ def test_f25_new_weights_under_the_same_name_are_noticed_and_old_vectors_not_use
     with clip_rt.Client(fake.url) as client:
         old = client.class_embeddings(["red", "sea"])
         fingerprint = fake.swap_weights()
-        time.sleep(1.1 * RECHECK_AFTER_S)
+        time.sleep(1.1 * HEALTH_CHECK_AFTER_S)
         new = client.class_embeddings(["red", "sea"])
         assert client.manifest.fingerprint == fingerprint
         assert (np.abs((old * new).sum(axis=1)) < 0.9).all()
@@ -513,7 +513,7 @@ def test_f25_a_server_that_comes_back_as_another_within_a_call_is_refused(fake, 
                     fake.swap_weights()
                     fake.start()
                     if not is_busy:
-                        time.sleep(RECHECK_AFTER_S)  # gRPC connects again by itself.
+                        time.sleep(HEALTH_CHECK_AFTER_S)  # gRPC connects again by itself.
                 yield shade(index)
 
         with pytest.raises(clip_rt.ContractError, match="replaced during the call"):

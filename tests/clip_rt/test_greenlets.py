@@ -35,7 +35,7 @@ from owners import find_processes
 with clip_rt.Client(repository=sys.argv[1]) as client:
     jobs = [spawn(client.encode_texts, ["red"]) for _ in range(8)]
     assert all(join(job).shape == (1, 8) for job in jobs)
-    (url,) = [each.transport.url for each in client._connection.endpoints]
+    (url,) = [each.transport.url for each in client._session.connection.pool.replicas]
     with clip_rt.Client(url, model="tiny") as remote:
         assert remote.encode_texts(["green"]).shape == (1, 8)
     (pid,) = find_processes("bin/tritonserver", os.getpid())

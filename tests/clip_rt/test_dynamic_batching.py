@@ -13,7 +13,7 @@ from owners import wait_until
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.requests.lane import MAX_IN_FLIGHT
+from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT
 
 SIDE_PX = 8
 
@@ -118,7 +118,7 @@ def test_no_place_is_lost_however_calls_end(fake, client):
                 assert error is None or isinstance(error, clip_rt.ServerError)
     fake.heal()
     assert client.encode_images(squares(5)).shape == (5, 16)
-    (endpoint,) = client._connection.endpoints
+    (endpoint,) = client._session.connection.pool.replicas
     assert wait_until(lambda: endpoint.num_in_flight == 0)
 
 
@@ -126,7 +126,7 @@ def test_a_call_that_was_given_up_is_called_off(fake, client):
     fake.fail_next(testing.Hang())
     with pytest.raises(clip_rt.ServerTimeoutError):
         client.encode_images(squares(1), timeout_s=0.2)
-    (endpoint,) = client._connection.endpoints
+    (endpoint,) = client._session.connection.pool.replicas
     assert wait_until(lambda: endpoint.num_in_flight == 0)
 
 
@@ -136,10 +136,12 @@ def test_a_request_frees_its_rows_when_it_is_done(fake, client):
     try:
         client.encode_images(squares(64))
         alive = [
-            each for each in gc.get_objects() if type(each).__module__ == "clip_rt.requests.lane"
+            each
+            for each in gc.get_objects()
+            if type(each).__module__ == "clip_rt.requests.dynamic_batching"
         ]
         kinds = {type(each).__name__ for each in alive}
-        assert kinds == {"Lane"}
+        assert kinds == {"DynamicBatcher"}
     finally:
         gc.enable()
 

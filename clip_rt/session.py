@@ -1,0 +1,220 @@
+"""A client's connection to its model over its whole life: opened, used, replaced, closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from clip_rt import fork, telemetry
+from clip_rt.deadline import Deadline, check_timeout
+from clip_rt.embedded.bundled import find_model_repository
+from clip_rt.errors import ClientClosedError, InputError, ModelReplacedError, ServerTimeoutError
+from clip_rt.requests.connection import Connection, Model
+from clip_rt.wire.channel import TLS, split_urls
+
+URL_VARIABLE = "CLIP_RT_URL"
+REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Which server, and which of its models; see `Client`."""
+
+    urls: tuple[str, ...] | None
+    repository: Path | None
+    model: str | None
+    fingerprint: str | None
+    headers: Mapping[str, str] = field(repr=False)
+    """May hold a token."""
+    tls: TLS | None
+    start_timeout_s: float
+
+
+class Session:
+    """Connects at the first call, and again in a forked child. Thread-safe; to be closed.
+
+    Args:
+        target: What to connect to.
+        timeout_s: Longest time of a call that does not say otherwise.
+    """
+
+    def __init__(self, target: Target, timeout_s: float) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._reloading = threading.Lock()
+        self._is_closed = False
+        self._connection: Connection | None = None
+        self._finalizer: weakref.finalize[..., Session] | None = None
+        _sessions.add(self)
+
+    @property
+    def connection(self) -> Connection | None:
+        """The one that calls use now; None before the first and when it is closed."""
+        return self._connection
+
+    def call(
+        self,
+        name: str,
+        timeout_s: float | None,
+        work: Callable[[Model, Deadline], Result],
+        source: object = (),
+    ) -> Result:
+        """Make a public call and report how it goes: anew when the model is replaced meanwhile.
+
+        Args:
+            name: Of the call.
+            timeout_s: For all of it.
+            work: Uses one model from begin to end, so that no result is of two.
+            source: What it reads; an iterator cannot be read again.
+
+        Raises:
+            ModelReplacedError: the client insists on a fingerprint, or the source is an iterator.
+        """
+        with telemetry.call(name) as call, self.begun(timeout_s) as (model, deadline):
+            while True:
+                call.attributes["model"] = model.manifest.model
+                try:
+                    return work(model, deadline)
+                except ModelReplacedError as error:
+                    if self._target.fingerprint is not None:
+                        raise
+                    if isinstance(source, Iterator) and not hasattr(source, "read"):
+                        raise ModelReplacedError(
+                            f"{error} It cannot be done again by itself, because its items came "
+                            "from an iterator, which is used up: pass a list.",
+                            expected=error.expected,
+                            found=error.found,
+                        ) from error
+                model = model.connection.find_model(self._target.model, None, deadline)
+
+    @contextlib.contextmanager
+    def begun(self, timeout_s: float | None) -> Iterator[tuple[Model, Deadline]]:
+        """Make sure of a connection to the right model, start the clock, and keep both."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        check_timeout(timeout_s)
+        with contextlib.ExitStack() as until_end:
+            with self._locked(timeout_s):
+                if self._is_closed:
+                    raise ClientClosedError("the client is closed. Make a new one.")
+                if self._connection is None:
+                    self._use(self._connect())
+                connection = self._connection
+                assert connection is not None
+                until_end.enter_context(connection.used())
+            deadline = Deadline.after(timeout_s)
+            yield (
+                connection.find_model(self._target.model, self._target.fingerprint, deadline),
+                deadline,
+            )
+
+    def _use(self, connection: Connection) -> None:
+        """Make calls with a connection from now on; the lock is held."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._connection = connection
+        # One that is dropped without being closed hangs up.
+        self._finalizer = weakref.finalize(self, connection.close)
+
+    @contextlib.contextmanager
+    def _reloading_alone(self, timeout_s: float) -> Iterator[None]:
+        if not self._reloading.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            raise ServerTimeoutError(
+                f"another thread is still reloading after {timeout_s:g} s. Call again later.",
+                timeout_s=timeout_s,
+            )
+        try:
+            yield
+        finally:
+            self._reloading.release()
+
+    @contextlib.contextmanager
+    def _locked(self, timeout_s: float) -> Iterator[None]:
+        """Hold the lock; another thread may have it while it connects, for longer than we have."""
+        wait_s = timeout_s + (self._target.start_timeout_s if self._connection is None else 0.0)
+        if not self._lock.acquire(timeout=min(wait_s, threading.TIMEOUT_MAX)):
+            raise ServerTimeoutError(
+                f"another thread is still connecting after {wait_s:g} s. Is the server up?",
+                timeout_s=timeout_s,
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _connect(self) -> Connection:
+        target = self._target
+        urls, repository = target.urls, target.repository
+        if urls is None and repository is None:
+            if given := os.environ.get(URL_VARIABLE):
+                urls = split_urls(given)
+            else:
+                repository = Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
+        if urls is not None:
+            return Connection.to_urls(urls, headers=target.headers, tls=target.tls)
+        assert repository is not None
+        # Here, because it needs Linux, and a client of a remote server does not.
+        from clip_rt.embedded.server import borrow, give_back
+
+        server = borrow(repository, start_timeout_s=target.start_timeout_s)
+        return Connection.to_server(server, on_close=lambda: give_back(server))
+
+    def reload(self, *, timeout_s: float | None = None) -> bool:
+        """Take what the repository of the embedded server holds now; see `Client.reload`."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        check_timeout(timeout_s)
+        with self._reloading_alone(timeout_s + self._target.start_timeout_s):
+            with self.begun(timeout_s) as (model, _):
+                before = model.connection
+            if not before.is_own:
+                raise InputError(
+                    f"the server at {before.urls} is not this client's own, so it cannot have it "
+                    "reload its models. Of a `python -m clip_rt serve`: python -m clip_rt reload "
+                    "--port PORT."
+                )
+            found = self._connect()
+            try:
+                is_new = not found.serves_as(before)
+                if is_new:
+                    deadline = Deadline.after(timeout_s)
+                    found.find_model(self._target.model, self._target.fingerprint, deadline)
+                    with self._locked(timeout_s):
+                        if self._is_closed:
+                            raise ClientClosedError("the client is closed. Make a new one.")
+                        self._use(found)
+            except BaseException:
+                found.close()
+                raise
+            (before if is_new else found).retire()
+            return is_new
+
+    def close(self) -> None:
+        """Close the connection; see `Client.close`."""
+        with self._lock:
+            self._is_closed = True
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    def renew_locks(self) -> None:
+        """In a forked child: another thread may have held them, and does not exist here."""
+        self._lock, self._reloading = threading.Lock(), threading.Lock()
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _renew_locks_in_child() -> None:
+    for session in _sessions:
+        session.renew_locks()
+
+
+fork.register("session", in_child=_renew_locks_in_child)
