@@ -110,10 +110,10 @@ def test_the_cause_is_found_at_the_end_of_a_log_that_is_no_text(tmp_path, monkey
 def test_a_start_is_not_waited_for_longer_than_one_has(tmp_path):
     """Another thread's start may take long; it goes on, and a call in a hurry does not."""
     repository = tiny_repository.write_bare(tmp_path)
-    with (repository / "bare" / "1" / "model.py").open("a") as file:
-        file.write("import time\ntime.sleep(4)\n")
     with EmbeddedServer(repository) as server:
         server.stop()
+        with (repository / "bare" / "1" / "model.py").open("a") as file:
+            file.write("import time\ntime.sleep(4)\n")
         thread = threading.Thread(target=server.start)
         thread.start()
         time.sleep(0.5)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny_clip as tiny
+from exported import Exported, export_towers
 from PIL import Image
 
 from clip_rt.embedded.server import borrow, give_back
@@ -17,8 +18,7 @@ from clip_rt.errors import InputError
 from export import compare, drift
 from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure
-from export.graphs import ImageGraph, TextGraph
-from export.onnx_writer import write_onnx
+from export.parity import Precision
 from export.repository import publish, switch_version
 from export.road import fingerprint_of, make_manifest
 from export.samples import NO_TEXT
@@ -173,36 +173,34 @@ def test_the_worst_measure_decides():
     assert verdict.weak == ("sample has 99 images, fewer than 100",)
 
 
-def add(models, folder, name: str, clip, **options) -> None:
-    """Export a model into a repository, past the gate."""
-    files = {}
-    for tower, graph in ("image", ImageGraph(clip)), ("text", TextGraph(clip)):
-        files[tower] = folder / f"{tower}.onnx"
-        write_onnx(graph, clip.spec, files[tower], **options)
-    precision = "fp16_weights" if options else "fp32"
+def add(models, name: str, exported: Exported, precision: Precision = "fp32") -> None:
+    """Put a model into a repository, past the gate."""
+    clip = exported.clip
     manifest = make_manifest(
         clip, name, precision=precision, weights_fingerprint=fingerprint_of(clip)
     )
-    publish(models, manifest, **files, keep_versions=9)
+    publish(models, manifest, image=exported.image, text=exported.text, keep_versions=9)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(exported_vit, tmp_path_factory):
     """Two versions of a model, others with other weights, texts and dimensions."""
     folder = tmp_path_factory.mktemp("compare")
     models = folder / "models"
-    clip = tiny.make(tiny.VIT)
-    add(models, folder, "shop", clip, fp16_weights=True)
-    add(models, folder, "shop", clip)
-    other = tiny.make(tiny.VIT, seed=1)
-    add(models, folder, "other", other)
-    add(models, folder, "wide", tiny.make(replace(tiny.VIT, embedding_dim=32)))
+    clip = exported_vit.clip
+    halved = export_towers(clip, folder / "halved", fp16_weights=True)
+    add(models, "shop", halved, "fp16_weights")
+    add(models, "shop", exported_vit)
+    other = export_towers(tiny.make(tiny.VIT, seed=1), folder / "other")
+    add(models, "other", other)
+    wide = tiny.make(replace(tiny.VIT, embedding_dim=32))
+    add(models, "wide", export_towers(wide, folder / "wide"))
     # What LiT makes: the image tower as it was, another text tower.
-    locked = tiny.make(tiny.VIT, seed=2)
+    locked = tiny.make(tiny.VIT, seed=1)
     locked.load_state_dict(
         {k: v for k, v in clip.state_dict().items() if k.startswith("visual.")}, strict=False
     )
-    add(models, folder, "locked", locked)
+    add(models, "locked", Exported(locked, image=exported_vit.image, text=other.text))
     return models
 
 
@@ -271,8 +269,8 @@ def test_a_running_server_and_no_samples(models, capsys):
 
 
 @served
-def test_models_for_other_sizes_get_the_same_images(models, photos, tmp_path):
-    add(models, tmp_path, "large", tiny.make(tiny.RESNET))
+def test_models_for_other_sizes_get_the_same_images(models, photos, exported_resnet):
+    add(models, "large", exported_resnet)
     config = CompareConfig(a="shop", b="large", repository=models, samples=(photos,))
     report = compare.compare(config)
     assert [each.side_px for each in report.manifests] == [32, 64]

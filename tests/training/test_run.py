@@ -107,11 +107,18 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted, on the same images as each test has."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(tiny_run.write_classes(folder / "images"), folder / "out"))
+    return folder / "out"
+
+
 def test_a_run_killed_at_random_steps_ends_with_the_weights_of_one_never_killed(
-    tmp_path: Path, data: Path
+    tmp_path: Path, data: Path, whole: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(data, whole))
+    killed = tmp_path / "killed"
     steps = sorted(random.sample(range(6, 38), 2))
     for step in steps:
         process = start(data, killed, "--resume")
@@ -124,9 +131,8 @@ def test_a_run_killed_at_random_steps_ends_with_the_weights_of_one_never_killed(
     assert logged == list(range(1, 41)), f"killed at {steps}"
 
 
-def test_sigterm_ends_in_a_state_to_resume_from(tmp_path: Path, data: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finish(start(data, whole))
+def test_sigterm_ends_in_a_state_to_resume_from(tmp_path: Path, data: Path, whole: Path) -> None:
+    stopped = tmp_path / "stopped"
     process = start(data, stopped)
     wait_for_step(stopped, 11)
     process.send_signal(signal.SIGTERM)
@@ -350,12 +356,12 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_snapshot(
     tmp_path: Path, data: Path
 ) -> None:
     # Without the crop's randomness rows would still be the same: augmentation follows the row.
-    common = ["--precision", "fp32", "--patch-dropout", "0"]
-    finish(start(data, tmp_path / "one", *common))
+    common = {"total_steps": 40, "eval_every_steps": 5, "ema_decay": 0.9, "precision": "fp32"}
+    main(tiny_run.config(data, tmp_path / "one", **common))
     for kind in ("ddp", "fsdp"):
         out_dir = tmp_path / kind
-        torchrun(data, out_dir, *common, "--parallel", kind, stop_at=12)
-        finish(start(data, out_dir, *common, "--resume"))
+        torchrun(data, out_dir, "--precision", "fp32", "--parallel", kind, stop_at=12)
+        main(tiny_run.config(data, out_dir, **common, resume=True))
         one, two = losses_of(tmp_path / "one"), losses_of(out_dir)
         assert len(two) == 40
         assert two == pytest.approx(one, rel=1e-3)
