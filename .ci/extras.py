@@ -6,8 +6,9 @@
     python .ci/extras.py --readme                           # README's commands only
 
 README's commands run as printed, in order, each in an environment of the `pip install` above it and
-in a copy of the checkout. What takes long is run smaller (`SMALLER`) or not here (`NOT_RUN`). Then
-come commands that README does not show. uv makes an environment in seconds; without it pip does.
+in a copy of the checkout. What takes long is run smaller (`SMALLER`) or not here (`NOT_RUN`). In
+another copy, at the same time, run commands that README does not show. uv makes an environment in
+seconds; without it pip does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +36,8 @@ from clip_rt_commands.extras import extras_of  # noqa: E402 - needs the line abo
 SHELL = ("make ", "pip ", "python ", "torchrun ", "curl ", "docker ", "#")
 SERVING = (
     "{serve} & pid=$!; trap 'kill $pid; wait $pid' EXIT; "
-    "for _ in $(seq 30); do "
-    "sleep 2; python -m clip_rt doctor --url localhost:{port} && break; done; "
+    "for _ in $(seq 60); do "
+    "sleep 1; python -m clip_rt doctor --url localhost:{port} && break; done; "
 )
 """Runs what comes after it beside a server, which ends when it does."""
 INSTALL = re.compile(
@@ -261,31 +263,34 @@ def all_commands() -> list[str]:
 
 
 class Walk:
-    """Makes environments, runs their lines in copies of the checkout, and says what came of it."""
+    """Makes environments, runs their lines in a copy of the checkout, and says what came of it."""
 
-    def __init__(self, folder: Path, without: str | None) -> None:
-        self._folder, self._without = folder, without
+    def __init__(self, folder: Path, without: str | None, timeout_s: float) -> None:
+        self._folder, self._without, self._timeout_s = folder, without, timeout_s
+        self._checkout = folder / "checkout"
         self._uv = shutil.which("uv", path=f"{ROOT / '.venv/bin'}:{os.environ['PATH']}")
         self.rows: list[tuple[str, str, float, bool]] = []
 
-    def copy(self, name: str) -> Path:
-        """Copy what git knows of the checkout, and what is new in it."""
-        target = self._folder / name
+    def prepare(self) -> None:
+        """Copy what git knows of the checkout and what is new in it, and add a user's files."""
+        target = self._checkout
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         for each in filter(None, names.split("\0")):
             (target / each).parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / each).is_file():
                 shutil.copyfile(ROOT / each, target / each)
-        return target
+        environment = dict(os.environ, PYTHONPATH=str(target))
+        for program in (FIXTURES, WEIGHTS):
+            subprocess.run([sys.executable, "-c", program], cwd=target, env=environment, check=True)
 
-    def install(self, checkout: Path, wanted: str, *others: str) -> Path:
-        """Make an environment of the client, some extras, and nothing else.
+    def install(self, wanted: str, *others: str) -> Path:
+        """Make an environment of the client, some extras, and nothing else, where the last one was.
 
         Returns:
             Its folder with `python`.
         """
-        venv = self._folder / f"venv-{wanted or 'client'}"
+        venv = self._folder / "venv"
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv, "--without-pip"], check=True)
         python = venv / "bin/python"
         bundled = ["./model_repository"] if "server" in wanted.split(",") else []
@@ -296,8 +301,8 @@ class Walk:
             where = ["--python", str(python), "--index-strategy", "unsafe-best-match"]
             where += _indexes_of_pip()
         else:
-            pip, where = [sys.executable, "-m", "pip", "--python", str(python)], []
-        subprocess.run([*pip, "install", "--quiet", *where, *what], cwd=checkout, check=True)
+            pip, where = [sys.executable, "-m", "pip", "--python", str(python)], ["--no-compile"]
+        subprocess.run([*pip, "install", "--quiet", *where, *what], cwd=self._checkout, check=True)
         if self._without is not None:
             yes = [] if self._uv is not None else ["--yes"]
             at = ["--python", str(python)] if self._uv is not None else []
@@ -305,22 +310,26 @@ class Walk:
             subprocess.run([*pip, "uninstall", "--quiet", *yes, *at, *gone], check=True)
         return python.parent
 
-    def run(self, line: str, wanted: str, checkout: Path, binaries: Path, timeout_s: float) -> None:
+    def run(self, line: str, wanted: str, binaries: Path) -> None:
         """Run a shell line, and note how it ended."""
+        hidden = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
         start_s = time.perf_counter()
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", line],
-            cwd=checkout,
+            cwd=self._checkout,
             env={
-                **{name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
+                **{name: text for name, text in os.environ.items() if name not in hidden},
                 "PATH": f"{binaries}:{os.environ['PATH']}",
                 "XDG_CACHE_HOME": str(self._folder / "cache"),
+                # Outlives an environment: compiling what torch imports takes ten seconds. Python
+                # reads none of it without its source, of the same path, time and size.
+                "PYTHONPYCACHEPREFIX": str(self._folder / "bytecode"),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            timeout=timeout_s,
+            timeout=self._timeout_s,
         )
         took_s = time.perf_counter() - start_s
         self.rows.append((line, wanted, took_s, done.returncode == 0))
@@ -329,11 +338,11 @@ class Walk:
         if done.returncode:
             print(done.stdout[-3000:], flush=True)  # noqa: T201
 
-    def visit(self, environment: Environment, checkout: Path, timeout_s: float) -> None:
+    def visit(self, environment: Environment) -> None:
         """Make an environment, import what it promises, and run its lines."""
         wanted = environment.extras
         start_s = time.perf_counter()
-        binaries = self.install(checkout, wanted)
+        binaries = self.install(wanted)
         print(f"made {time.perf_counter() - start_s:6.1f} s  [{wanted}]", flush=True)  # noqa: T201
         promised = [each for each in all_commands() if extras_of(each) == wanted]
         if promised:
@@ -341,12 +350,18 @@ class Walk:
                 f"{each}.__main__" if (ROOT / each.replace(".", "/")).is_dir() else each
                 for each in promised
             )
-            self.run(f'python -c "import {names}"', wanted, checkout, binaries, timeout_s)
+            self.run(f'python -c "import {names}"', wanted, binaries)
         for line in environment.lines:
             for part, before in BEFORE.items():
                 if part in line:
-                    self.run(before, wanted, checkout, binaries, timeout_s)
-            self.run(line, wanted, checkout, binaries, timeout_s)
+                    self.run(before, wanted, binaries)
+            self.run(line, wanted, binaries)
+
+    def ask_for_help(self) -> None:
+        """Ask every command for help where only the client, tyro, typer and rich are."""
+        binaries = self.install("", *HELP.split(","))
+        for each in all_commands():
+            self.run(f"python -m {each} --help > /dev/null", HELP, binaries)
 
 
 def _indexes_of_pip() -> list[str]:
@@ -373,27 +388,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="clip_rt-extras-") as folder:
-        walk = Walk(Path(folder), options.without)
-        checkout = walk.copy("checkout")
-        subprocess.run([sys.executable, "-c", FIXTURES], cwd=checkout, check=True)
-        weights = dict(os.environ, PYTHONPATH=str(checkout))
-        subprocess.run([sys.executable, "-c", WEIGHTS], cwd=checkout, env=weights, check=True)
-        for environment in (*readme(ROOT / "README.md"), *(() if options.readme else MORE)):
-            if not options.extras or environment.extras in options.extras:
-                walk.visit(environment, checkout, options.timeout_s)
-        if not options.extras and not options.readme:
-            _check_help(walk, checkout, options.timeout_s)
-    failed = [row for row in walk.rows if not row[-1]]
+
+        def walk(name: str, environments: Sequence[Environment], asks_for_help: bool) -> Walk:
+            walk = Walk(Path(folder, name), options.without, options.timeout_s)
+            walk.prepare()
+            for environment in environments:
+                if not options.extras or environment.extras in options.extras:
+                    walk.visit(environment)
+            if asks_for_help and not options.extras:
+                walk.ask_for_help()
+            return walk
+
+        # Most of the time of most commands goes into imports, which use one core.
+        with ThreadPoolExecutor(2) as pool:
+            walks = [pool.submit(walk, "readme", readme(ROOT / "README.md"), False)]
+            if not options.readme:
+                walks.append(pool.submit(walk, "more", MORE, True))
+        rows = [row for each in walks for row in each.result().rows]
+    failed = [row for row in rows if not row[-1]]
     took_s = time.perf_counter() - start_s
-    print(f"{len(walk.rows)} commands, {len(failed)} failed, {took_s:.0f} s")  # noqa: T201
+    print(f"{len(rows)} commands, {len(failed)} failed, {took_s:.0f} s")  # noqa: T201
     return bool(failed)
-
-
-def _check_help(walk: Walk, checkout: Path, timeout_s: float) -> None:
-    """Ask every command for help where only the client, tyro, typer and rich are."""
-    binaries = walk.install(checkout, "", *HELP.split(","))
-    for each in all_commands():
-        walk.run(f"python -m {each} --help > /dev/null", HELP, checkout, binaries, timeout_s)
 
 
 if __name__ == "__main__":
