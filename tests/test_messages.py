@@ -235,7 +235,7 @@ def dead_ends(module: str, text: str) -> Iterator[str]:
                 yield f"{called}({name}=)"
     for name in re.findall(r"(?<!-)\b([a-z_]+)=(?![={\"])", text):
         if package == "clip_rt":
-            is_there = name in parameters_of(*RAISED_BY.get(rest, CLIENTS))
+            is_there = name in parameters_of(*RAISED_BY.get(rest.rpartition(".")[2], CLIENTS))
         else:  # For those who call it from Python, beside the option of the command.
             is_there = f"--{name.replace('_', '-')}" in text
         if f"{name}=" not in foreign and not is_there:

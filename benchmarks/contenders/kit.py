@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from clip_rt import runtime_choice
+from clip_rt.embedded import runtime_choice
 from clip_rt.errors import InputError
 from clip_rt.inputs.prompts import fill, find_templates
 from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model

@@ -673,7 +673,8 @@ def test_bombs_cost_no_memory(tmp_path):
     program = """if True:
         import resource, sys, warnings
         import numpy
-        from clip_rt import errors, images
+        from clip_rt import errors
+        from clip_rt.inputs import images
         warnings.simplefilter("ignore")
         images.prepare(numpy.zeros((8, 8, 3), numpy.uint8))
         peak_kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -782,7 +783,8 @@ def test_other_formats_are_refused_as_bytes_and_as_opened_images(file_format):
 def test_a_bad_file_does_not_load_pillow_s_other_decoders():
     program = """if True:
         import sys
-        from clip_rt import errors, images
+        from clip_rt import errors
+        from clip_rt.inputs import images
         try:
             images.prepare(b"%!PS-Adobe-3.0 EPSF-3.0")
         except errors.ImageError:

@@ -35,7 +35,7 @@ from pathlib import Path
 place = Path(sys.argv[1])
 sys.path.insert(0, str(place / "site"))
 import clip_rt
-from clip_rt import server
+from clip_rt.embedded import server
 find_home = server.find_home
 # The interpreter, too, as in an environment of conda's.
 python = place / "base" / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"

@@ -148,7 +148,7 @@ def test_what_changes_results_or_reach_is_part_of_the_key(own_repository, monkey
     keys.append(sharing.make_key(home, models))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     keys.append(sharing.make_key(home, models))
-    monkeypatch.setattr(clip_rt, "__version__", "0.0.0")
+    monkeypatch.setattr(sharing, "__version__", "0.0.0")
     keys.append(sharing.make_key(home, models))
     config = own_repository / "bare" / "config.pbtxt"
     found = config.stat()
