@@ -15,6 +15,7 @@ check: .venv/all
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # Each extra in an environment of its own, and README's commands as printed.
 extras: .venv/all

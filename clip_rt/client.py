@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, Literal, overload
@@ -137,6 +138,7 @@ class Client:
 
     def _open(self) -> None:
         self._session = Session(self._target, self._timeout_s)
+        self._embed_images = partial(embedding.embed_images, options=self._image_options)
         self._cache = PromptCache(self._cache_bytes, self._cache_dir)
 
     def __enter__(self) -> Client:
@@ -159,7 +161,7 @@ class Client:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_session", "_cache")
+            if name not in ("_session", "_cache", "_embed_images")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,11 +225,9 @@ class Client:
         """
         check_on_error(on_error)
 
-        def work(model: Model, deadline: Deadline) -> NDArray[np.float32] | Encoded:
-            encoded = embedding.embed_images(model, images, deadline, on_error, self._image_options)
-            return encoded if on_error == "skip" else encoded.embeddings
-
-        return self._session.call("encode_images", timeout_s, work, images)
+        embed = partial(self._embed_images, images=images, on_error=on_error)
+        encoded = self._session.call("encode_images", timeout_s, embed, images)
+        return encoded if on_error == "skip" else encoded.embeddings
 
     def stream_images(
         self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
@@ -297,11 +297,9 @@ class Client:
         """
         check_on_error(on_error)
 
-        def work(model: Model, deadline: Deadline) -> NDArray[np.float32] | Encoded:
-            encoded = embedding.embed_texts(model, texts, deadline, on_error, truncate=truncate)
-            return encoded if on_error == "skip" else encoded.embeddings
-
-        return self._session.call("encode_texts", timeout_s, work, texts)
+        embed = partial(embedding.embed_texts, texts=texts, on_error=on_error, truncate=truncate)
+        encoded = self._session.call("encode_texts", timeout_s, embed, texts)
+        return encoded if on_error == "skip" else encoded.embeddings
 
     def class_embeddings(
         self,
@@ -331,10 +329,8 @@ class Client:
         """
         checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
 
-        def work(model: Model, deadline: Deadline) -> NDArray[np.float32]:
-            return embedding.embed_classes(model, checked, found, deadline, self._cache)
-
-        return self._session.call("class_embeddings", timeout_s, work)
+        embed = partial(embedding.embed_classes, labels=checked, templates=found, cache=self._cache)
+        return self._session.call("class_embeddings", timeout_s, embed)
 
     def zero_shot(
         self,
@@ -369,8 +365,10 @@ class Client:
 
         def work(model: Model, deadline: Deadline) -> Scores:
             manifest = model.manifest
-            class_embeddings = embedding.embed_classes(model, checked, found, deadline, self._cache)
-            encoded = embedding.embed_images(model, images, deadline, on_error, self._image_options)
+            class_embeddings = embedding.embed_classes(
+                model, deadline, labels=checked, templates=found, cache=self._cache
+            )
+            encoded = self._embed_images(model, deadline, images=images, on_error=on_error)
             with telemetry.stage("classify", len(encoded.indices)):
                 return zero_shot.classify(
                     class_embeddings=class_embeddings,
@@ -418,7 +416,7 @@ class Client:
                     expected=probe.fingerprint,
                     found=served,
                 )
-            encoded = embedding.embed_images(model, images, deadline, on_error, self._image_options)
+            encoded = self._embed_images(model, deadline, images=images, on_error=on_error)
             with telemetry.stage("classify", len(encoded.indices)):
                 return probe.classify(encoded.embeddings).of_items(
                     encoded.indices, encoded.failures

@@ -55,11 +55,7 @@ class ImageOptions:
 
 
 def embed_images(
-    model: Model,
-    images: Images,
-    deadline: Deadline,
-    on_error: OnError,
-    options: ImageOptions,
+    model: Model, deadline: Deadline, *, images: Images, on_error: OnError, options: ImageOptions
 ) -> Encoded:
     """Embed images, a batch at a time; see `Client.encode_images`."""
     batcher, gathering = model.image, Gathering()
@@ -101,10 +97,10 @@ def stream_images(
 
 def embed_texts(
     model: Model,
-    texts: tokenizer.Texts,
     deadline: Deadline,
-    on_error: OnError,
     *,
+    texts: tokenizer.Texts,
+    on_error: OnError,
     truncate: bool,
 ) -> Encoded:
     """Embed texts as they are; see `Client.encode_texts`."""
@@ -119,9 +115,10 @@ def embed_texts(
 
 def embed_classes(
     model: Model,
+    deadline: Deadline,
+    *,
     labels: tuple[str, ...],
     templates: tuple[str, ...],
-    deadline: Deadline,
     cache: PromptCache,
 ) -> NDArray[np.float32]:
     """Embed labels as classes, what is cached from there; see `Client.class_embeddings`."""

@@ -46,7 +46,7 @@ FORMAT = 1
 """Raised when an older clip_rt could not read what this one writes."""
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 VOCABULARY, TEMPLATES = "bpe_simple_vocab_16e6.txt.gz", "prompt_templates.json"
-DATA = Path(clip_rt.__file__).with_name("data")
+DATA = Path(clip_rt.__file__).with_name("inputs") / "data"
 MAX_INDEX_BYTES = 2**20
 _MEMBER = re.compile(
     r"(image|text)/(config\.pbtxt|model\.(onnx|onnx\.data|xml|bin|plan)|model-\d+\.\d+\.plan)"
