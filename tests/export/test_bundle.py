@@ -239,4 +239,4 @@ def test_the_command_packs_and_verifies(tmp_path):
         command = [sys.executable, "-m", "export.bundle", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == expected, done.stdout + done.stderr
-        assert ("InputError" in done.stdout) == bool(expected)
+        assert done.stderr.startswith("error: there is no file") == bool(expected)
