@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 import clip_rt_commands
+from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt_commands.errors import command
 
+_OneOf = tyro.conf.create_mutex_group(required=False, title="one of")
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; `arguments` are those of the command line unless given.
 
-    Returns:
-        0 when it did what it should, 1 when `doctor` found a fault, 130 when Ctrl-C cut it short.
+def serve(*, repository: str, port: int = 8001, start_timeout_s: float = START_TIMEOUT_S) -> int:
+    """Run a Triton over a repository in the foreground.
 
-    Raises:
-        SystemExit: with 1 where an error of ours ended it; it is printed.
+    Args:
+        repository: Folder of models.
+        port: Of 127.0.0.1; 0 is any free one.
+        start_timeout_s: To load the models in.
     """
-    clip_rt_commands.print_any_text()
-    parser = argparse.ArgumentParser(prog="python -m clip_rt", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="run a Triton over a repository in the foreground")
-    serve.add_argument("--repository", required=True, help="folder of models")
-    serve.add_argument("--port", type=int, default=8001, help="of 127.0.0.1; 0 is any free one")
-    serve.add_argument("--start-timeout-s", type=float, default=60.0, help="to load the models in")
-    reload = commands.add_parser("reload", help="have `serve` take what its repository holds now")
-    reload.add_argument("--port", type=int, default=8001, help="of `serve`")
-    reload.add_argument(
-        "--timeout-s", type=float, default=90.0, help="longest wait for the outcome"
-    )
-    commands.add_parser("doctor", add_help=False, help="check the installation and a server")
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "doctor":
-        from clip_rt.doctor import main as examine
-
-        return examine(rest)
-    if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    with command():
-        if options.command == "reload":
-            return _reload(options.port, options.timeout_s)
-        return _serve(options.repository, options.port, options.start_timeout_s)
-
-
-def _serve(repository: str, port: int, start_timeout_s: float) -> int:
     from clip_rt.embedded.foreground import serve
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -56,13 +34,67 @@ def _serve(repository: str, port: int, start_timeout_s: float) -> int:
     return 0
 
 
-def _reload(port: int, timeout_s: float) -> int:
+def reload(*, port: int = 8001, timeout_s: float = 90.0) -> int:
+    """Have `serve` take what its repository holds now.
+
+    Args:
+        port: Of `serve`.
+        timeout_s: Longest wait for the outcome.
+    """
     from clip_rt.embedded.reload import reload
 
     is_new = reload(port, timeout_s=timeout_s)
     what = "what its repository holds now" if is_new else "what it did: nothing new is there"
     sys.stdout.write(f"the server on port {port} serves {what}\n")
     return 0
+
+
+def doctor(
+    *,
+    url: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _OneOf] = (),
+    repository: Annotated[Path | None, _OneOf] = None,
+    model: str | None = None,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    timeout_s: float = 30.0,
+) -> int:
+    """Is everything there, and does it answer what it should?
+
+    Args:
+        url: Address of a running server, host:port; may be repeated.
+        repository: Models for an embedded server.
+        model: Served name; the only one without it.
+        json: Print one JSON object.
+        timeout_s: For all of it, above 0.
+    """
+    from clip_rt.doctor import report
+
+    if not timeout_s > 0:
+        sys.stderr.write("error: --timeout-s must be above 0\n")
+        return 2
+    return report(url, repository=repository, model=model, timeout_s=timeout_s, as_json=json)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; `arguments` are those of the command line unless given.
+
+    Returns:
+        0 when it did what it should, 1 when `doctor` found a fault, 2 when an option's value is not
+        possible, 130 when Ctrl-C cut it short.
+
+    Raises:
+        SystemExit: with 1 where an error of ours ended it, with 2 where the options cannot be read;
+            it is printed.
+    """
+    clip_rt_commands.print_any_text()
+    with command():
+        status: int = tyro.extras.subcommand_cli_from_dict(
+            {"serve": serve, "reload": reload, "doctor": doctor},
+            prog=clip_rt_commands.program("clip_rt"),
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.DisallowNone,),
+        )
+        return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ fails, with 1 otherwise, by its deadline: fit for a readiness probe.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import ipaddress
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from clip_rt.processor import Processor
     from clip_rt.wire.transport import ServedModel, Transport
 
-TIMEOUT_S = 30.0
 PYTHONS = ((3, 10), (3, 13))
 """First and last Python that this version is tested with."""
 PACKAGES = ("numpy", "pillow", "tokenizers", "ftfy", "tritonclient", "grpcio")
@@ -80,21 +78,37 @@ class Target:
     model: str | None = None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Examine what the command line names, print what was found, return the exit code."""
-    options = _read_options(arguments)
-    deadline = Deadline.after(options.timeout_s)
+def report(
+    urls: Sequence[str],
+    *,
+    repository: Path | None,
+    model: str | None,
+    timeout_s: float,
+    as_json: bool,
+) -> int:
+    """Examine, print each finding when it is made, or all as one JSON object.
+
+    Args:
+        urls: As `examine` takes them; so are `repository` and `model`.
+        repository: The same.
+        model: The same.
+        timeout_s: For all of it.
+        as_json: Print one JSON object.
+
+    Returns:
+        The exit code: 1 if anything fails, else 0.
+    """
     findings = []
     write = sys.stdout.write
     for finding in examine(
-        options.url, repository=options.repository, model=options.model, deadline=deadline
+        urls, repository=repository, model=model, deadline=Deadline.after(timeout_s)
     ):
         findings.append(finding)
-        if not options.json:
+        if not as_json:
             write(f"{_line(finding)}\n")
             sys.stdout.flush()
     is_well = all(finding.status != "fail" for finding in findings)
-    if options.json:
+    if as_json:
         document = {"ok": is_well, "findings": [asdict(finding) for finding in findings]}
         write(json.dumps(document, indent=2) + "\n")
     return 0 if is_well else 1
@@ -142,25 +156,6 @@ def examine(
         yield from _examine_server(target, Deadline.after(share_s))
 
 
-def _read_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_rt doctor", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument(
-        "--url", action="append", default=[], help="host:port of a running server; may be repeated"
-    )
-    parser.add_argument("--model", help="served name; the only one without it")
-    parser.add_argument("--repository", type=Path, help="models for an embedded server")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="for all of it")
-    options = parser.parse_args(arguments)
-    if options.url and options.repository:
-        parser.error("--url and --repository exclude each other")
-    if not options.timeout_s > 0:
-        parser.error("--timeout-s must be above 0")
-    return options
-
-
 def _line(finding: Finding) -> str:
     name = f"{finding.server} {finding.check}".strip()
     return f"{finding.status:<5} {name}: {finding.detail} {finding.way_out}".rstrip()
@@ -170,15 +165,14 @@ def _find_targets(
     urls: Sequence[str], repository: Path | None, model: str | None
 ) -> tuple[Target, ...]:
     """Choose as a client does that is given the same arguments."""
-    from clip_rt.embedded.bundled import find_model_repository
-    from clip_rt.session import REPOSITORY_VARIABLE, URL_VARIABLE
+    from clip_rt.embedded.bundled import choose_repository
+    from clip_rt.session import URL_VARIABLE
 
     if not urls and repository is None:
         urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]
     if urls:
         return tuple(Target(url=url, model=model) for url in urls)
-    folder = repository or Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
-    return (Target(repository=folder, model=model),)
+    return (Target(repository=choose_repository(repository), model=model),)
 
 
 def _check_python() -> Finding:

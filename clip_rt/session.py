@@ -13,13 +13,12 @@ from typing import TypeVar
 
 from clip_rt import fork, telemetry
 from clip_rt.deadline import Deadline, check_timeout
-from clip_rt.embedded.bundled import find_model_repository
+from clip_rt.embedded.bundled import choose_repository
 from clip_rt.errors import ClientClosedError, InputError, ModelReplacedError, ServerTimeoutError
 from clip_rt.requests.connection import Connection, Model
 from clip_rt.wire.channel import TLS, split_urls
 
 URL_VARIABLE = "CLIP_RT_URL"
-REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"
 
 Result = TypeVar("Result")
 
@@ -157,7 +156,7 @@ class Session:
             if given := os.environ.get(URL_VARIABLE):
                 urls = split_urls(given)
             else:
-                repository = Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
+                repository = choose_repository()
         if urls is not None:
             return Connection.to_urls(urls, headers=target.headers, tls=target.tls)
         assert repository is not None

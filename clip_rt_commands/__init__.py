@@ -1,10 +1,12 @@
-"""What `python -m export.onnx` and the other commands need before any of their code is imported.
+"""What `clip-rt` and `python -m export.onnx` need before any of their code is imported.
 
 `python -m` looks for modules in the working folder first. There a user's own `training/`,
 `export.py` or `onnx.py` would be taken for ours, or for a library's. `clip_rt_commands.pth`, which
 is installed with this package, imports this module for every `python -m`. It does nothing unless
 that was given a module of ours: then our packages are found where this one is, and the working
 folder is searched last. A user's module with the full name of the command still wins.
+
+The console script `clip-rt`, `clip_rt_commands.console`, never means a user's module.
 """
 
 from __future__ import annotations
@@ -12,6 +14,38 @@ from __future__ import annotations
 import sys
 
 PACKAGES = ("benchmarks", "clip_rt", "export", "training")
+_console = ("", "")
+"""What the console script was asked for: our module, and how the user calls it."""
+
+
+def find_console_module() -> str:
+    """Return the module that `clip-rt` was asked for, with its dots; else nothing."""
+    return _console[0]
+
+
+def program(module: str) -> str:
+    """Return how the user calls a command: `clip-rt export onnx`, or `python -m export.onnx`."""
+    return _console[1] if module == _console[0] else f"python -m {module}"
+
+
+def find_root() -> str:
+    """Return the folder that our packages lie in."""
+    import os
+
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def start_from_console(module: str, called: str) -> None:
+    """Prepare for one of our modules that `clip-rt` is to run, whatever PYTHONPATH holds.
+
+    Args:
+        module: With its dots.
+        called: How the user calls it.
+    """
+    global _console
+    _console = (module, called)
+    _search_working_folder_last()
+    _install("", find_root())
 
 
 def prepare(package: str, folder: str) -> None:
@@ -29,7 +63,7 @@ def prepare(package: str, folder: str) -> None:
     # Here, because this module is imported for every `python -m`.
     from clip_rt_commands import extras
 
-    command = find_module(sys.orig_argv, getattr(sys, "argv", []))
+    command = find_console_module() or find_module(sys.orig_argv, getattr(sys, "argv", []))
     if command.partition(".")[0] == package:
         print_any_text()
         _quieten_libraries()
@@ -65,9 +99,10 @@ class _Finder:
     """Finds our packages in the folder of this installation; an `importlib.abc.MetaPathFinder`."""
 
     def __init__(self, command: str, root: str) -> None:
+        """Where a user's module has the name of the command, theirs is found; it may be empty."""
         self._command = command
         self._root = root
-        self._is_first = True
+        self._is_first = bool(command)
         self._is_users = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
@@ -137,6 +172,4 @@ def begin() -> None:
     """Do what `clip_rt_commands.pth` is for."""
     command = find_module(sys.orig_argv, getattr(sys, "argv", []))
     if command.partition(".")[0] in PACKAGES:
-        import os
-
-        _install(command, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        _install(command, find_root())

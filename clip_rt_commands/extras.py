@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Set
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from clip_rt_commands import find_module
+from clip_rt_commands import find_console_module, find_module, find_root
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(find_root()).resolve()
 OURS = (
     "benchmarks",
     "clip_rt",
@@ -38,6 +39,7 @@ EXTRAS = {
     "benchmarks.training_step": "train,bench,peers",
     "export": "export",
     "export.compare": "server,export",
+    "export.models": "",
     "training": "train",
 }
 """Extras of pyproject.toml by command, or by the package of commands it is in."""
@@ -45,10 +47,12 @@ EXTRAS = {
 SLOW_MODULES = frozenset(
     "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib nncf onnx onnx_ir onnxruntime "
     "onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py safetensors scipy "
-    "skimage sklearn tensorboard tensorrt tensorrt_rtx torch torchvision tqdm transformers "
+    "rich skimage sklearn tensorboard tensorrt tensorrt_rtx torch torchvision tqdm transformers "
     "webdataset".split()
 )
-"""What no text of `--help` depends on: everything but the client's own and tyro, typer and rich."""
+"""What no text of `--help` depends on: everything but the client's own."""
+TYPERS = frozenset({"rich"})
+"""What typer prints the help of benchmarks with."""
 
 
 def begin() -> None:
@@ -60,7 +64,8 @@ def begin() -> None:
     # Typer has a hook of its own, which leaves everything to the one before where it finds this.
     os.environ.setdefault("TYPER_STANDARD_TRACEBACK", "1")
     if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.meta_path.insert(0, _StandInFinder())
+        is_typers = name.startswith("benchmarks")
+        sys.meta_path.insert(0, _StandInFinder(SLOW_MODULES - (TYPERS if is_typers else set())))
 
 
 def find_command(orig_argv: list[str], argv: list[str]) -> str | None:
@@ -70,10 +75,8 @@ def find_command(orig_argv: list[str], argv: list[str]) -> str | None:
         orig_argv: All of the process's arguments, the interpreter's included.
         argv: `sys.argv`, while a package is imported: "-m" or a file comes first.
     """
-    name = ""
-    if argv and argv[0] == "-m":
-        name = find_module(orig_argv, argv)
-    elif argv and argv[0].endswith(".py"):
+    name = find_console_module() or find_module(orig_argv, argv)
+    if not name and argv and argv[0].endswith(".py"):
         with contextlib.suppress(OSError, ValueError):  # The working folder is gone; not of ours.
             path = Path(argv[0]).resolve().relative_to(ROOT)
             name = ".".join(path.with_suffix("").parts)
@@ -90,6 +93,8 @@ def extras_of(command: str) -> str:
 def sentence(command: str, module: str) -> str:
     """Say what a command needs and how to get it."""
     extras = extras_of(command)
+    if not extras:
+        return f"{command} needs {module}: pip install clip-rt, or in a checkout pip install -e ."
     # [server] needs the bundled model, a distribution of its own.
     bundled = "./model_repository " if "server" in extras.split(",") else ""
     return (
@@ -139,10 +144,13 @@ class _StandIn(ModuleType):
 
 
 class _StandInFinder(MetaPathFinder, Loader):
-    """Finds `SLOW_MODULES`, installed or not, without importing them: help is there at once."""
+    """Finds modules, installed or not, without importing them: help is there at once."""
+
+    def __init__(self, names: Set[str]) -> None:
+        self._names = names
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in SLOW_MODULES:
+        if fullname.partition(".")[0] not in self._names:
             return None
         return ModuleSpec(fullname, self, is_package=True)
 

@@ -35,11 +35,13 @@ import clip_rt
 from clip_rt.errors import ContractError, InputError
 from clip_rt.specs import Tower, image_model, text_model
 from clip_rt.wire.manifest import Manifest
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console, mib, print_next
+from export.models import served_version
 from export.repository import RELOAD, check_known, publish
 from export.triton_config import Serving, read_config, read_manifest, read_serving
-from export.version_folder import CONFIG, REPORT, list_weights, served_version
+from export.version_folder import CONFIG, REPORT, list_weights
 
 INDEX = "bundle.json"
 FORMAT = 1
@@ -366,6 +368,6 @@ if __name__ == "__main__":
     with command():
         tyro.extras.subcommand_cli_from_dict(
             {"pack": main_pack, "verify": main_verify, "unpack": main_unpack},
-            prog="python -m export.bundle",
+            prog=program("export.bundle"),
             description=__doc__,
         )

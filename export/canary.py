@@ -29,13 +29,15 @@ from clip_rt.inputs.tokenizer import tokenize
 from clip_rt.specs import image_model, text_model
 from clip_rt.wire import canary
 from clip_rt.wire.manifest import CANARY
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import parity
 from export.console import console
 from export.graphs import ImageGraph, TextGraph
+from export.models import served_version
 from export.repository import check_known, switch_version
 from export.triton_config import read_config, read_manifest
-from export.version_folder import CONFIG, served_version
+from export.version_folder import CONFIG
 from training.model import CLIP
 
 
@@ -121,4 +123,4 @@ def main(config: CanaryConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(CanaryConfig, prog="python -m export.canary", description=__doc__))
+        main(tyro.cli(CanaryConfig, prog=program("export.canary"), description=__doc__))

@@ -28,6 +28,7 @@ from clip_rt.errors import ContractError, ImageError, InputError
 from clip_rt.inputs.decoding import ImageInput, Limits
 from clip_rt.specs import slug
 from clip_rt.wire.manifest import Manifest
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import probes
 from export.console import console, stage
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with command():
         try:
             config = tyro.cli(
-                CompareConfig, prog="python -m export.compare", description=__doc__, args=arguments
+                CompareConfig, prog=program("export.compare"), description=__doc__, args=arguments
             )
         except SystemExit as end:
             # Ours is 2 when versions do not mix; a mistyped option is an error.

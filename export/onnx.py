@@ -21,6 +21,7 @@ import tyro
 from clip_rt import processor
 from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import int8, parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
@@ -170,4 +171,4 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
 
 if __name__ == "__main__":
     with command():
-        export(tyro.cli(OnnxConfig, prog="python -m export.onnx", description=__doc__))
+        export(tyro.cli(OnnxConfig, prog=program("export.onnx"), description=__doc__))

@@ -33,13 +33,15 @@ import tyro
 from google.protobuf import text_format
 from rich.table import Column, Table
 
-from clip_rt.errors import ContractError, InputError
+from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Tower, image_model, text_model
 from clip_rt.wire.manifest import Manifest
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
+from export.models import TITLES, find_manifest, list_models, list_versions, served_version
 from export.triton_config import (
     Backend,
     Device,
@@ -56,9 +58,7 @@ from export.version_folder import (
     MODEL_FILE,
     copy_python_model,
     find_engines,
-    list_versions,
     name_files,
-    served_version,
     write_version,
 )
 
@@ -369,10 +369,8 @@ def _switchable(folder: Path) -> set[int]:
 
 
 def _owner(folder: Path) -> str | None:
-    try:
-        return read_manifest(folder).model
-    except (OSError, UnicodeDecodeError, text_format.ParseError, ContractError):
-        return None
+    manifest = find_manifest(folder)
+    return None if manifest is None else manifest.model
 
 
 @contextmanager
@@ -525,26 +523,12 @@ def main(config: RepositoryConfig) -> None:
         assert config.name is not None
         switch_version(config.repository, config.name, config.version)
         tell_published(config.repository, config.name)
-    if not config.repository.is_dir():
-        raise InputError(f"there is no folder {config.repository}; name one with --repository.")
-    titles = ("model", "architecture", "precision", "backend", "served", "kept", "weights")
-    table = Table(*(Column(title, overflow="fold") for title in titles))
-    for folder in sorted(config.repository.glob("*_image")):
-        if _owner(folder) is None:
-            continue
-        manifest = read_manifest(folder)
-        table.add_row(
-            manifest.model,
-            manifest.architecture,
-            manifest.precision,
-            read_config(folder).backend,
-            str(served_version(folder)),
-            ", ".join(map(str, sorted(list_versions(folder)))),
-            manifest.fingerprint[:12],
-        )
+    table = Table(*(Column(title, overflow="fold") for title in TITLES))
+    for model in list_models(config.repository):
+        table.add_row(*model.cells)
     console.print(table)
 
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(RepositoryConfig, prog="python -m export.repository", description=__doc__))
+        main(tyro.cli(RepositoryConfig, prog=program("export.repository"), description=__doc__))

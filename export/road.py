@@ -40,12 +40,13 @@ from export.console import (
 )
 from export.graphs import Graph, ImageGraph, TextGraph
 from export.islands import Proposal, print_proposal, propose_islands
+from export.models import list_versions, served_version
 from export.parity import ParityReport, Precision
 from export.precision import bake_fp16, match_islands
 from export.repository import tell_published
 from export.samples import Samples, calibration_batches, load_samples
 from export.store import Artefact, Store, sha256_of, source_hash
-from export.version_folder import REPORT, list_versions, served_version
+from export.version_folder import REPORT
 from training import model as training_model
 from training import resnet
 from training.evaluation.class_names import read_name_table

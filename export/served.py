@@ -15,7 +15,8 @@ from clip_rt.client import Client
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.specs import image_model, slug, text_model
-from export.version_folder import CONFIG, list_versions, served_version
+from export.models import list_versions, served_version
+from export.version_folder import CONFIG
 
 _TIMEOUT_S = 300.0
 """For a chunk, and for a server to start: large models on few cores."""

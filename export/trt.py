@@ -26,6 +26,7 @@ import tyro
 
 from clip_rt.errors import InputError
 from clip_rt.specs import Tower, ViTSpec, find_spec, slug
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import parity
 from export.config import PRECISION_IN_WORDS, ExportConfig
@@ -323,4 +324,4 @@ def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     with command():
-        export(tyro.cli(TrtConfig, prog="python -m export.trt", description=__doc__))
+        export(tyro.cli(TrtConfig, prog=program("export.trt"), description=__doc__))

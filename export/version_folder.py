@@ -23,7 +23,7 @@ from clip_rt.embedded import runtime_choice
 from clip_rt.errors import InputError
 from export.ensembles import PYTHON_DLPACK
 from export.storage import external_files
-from export.triton_config import Backend, ModelConfig, read_config
+from export.triton_config import Backend, ModelConfig
 
 CONFIG, REPORT = "config.pbtxt", "parity.json"
 MODEL_FILE: dict[Backend, tuple[str, ...]] = {
@@ -40,20 +40,6 @@ PYTHON_FILES = {
     "runtime_choice.py": Path(runtime_choice.__file__),
 }
 """What the python backend runs, by its name in the version folder; copied there verbatim."""
-
-
-def list_versions(folder: Path) -> list[int]:
-    """Return the versions in a model's folder, the newest first; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def served_version(folder: Path) -> int:
-    """Return the version that Triton loads of a model's folder."""
-    versions = read_config(folder).version_policy.specific.versions
-    return int(versions[0]) if versions else max(list_versions(folder), default=0)
 
 
 def name_files(file: Path, backend: Backend, compute_capability: str | None) -> dict[str, Path]:

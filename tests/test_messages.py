@@ -134,8 +134,6 @@ def options_of(command: str) -> frozenset[str]:
             assert isinstance(node.args[0], ast.Dict)
             for each in node.args[0].values:
                 found |= _tyro_options(module, each)
-        elif name.endswith(".add_argument"):
-            found |= {each.value for each in node.args if isinstance(each, ast.Constant)}
     return frozenset(found)
 
 
@@ -268,7 +266,7 @@ def _options_at(module: str, option: str, text: str) -> bool:
             return True
     package = module.partition(".")[0]
     if package == "clip_rt":
-        return option in options_of(module)
+        return option in options_of("clip_rt.__main__")
     able = SAID_BY.get((module, option))
     if able is None:
         able = tuple(each for each in commands(package) if module in imported_by(each))

@@ -29,6 +29,7 @@ from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
 from clip_rt.inputs.prompts import check_labels, fill
 from clip_rt.inputs.tokenizer import encode, pad
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.evaluation.embed import device_of, logit_scale
 from training.evaluation.labelled import check_exist
@@ -206,4 +207,4 @@ def main(config: CoopConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(CoopConfig, prog="python -m training.coop", description=__doc__))
+        main(tyro.cli(CoopConfig, prog=program("training.coop"), description=__doc__))

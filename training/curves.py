@@ -12,6 +12,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from clip_rt_commands import program
 from training.journal import read_journal
 
 
@@ -60,4 +61,4 @@ def main(run: tyro.conf.Positional[Path]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m training.curves")
+    tyro.cli(main, prog=program("training.curves"))

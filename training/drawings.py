@@ -33,9 +33,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import tyro
 from tqdm import tqdm
 
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.render import iconify_svg, line_svg, render
 
@@ -425,21 +426,30 @@ def fetch_packages(folder: Path) -> Path:
     return folder / "node_modules"
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/drawings"),
-    packages: Annotated[
-        Path | None, typer.Option(help="Folder that holds node_modules/ with the npm packages.")
-    ] = None,
-    sample: Annotated[bool, typer.Option(help="Keep few of the training drawings.")] = False,
-    notice_file: Annotated[
-        Path | None, typer.Option("--notice", help="File whose list of sets is brought up to date.")
-    ] = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DrawingsConfig:
+    """Where drawings come from and go to."""
+
+    out: Path = Path("data/drawings")
+    """Folder for the shards."""
+    packages: Path | None = None
+    """Folder that holds node_modules/ with the npm packages; without it they are fetched."""
+    sample: bool = False
+    """Keep few of the training drawings."""
+    notice_file: Annotated[Path | None, tyro.conf.arg(name="notice")] = None
+    """File whose list of sets is brought up to date."""
+
+
+def main(config: DrawingsConfig) -> None:
     """Render the openly licensed drawings and pack them into WebDataset shards."""
-    modules = packages / "node_modules" if packages else fetch_packages(out.parent / "npm")
-    if notice_file:
-        write_notice(notice_file, notice(modules))
-    shards = sample_of(plan(modules, out), out) if sample else plan(modules, out)
+    out = config.out
+    if config.packages:
+        modules = config.packages / "node_modules"
+    else:
+        modules = fetch_packages(out.parent / "npm")
+    if config.notice_file:
+        write_notice(config.notice_file, notice(modules))
+    shards = sample_of(plan(modules, out), out) if config.sample else plan(modules, out)
     total = sum(len(shard.drawings) for shard in shards)
     written = 0
     with ProcessPoolExecutor() as pool, tqdm(total=total, desc="rendering", unit="drawing") as bar:
@@ -448,11 +458,11 @@ def main(
         for shard, (_, count) in zip(shards, pool.map(Shard.write, shards), strict=True):
             written += count
             bar.update(len(shard.drawings))
-    typer.echo(
+    print(  # noqa: T201
         f"{written} drawings in {len(shards)} shards under {out}; {total - written} unreadable"
     )
 
 
 if __name__ == "__main__":
     with command():
-        typer.run(main)
+        main(tyro.cli(DrawingsConfig, prog=program("training.drawings"), description=__doc__))

@@ -29,6 +29,7 @@ from rich.table import Table
 from clip_rt.classification.zero_shot import classify
 from clip_rt.errors import InputError
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings
 from training.evaluation.class_names import NameTable, describe_layout, read_templates
@@ -210,4 +211,4 @@ def _check_captions(
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(EvaluateConfig, prog="python -m training.evaluate", description=__doc__))
+        main(tyro.cli(EvaluateConfig, prog=program("training.evaluate"), description=__doc__))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from clip_rt.errors import ImageError, InputError
 from clip_rt.inputs.images import preprocess
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.coop import context_probe, learn_context
 from training.evaluation.class_names import read_templates
@@ -291,4 +292,4 @@ def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) ->
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(FewShotConfig, prog="python -m training.few_shot", description=__doc__))
+        main(tyro.cli(FewShotConfig, prog=program("training.few_shot"), description=__doc__))

@@ -26,6 +26,7 @@ from clip_rt.errors import CheckpointError, InputError
 from clip_rt.inputs.decoding import Limits
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from clip_rt.specs import Activation
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.checkpoint import save_checkpoint
 from training.evaluate import zero_shot
@@ -184,6 +185,4 @@ def main(config: InterpolateConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(InterpolateConfig, prog="python -m training.interpolate", description=__doc__)
-        )
+        main(tyro.cli(InterpolateConfig, prog=program("training.interpolate"), description=__doc__))

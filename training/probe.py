@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 
 from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.evaluation.class_names import NameTable
 from training.evaluation.labelled import check_exist
@@ -266,4 +267,4 @@ def _same_classes(
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(ProbeConfig, prog="python -m training.probe", description=__doc__))
+        main(tyro.cli(ProbeConfig, prog=program("training.probe"), description=__doc__))

@@ -25,6 +25,7 @@ import tyro
 from torch import Tensor
 
 from clip_rt.errors import TrainingError
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training import parallel, precision
 from training.accumulate import cached_backward, split_batch
@@ -312,4 +313,4 @@ def stopping(run: Run) -> Iterator[None]:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TrainConfig, prog="python -m training.run"))
+        main(tyro.cli(TrainConfig, prog=program("training.run")))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from clip_rt.errors import InputError, ServerStartError
 
+REPOSITORY_VARIABLE = "CLIP_RT_REPOSITORY"
 PACKAGE = "clip_rt_drawings"
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def choose_repository(given: Path | None = None) -> Path:
+    """Return the folder of Triton models to use: the given, $CLIP_RT_REPOSITORY's, or the bundled.
+
+    Raises:
+        ServerStartError: none is named, and the bundled model is not installed.
+    """
+    return given or Path(os.environ.get(REPOSITORY_VARIABLE) or find_model_repository())
 
 
 def find_model_repository() -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny_repository
 
 import clip_rt
 from clip_rt import doctor
+from clip_rt.__main__ import main
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import installation
 from clip_rt.embedded import server as server_module
@@ -53,7 +55,7 @@ def patients(tmp_path_factory, client):
 
 def consult(capsys, *arguments):
     """Run the command and return its exit code and its findings by check."""
-    code = doctor.main([*map(str, arguments), "--json"])
+    code = main(["doctor", *map(str, arguments), "--json"])
     output = capsys.readouterr().out
     document = json.loads(output)
     assert document["ok"] is (code == 0)
@@ -101,7 +103,7 @@ class TestCanary:
 
 class TestServer:
     def test_the_table_has_a_line_for_each_finding_and_no_secret(self, capsys, patients):
-        assert doctor.main(["--url", patients.url, "--model", "well"]) == 0
+        assert main(["doctor", "--url", patients.url, "--model", "well"]) == 0
         output = capsys.readouterr().out
         lines = output.splitlines()
         assert {line.split()[0] for line in lines} == {"ok", "warn"}
@@ -129,9 +131,8 @@ class TestServer:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             hanging = f"127.0.0.1:{silent.getsockname()[1]}"
             start_s = time.monotonic()
-            code = doctor.main(
-                ["--url", hanging, "--url", patients.url, "--model", "well", "--timeout-s", "4"]
-            )
+            addresses = ["--url", hanging, "--url", patients.url]
+            code = main(["doctor", *addresses, "--model", "well", "--timeout-s", "4"])
             duration_s = time.monotonic() - start_s
         lines = capsys.readouterr().out.splitlines()
         assert code == 1
@@ -303,14 +304,14 @@ class TestThisMachine:
     [["--timeout-s", "0"], ["--timeout-s", "nan"], ["--url", "a:1", "--repository", "x"], ["--no"]],
 )
 def test_refuses_what_it_cannot_do(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        doctor.main(arguments)
-    assert ended.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(["doctor", *arguments]))
+    assert capsys.readouterr().err
 
 
 def test_an_embedded_server_is_given_back(capsys, client, repository):
     # The same that the client has, which must not lose it.
-    assert doctor.main(["--repository", str(repository)]) == 0
+    assert main(["doctor", "--repository", str(repository)]) == 0
     with contextlib.closing(clip_rt.Client(repository=repository)) as other:
         assert other.encode_texts("red").shape == (1, tiny_repository.EMBEDDING_DIM)
     assert client.encode_texts("red").shape == (1, tiny_repository.EMBEDDING_DIM)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 LIMIT_S = 0.3
-HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "torchvision", "open_clip")
+HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "torchvision", "open_clip", "tyro")
 MODULES = ("clip_rt", "clip_rt.inputs.images", "clip_rt.inputs.tokenizer", "clip_rt.inputs.prompts")
 
 PROGRAM = """

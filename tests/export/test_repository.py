@@ -20,6 +20,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
 from clip_rt.wire.manifest import Manifest
 from export import repository, version_folder
+from export.models import list_versions, served_version
 from export.repository import (
     RepositoryConfig,
     configure,
@@ -34,7 +35,7 @@ from export.triton_config import (
     read_serving,
     render_config,
 )
-from export.version_folder import PYTHON_MODEL, list_versions, served_version
+from export.version_folder import PYTHON_MODEL
 
 MANIFEST = Manifest(
     model="shop-v3",
