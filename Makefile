@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test check extras clean
+.PHONY: quickstart test check extras wheels clean
 
 quickstart: .venv/client
 	.venv/bin/python examples/quickstart.py
@@ -17,9 +17,14 @@ check: .venv/all
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# Each extra in an environment of its own, and README's commands as printed.
+# Each extra in an environment of its own, README's commands as printed, and what wheels install.
 extras: .venv/all
 	.venv/bin/python .ci/extras.py
+
+# What `pip install 'clip-rt[server]'` installs: the client with every command, and the bundled model.
+wheels: .venv/all
+	.venv/bin/python -m build --no-isolation --wheel --outdir dist .
+	.venv/bin/python -m build --no-isolation --wheel --outdir dist model_repository
 
 # What runs a model: the client and the embedded server. No torch.
 .venv/client: pyproject.toml model_repository/pyproject.toml constraints.txt | .venv/bin/python

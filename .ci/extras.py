@@ -4,16 +4,17 @@
     python .ci/extras.py export                             # environments by their extras
     python .ci/extras.py export --without webdataset        # has to fail: this step notices
     python .ci/extras.py --readme                           # README's commands only
+    python .ci/extras.py --wheels                           # what wheels install only
 
 README's commands run as printed, in order, each in an environment of the `pip install` above it and
 in a copy of the checkout. What takes long is run smaller (`SMALLER`) or not here (`NOT_RUN`). In
-another copy, at the same time, run commands that README does not show. uv makes an environment in
+another copy, at the same time, run commands that README does not show. A third is built into
+wheels, and what they install runs in a folder outside of any checkout. uv makes an environment in
 seconds; without it pip does.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -23,17 +24,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from clip_rt_commands.extras import extras_of  # noqa: E402 - needs the line above
 
-SHELL = ("make ", "pip ", "python ", "torchrun ", "curl ", "docker ", "#")
+SHELL = ("make ", "pip ", "python ", "clip-rt ", "torchrun ", "curl ", "docker ", "#")
 SERVING = (
     "{serve} & pid=$!; trap 'kill $pid; wait $pid' EXIT; "
     "for _ in $(seq 60); do "
@@ -198,8 +202,8 @@ BEFORE = {
 }
 """What happened at the reader's before a command of README: another version, another machine."""
 
-HELP = "tyro,typer,rich"
-"""Enough for every `--help`."""
+HELP = "typer"
+"""What every `--help` needs beside the client: benchmarks read their options with it."""
 
 FAKE_CALL = """python -c "
 import clip_rt.testing
@@ -223,14 +227,16 @@ INTERPOLATE = (
     "python -m training.interpolate --zero-shot clip.safetensors "
     "--fine-tuned runs/a/checkpoint.safetensors --out mixed.safetensors"
 )
-EMPTY_HANDED = '! python {0} --help 2> said && grep -F ".[{1}]" said'
-"""Where not even that is installed which reads options."""
+EMPTY_HANDED = '! python {0} 2> said && grep -F ".[{1}]" said'
+"""Where nothing is installed but the client."""
 
 MORE = (
     Environment(
         "",
         [
             "python -m clip_rt doctor --help && python -m clip_rt serve --help",
+            "clip-rt --help && clip-rt export onnx --help && clip-rt train --help",
+            "clip-rt models | grep drawings",
             FAKE_CALL,
             *(
                 EMPTY_HANDED.format(command, extras_of(command.split()[-1]))
@@ -250,6 +256,64 @@ MORE = (
 )
 """What README does not show, and extras by themselves."""
 
+WHEEL_LIMIT_BYTES = 3_000_000
+IN_WHEEL = (
+    "clip_rt/__init__.py",
+    "clip_rt/py.typed",
+    "clip_rt_commands/console.py",
+    "clip_rt_commands.pth",
+    "export/onnx.py",
+    "training/run.py",
+)
+NOT_IN_WHEEL = ("training/sample", "model_repository", "benchmarks", "examples", "tests", "docs")
+
+TWELVE_LINES = "twelve_lines"
+"""README's first example, and what it prints, in the folder outside of any checkout."""
+THEIRS = (
+    "mkdir -p theirs/training theirs/export && cd theirs && "
+    "for each in training/__init__ training/run export/__init__ clip_rt; do "
+    "echo 'raise SystemExit(1)' > $each.py; done; "
+)
+"""A folder of the user's own, in which they call things as we do."""
+EXPORT_TINY = "--model RN26@64px --weights random --name tiny --repository"
+ASK_TINY = """python -c "
+import clip_rt
+with clip_rt.Client(repository='{0}', model='tiny') as client:
+    print(client.encode_texts(['a red shoe']).shape)
+" | grep -F '(1, 256)'"""
+INSTALLED = """python -c "
+import sys, clip_rt, export, training
+for each in (clip_rt, export, training):
+    assert each.__file__.startswith(sys.prefix), each
+" """
+FROM_WHEELS = (
+    Environment(
+        "server",
+        [
+            INSTALLED,
+            f"python {TWELVE_LINES}.py | diff - {TWELVE_LINES}.txt",
+            "clip-rt doctor",
+            "clip-rt models | grep drawings",
+            "! clip-rt export onnx --model RN26@64px 2> said && grep -F 'clip-rt[export]' said",
+            f"{THEIRS} clip-rt models | grep drawings && clip-rt export onnx --help",
+        ],
+    ),
+    Environment(
+        "server,export",
+        [
+            INSTALLED,
+            f"clip-rt export onnx {EXPORT_TINY} models --cache cache",
+            ASK_TINY.format("models"),
+            "clip-rt models --repository models | grep tiny",
+            f"{THEIRS} clip-rt export onnx {EXPORT_TINY} models --cache ../cache",
+            ASK_TINY.format("theirs/models"),
+            f"{THEIRS} python -m export.onnx {EXPORT_TINY} again --cache ../cache",
+            ASK_TINY.format("theirs/again"),
+        ],
+    ),
+)
+"""Extras that are installed from wheels, and shell lines that run outside of any checkout."""
+
 
 def all_commands() -> list[str]:
     """Return the dotted names of the commands of training, export and benchmarks."""
@@ -263,16 +327,20 @@ def all_commands() -> list[str]:
 
 
 class Walk:
-    """Makes environments, runs their lines in a copy of the checkout, and says what came of it."""
+    """Makes environments, runs their lines in a copy of the checkout, and says what came of it.
+
+    After `build_wheels` it installs these, and runs lines in a folder outside of the copy.
+    """
 
     def __init__(self, folder: Path, without: str | None, timeout_s: float) -> None:
         self._folder, self._without, self._timeout_s = folder, without, timeout_s
-        self._checkout = folder / "checkout"
+        self._checkout = self._inside = folder / "checkout"
+        self._wheels: Path | None = None
         self._uv = shutil.which("uv", path=f"{ROOT / '.venv/bin'}:{os.environ['PATH']}")
         self.rows: list[tuple[str, str, float, bool]] = []
 
-    def prepare(self) -> None:
-        """Copy what git knows of the checkout and what is new in it, and add a user's files."""
+    def copy(self) -> None:
+        """Copy what git knows of the checkout, and what is new in it."""
         target = self._checkout
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -280,9 +348,31 @@ class Walk:
             (target / each).parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / each).is_file():
                 shutil.copyfile(ROOT / each, target / each)
+
+    def add_files(self) -> None:
+        """Add a user's files to the copy."""
+        target = self._checkout
         environment = dict(os.environ, PYTHONPATH=str(target))
         for program in (FIXTURES, WEIGHTS):
             subprocess.run([sys.executable, "-c", program], cwd=target, env=environment, check=True)
+
+    def build_wheels(self) -> None:
+        """Build wheels of the copy as `make wheels` does, look into ours, and leave the copy."""
+        self._wheels, self._inside = self._folder / "dist", self._folder / "outside"
+        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel"]
+        for each in (".", "model_repository"):
+            command = [*build, "--outdir", str(self._wheels), each]
+            subprocess.run(command, cwd=self._checkout, check=True, stdout=subprocess.DEVNULL)
+        faults = find_faults(next(self._wheels.glob("clip_rt-*.whl")))
+        for each in faults:
+            print(f"FAIL the wheel of the client {each}", flush=True)  # noqa: T201
+        self.rows.append(("the wheel of the client", "", 0.0, not faults))
+        self._inside.mkdir()
+        text = (self._checkout / "README.md").read_text("utf-8")
+        shown = re.search(r"^```python\n(.*?)^```\n\n```\n(.*?)^```", text, re.DOTALL | re.M)
+        assert shown is not None
+        for suffix, content in zip((".py", ".txt"), shown.groups(), strict=True):
+            (self._inside / f"{TWELVE_LINES}{suffix}").write_text(content, "utf-8")
 
     def install(self, wanted: str, *others: str) -> Path:
         """Make an environment of the client, some extras, and nothing else, where the last one was.
@@ -294,8 +384,11 @@ class Walk:
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv, "--without-pip"], check=True)
         python = venv / "bin/python"
         bundled = ["./model_repository"] if "server" in wanted.split(",") else []
-        what = ["-c", "constraints.txt", *bundled, "-e", f".[{wanted}]" if wanted else "."]
-        what += others
+        extras = f"[{wanted}]" if wanted else ""
+        what = [*bundled, "-e", f".{extras}"]
+        if self._wheels is not None:
+            what = ["--find-links", str(self._wheels), f"clip-rt{extras}"]
+        what += ["-c", "constraints.txt", *others]
         if self._uv is not None:
             pip = [self._uv, "pip"]
             where = ["--python", str(python), "--index-strategy", "unsafe-best-match"]
@@ -316,7 +409,7 @@ class Walk:
         start_s = time.perf_counter()
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", line],
-            cwd=self._checkout,
+            cwd=self._inside,
             env={
                 **{name: text for name, text in os.environ.items() if name not in hidden},
                 "PATH": f"{binaries}:{os.environ['PATH']}",
@@ -358,10 +451,23 @@ class Walk:
             self.run(line, wanted, binaries)
 
     def ask_for_help(self) -> None:
-        """Ask every command for help where only the client, tyro, typer and rich are."""
+        """Ask every command for help where only the client is, and what reads options."""
         binaries = self.install("", *HELP.split(","))
         for each in all_commands():
             self.run(f"python -m {each} --help > /dev/null", HELP, binaries)
+
+
+def find_faults(wheel: Path) -> list[str]:
+    """Return what a wheel of the client has too much of, and what it lacks."""
+    size_bytes = wheel.stat().st_size
+    faults = []
+    if size_bytes > WHEEL_LIMIT_BYTES:
+        faults.append(f"has {size_bytes:,} bytes, of at most {WHEEL_LIMIT_BYTES:,}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    faults += [f"lacks {each}" for each in IN_WHEEL if each not in names]
+    faults += [f"holds {each}" for each in names if each.startswith(NOT_IN_WHEEL)]
+    return faults
 
 
 def _indexes_of_pip() -> list[str]:
@@ -376,35 +482,53 @@ def _indexes_of_pip() -> list[str]:
     return [option for options in found.values() for option in options]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which environments to make, and what to run in them; all without any."""
+
+    extras: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Environments by their extras, such as server,export."""
+    without: str | None = None
+    """Take these packages out again, to see that it is noticed."""
+    readme: bool = False
+    """README's commands only."""
+    wheels: bool = False
+    """What wheels install only."""
+    timeout_s: float = 600.0
+    """Of each command."""
+
+
+def main(options: Options) -> int:
     """Run the step; return 1 if anything did not do what it should."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("extras", nargs="*", help="environments, such as server,export; else all")
-    parser.add_argument(
-        "--without", help="take these packages out again, to see that it is noticed"
-    )
-    parser.add_argument("--readme", action="store_true", help="README's commands only")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of each command")
-    options = parser.parse_args(arguments)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="clip_rt-extras-") as folder:
 
-        def walk(name: str, environments: Sequence[Environment], asks_for_help: bool) -> Walk:
+        def walk(name: str, environments: Sequence[Environment]) -> Walk:
             walk = Walk(Path(folder, name), options.without, options.timeout_s)
-            walk.prepare()
-            for environment in environments:
-                if not options.extras or environment.extras in options.extras:
-                    walk.visit(environment)
-            if asks_for_help and not options.extras:
+            chosen = [
+                each for each in environments if not options.extras or each.extras in options.extras
+            ]
+            if not chosen:
+                return walk
+            walk.copy()
+            if name == "wheels":
+                walk.build_wheels()
+            else:
+                walk.add_files()
+            for environment in chosen:
+                walk.visit(environment)
+            if name == "more" and not options.extras:
                 walk.ask_for_help()
             return walk
 
+        walks = {"readme": readme(ROOT / "README.md"), "more": MORE, "wheels": FROM_WHEELS}
+        if options.readme or options.wheels:
+            asked = {"readme": options.readme, "wheels": options.wheels}
+            walks = {name: walks[name] for name, is_asked in asked.items() if is_asked}
         # Most of the time of most commands goes into imports, which use one core.
         with ThreadPoolExecutor(2) as pool:
-            walks = [pool.submit(walk, "readme", readme(ROOT / "README.md"), False)]
-            if not options.readme:
-                walks.append(pool.submit(walk, "more", MORE, True))
-        rows = [row for each in walks for row in each.result().rows]
+            done = [pool.submit(walk, *each) for each in walks.items()]
+        rows = [row for each in done for row in each.result().rows]
     failed = [row for row in rows if not row[-1]]
     took_s = time.perf_counter() - start_s
     print(f"{len(rows)} commands, {len(failed)} failed, {took_s:.0f} s")  # noqa: T201
@@ -412,4 +536,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tyro.cli(Options, prog="python .ci/extras.py", description=__doc__)))
