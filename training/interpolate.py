@@ -29,12 +29,12 @@ from clip_rt.specs import Activation
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.checkpoint import save_checkpoint
-from training.evaluate import zero_shot
 from training.evaluation.class_names import read_name_table, read_templates
 from training.evaluation.embed import class_embeddings, logit_scale, open_model
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy
 from training.evaluation.source import embed_data
+from training.evaluation.zero_shot import zero_shot
 from training.model import CLIP
 from training.weights.load import fingerprint
 

@@ -19,7 +19,7 @@ from clip_rt.errors import CheckpointError, ImageError, InputError, NonFiniteEmb
 from clip_rt.inputs.images import preprocess
 from clip_rt.specs import MODELS
 from training.data.drawing_batches import load_drawings
-from training.evaluate import EvaluateConfig, evaluate, main, zero_shot_accuracy
+from training.evaluate import EvaluateConfig, evaluate, main
 from training.evaluation.class_names import (
     NameTable,
     describe_layout,
@@ -39,6 +39,7 @@ from training.evaluation.embed import (
 from training.evaluation.labelled import read_captions, read_samples
 from training.evaluation.metrics import accuracy, rank, retrieval
 from training.evaluation.source import choose_shots, find_classes
+from training.evaluation.zero_shot import zero_shot_accuracy
 from training.model import CLIP
 
 SAMPLE = Path(__file__).resolve().parents[2] / "training/sample"

@@ -14,7 +14,6 @@ from torch import Tensor
 from clip_rt.embedded.bundled import find_sample
 from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import ModelSpec
-from training import evaluate
 from training.config import TrainConfig
 from training.data.drawing_batches import load_drawings
 from training.evaluation.class_names import read_name_table
@@ -22,6 +21,7 @@ from training.evaluation.embed import class_embeddings, embed_drawings
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import accuracy, retrieval
 from training.evaluation.source import embed_data
+from training.evaluation.zero_shot import retrieve, zero_shot
 from training.model import CLIP, causal_mask
 
 
@@ -65,12 +65,12 @@ class Judge:
                 clip, self._eval_data, allow_outside=self._allow_outside, limits=self._limits
             )
             if any(label is not None for label in embedded.labels):
-                _, accuracies = evaluate.zero_shot(clip, embedded, table=self._table)
+                _, accuracies = zero_shot(clip, embedded, table=self._table)
                 one_prompt, ensemble = accuracies.values()
                 for prompts, each in ("one_prompt", one_prompt), ("ensemble", ensemble):
                     scores |= {f"top1_{prompts}": each.top1, f"top5_{prompts}": each.top5}
             if any(embedded.captions):
-                found = evaluate.retrieve(clip, embedded)
+                found = retrieve(clip, embedded)
                 for kind, recalls in ("texts", found.text_at), ("images", found.image_at):
                     scores |= {f"recall{k}_{kind}": share for k, share in recalls.items()}
         return scores
