@@ -30,13 +30,16 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def split_batch(batch: Batch, chunk_size: int) -> list[Batch]:
-    """Cut a batch into chunks of at most `chunk_size` pairs, their tokens as long as they need."""
+    """Cut a batch into chunks of at most `chunk_size` pairs, their tokens as long as they need.
+
+    Tokens on a GPU are waited for; a stream of batches leaves them on the CPU.
+    """
     chunks = []
     for start in range(0, len(batch.group_B), chunk_size):
         rows = slice(start, start + chunk_size)
         tokens_BL = batch.tokens_BL[rows]
         # Padding cannot be told from a text's tokens by its id: 0 is also the exclamation mark.
-        used = 1 + int((tokens_BL == END_OF_TEXT).int().argmax(dim=1).max())
+        used = 1 + int((tokens_BL.cpu().numpy() == END_OF_TEXT).argmax(axis=1).max())
         chunks.append(
             replace(
                 batch,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class WeightAverage:
@@ -23,11 +23,20 @@ class WeightAverage:
         self.average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the weights; faster at first, when they are still mostly noise."""
-        weight = 1 - min(self._decay, (1 + step) / (10 + step))
+    def update(self, step: int | Tensor, is_due: Tensor | None = None) -> None:
+        """Move towards the weights; faster at first, when they are still mostly noise.
+
+        Args:
+            step: Updates of the weights before this one, a number or int64 ().
+            is_due: bool (); where false, the average stays as it is.
+        """
+        device = next(iter(self.average.values())).device
+        step = torch.as_tensor(step, device=device).double()
+        weight = 1 - ((1 + step) / (10 + step)).clamp(max=self._decay)
+        if is_due is not None:
+            weight = weight * is_due
         for name, average in self.average.items():
-            average.lerp_(self._live[name], weight)
+            average.lerp_(self._live[name], weight.to(average.dtype))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

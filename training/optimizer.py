@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_rt.errors import InputError
 from training.model import CLIP
@@ -17,9 +17,26 @@ _RESNET_STAGE = re.compile(r"visual\.layer(\d)\.")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
+class AdamW(torch.optim.AdamW):
+    """An AdamW that can be told on the device to leave everything as it is."""
+
+    # What torch.amp.GradScaler sets, and the fused kernels read.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def step_unless(self, is_skipped: Tensor) -> None:
+        """Make a step; where `is_skipped`, a bool () on the device of the weights, make none.
+
+        The host need not know which.
+        """
+        self.found_inf = is_skipped.float()
+        self.step()
+        self.found_inf = None
+
+
 def adamw(
     model: nn.Module, *, peak_lr: float, weight_decay: float, layer_decay: float = 1.0
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Make AdamW with the betas of the paper's table 18.
 
     Args:
@@ -43,7 +60,7 @@ def adamw(
             groups.setdefault((decay, lr_scale, parameter.ndim == 0), []).append(parameter)
     if not groups:
         raise InputError("every parameter of the model is locked; nothing is left to train.")
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
             for (decay, lr_scale, _), parameters in groups.items()
@@ -55,8 +72,8 @@ def adamw(
     )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of the scheduled learning rate."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Give each group its share of the scheduled learning rate, a number or float32 ()."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 

@@ -180,6 +180,35 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+class Signals:
+    """A number that any process may raise, known to all of them one exchange later.
+
+    What is exchanged during one update is read in the next, on the CPU: nobody waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: tuple[Tensor, torch.distributed.Work] | None = None
+
+    def exchange(self, number: int) -> int:
+        """Pass this process's number on.
+
+        Returns:
+            The largest of what all processes passed the last time, 0 at first; in one process
+            its own number, at once.
+        """
+        if not _is_shared():
+            return number
+        largest = 0
+        if self._under_way is not None:
+            earlier, work = self._under_way
+            work.wait()
+            (largest,) = earlier.numpy()
+        numbers = torch.tensor([number])
+        work = torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._under_way = numbers, work
+        return int(largest)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if _is_shared():

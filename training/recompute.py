@@ -36,7 +36,7 @@ def recompute_in_backward(module: nn.Module, *inputs: Tensor | None) -> Tensor:
 @contextmanager
 def hold_running_statistics(module: nn.Module) -> Iterator[None]:
     """Let batch normalisation see a batch a second time without counting it twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    norms = _batch_norms(module)
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         # Without running statistics it would save other tensors than the first time.
@@ -46,3 +46,17 @@ def hold_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, num_batches_tracked) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Return what a forward pass in training mode changes: statistics of batch normalisation."""
+    return [
+        tensor
+        for norm in _batch_norms(module)
+        for tensor in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+        if tensor is not None
+    ]
+
+
+def _batch_norms(module: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]

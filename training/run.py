@@ -12,37 +12,28 @@ zero-shot accuracy or retrieval), snapshots/ (for --resume), log.jsonl and curve
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from types import FrameType
 
 import torch
 import tyro
-from torch import Tensor
 
 from clip_rt.errors import TrainingError
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training import parallel, precision
-from training.accumulate import cached_backward, split_batch
-from training.build import build, claim_folder, seed_everything
+from training.build import build, claim_folder
 from training.checkpoint import save_checkpoint
 from training.config import TrainConfig
 from training.curves import draw_curves
 from training.data.batches import Batch
 from training.evaluation.judge import Judge
 from training.journal import Journal
-from training.loss import contrastive_loss, distillation_loss, sigmoid_loss
-from training.optimizer import set_lr, train_unlocked
-from training.schedule import cosine_lr
 from training.state import Run, gather_average, restore, save
+from training.update import MAX_BAD_UPDATES, Outcome, Tally, lr_at, make_update
 
-MAX_BAD_UPDATES = 5
-"""Updates in a row without a finite loss or gradient before the run goes back to a snapshot."""
 MAX_ROLLBACKS = 3
 
 
@@ -87,161 +78,76 @@ def main(config: TrainConfig) -> None:
 def train(run: Run, judge: Judge | None, journal: Journal) -> None:
     """Update the model until `num_steps`, or until a signal asks to stop."""
     config = run.config
-    batches = open_stream(run)
-    num_bad = 0
+    batches, tally, signals = open_stream(run), Tally.of(run), parallel.Signals()
     while run.step < config.num_steps and not run.stop_signal:
-        update = make_update(run, next(batches))
+        make_update(run, next(batches), tally)
         run.data_step += 1
-        run.stop_signal = update.stop_signal
-        if not update.was_made:
-            journal.say(f"batch {run.data_step} skipped: loss {update.loss}, norm {update.norm}")
-            journal.write(run.step, skipped_batch=run.data_step, skipped_loss=str(update.loss))
-            num_bad += update.is_bad
-            if num_bad == MAX_BAD_UPDATES:
-                roll_back(run, journal)
-                batches, num_bad = open_stream(run), 0
-            continue
-        run.step += 1
-        num_bad = 0
-        is_last = run.step == config.num_steps
-        if run.step % config.log_every_steps == 0 or is_last:
-            report(run, update, journal)
-        if run.step % config.eval_every_steps == 0 or is_last:
-            evaluate(run, judge, journal)
-            save(run, elapsed_s=journal.elapsed_s)
         journal.bar.update()
+        run.stop_signal = signals.exchange(run.received_signal)
+        # Batches that were skipped are not known of yet: the run is at most so far.
+        if not run.stop_signal and not is_due(config, run.step + len(tally.outcomes)):
+            continue
+        outcomes = tally.fetch()
+        if not count(run, outcomes, journal):
+            roll_back(run, journal)
+            batches, tally = open_stream(run), Tally.of(run)
+        elif outcomes[-1].was_made:
+            if is_due(config, run.step, every=config.log_every_steps):
+                report(run, outcomes[-1], journal)
+            if is_due(config, run.step, every=config.eval_every_steps):
+                evaluate(run, judge, journal)
+                save(run, elapsed_s=journal.elapsed_s)
     if run.stop_signal and run.step % config.eval_every_steps:
         save(run, elapsed_s=journal.elapsed_s)
         journal.say(f"stopped at step {run.step} by signal {run.stop_signal}; go on with --resume")
 
 
-@dataclass(frozen=True)
-class Update:
-    """One batch's effect; the same on all processes."""
-
-    loss: float
-    norm: float
-    """Of the gradient before it was clipped."""
-    accuracy: float
-    """Share of images whose text scored highest among this process's batch."""
-    lr: float
-    was_made: bool
-    is_bad: bool
-    """Not made, and not for the range of FP16, which the scaler finds by itself."""
-    stop_signal: int
+def is_due(config: TrainConfig, step: int, *, every: int | None = None) -> bool:
+    """Tell whether something is to be done at a step: every so many, and at the last one."""
+    steps = (config.log_every_steps, config.eval_every_steps) if every is None else (every,)
+    return step == config.num_steps or any(step % each == 0 for each in steps)
 
 
-def make_update(run: Run, batch: Batch) -> Update:
-    """Move the weights by one batch, unless its loss or gradient is not finite."""
-    config = run.config
-    lr = cosine_lr(
-        run.step,
-        peak_lr=config.peak_lr,
-        warmup_steps=min(config.warmup_steps, config.num_steps // 4),
-        total_steps=config.num_steps,
-    )
-    set_lr(run.optimizer, lr)
-    train_unlocked(run.clip, config.lock)
-    # All that dropout draws depends on the seed and the batch only: nothing to save for resuming.
-    seed_everything(config.seed, run.data_step, run.world.rank)
-    run.seen_V[batch.tokens_BL.cpu().long()] = True
-    image_BCSS = batch.image_BCSS.contiguous(memory_format=torch.channels_last)
-    batch = replace(batch, image_BCSS=image_BCSS)
-    chunks = split_batch(batch, config.chunk_size or len(batch.group_B))
-    correct: list[Tensor] = []
-    loss = cached_backward(
-        run.wrapped,
-        chunks,
-        make_objective(run, chunks, correct),
-        autocast=autocast(run),
-        scaler=run.scaler,
-    )
-    run.scaler.unscale_(run.optimizer)
-    norm = parallel.clip_gradients(run.wrapped, config.max_grad_norm)
-    received = torch.tensor(float(run.received_signal), device=loss.device)
-    facts = parallel.mean_over_ranks(torch.stack([loss, correct[0], received]))
-    mean_loss, accuracy, asked_to_stop = facts.tolist()
-    was_made = math.isfinite(mean_loss) and math.isfinite(norm)
-    if was_made:
-        run.scaler.step(run.optimizer)
-        run.clip.clamp_logit_scale()
-        if run.average is not None:
-            run.average.update(run.step)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return Update(
-        loss=mean_loss,
-        norm=float(norm),
-        accuracy=accuracy,
-        lr=lr,
-        was_made=was_made,
-        is_bad=not was_made and (not run.scaler.is_enabled() or not math.isfinite(mean_loss)),
-        stop_signal=(run.received_signal or signal.SIGTERM) if asked_to_stop else 0,
-    )
+def count(run: Run, outcomes: list[Outcome], journal: Journal) -> bool:
+    """Count the updates that were made, and log the batches that were skipped.
+
+    Returns:
+        False where too many in a row were bad: the batches after them moved nothing, and the run
+        stands before them.
+    """
+    first = run.data_step - len(outcomes)
+    for number, outcome in enumerate(outcomes, start=first + 1):
+        if outcome.was_made:
+            run.step += 1
+            run.num_bad = 0
+            continue
+        journal.bar.update(-1)
+        journal.say(f"batch {number} skipped: loss {outcome.loss}, norm {outcome.norm}")
+        journal.write(run.step, skipped_batch=number, skipped_loss=str(outcome.loss))
+        run.num_bad += outcome.is_bad
+        if run.num_bad == MAX_BAD_UPDATES:
+            run.data_step = number
+            return False
+    return True
 
 
-def make_objective(
-    run: Run, chunks: list[Batch], correct: list[Tensor]
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Build the loss of a batch's embeddings; it leaves the batch's accuracy in `correct`."""
-    config, clip = run.config, run.clip
-    teacher = embed_by_teacher(run, chunks) if run.teacher is not None else None
-
-    def objective(image_BE: Tensor, text_BE: Tensor, group_B: Tensor) -> Tensor:
-        scale = clip.logit_scale.exp()
-        if clip.logit_bias is not None:
-            loss = sigmoid_loss(image_BE, text_BE, scale, clip.logit_bias, group_B=group_B)
-        else:
-            loss = contrastive_loss(image_BE, text_BE, scale, group_B=group_B)
-        if teacher is not None:
-            distilled = distillation_loss((image_BE, text_BE, scale), teacher)
-            loss = loss + config.distill_weight * distilled
-        with torch.no_grad():
-            nearest_B = (image_BE @ text_BE.T).argmax(dim=1)
-            correct.append((group_B[nearest_B] == group_B).float().mean())
-        return loss
-
-    return objective
-
-
-@torch.no_grad()
-def embed_by_teacher(run: Run, chunks: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Embed a batch with the teacher, for `distillation_loss`."""
-    assert run.teacher is not None
-    rows = []
-    for chunk in chunks:
-        with autocast(run)():
-            device = run.world.device
-            rows.append(run.teacher(chunk.image_BCSS.to(device), chunk.tokens_BL.to(device)))
-    images, texts = zip(*rows, strict=True)
-    return torch.cat(images), torch.cat(texts), run.teacher.logit_scale.exp()
-
-
-def autocast(run: Run) -> Callable[[], AbstractContextManager[object]]:
-    """Choose the precision of a forward pass."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.config.precision)
-    if dtype is None:
-        return nullcontext
-    return partial(torch.autocast, run.world.device.type, dtype)
-
-
-def report(run: Run, update: Update, journal: Journal) -> None:
+def report(run: Run, outcome: Outcome, journal: Journal) -> None:
     """Log an update and show it on the progress bar."""
     run.elapsed_s = journal.elapsed_s
     images_per_s = run.config.batch_size * journal.steps_per_s(run.step)
     journal.write(
         run.step,
-        loss=update.loss,
-        batch_accuracy=update.accuracy,
-        grad_norm=update.norm,
-        lr=update.lr,
+        loss=outcome.loss,
+        batch_accuracy=outcome.accuracy,
+        grad_norm=outcome.norm,
+        lr=lr_at(run.config, run.step - 1),
         images_per_s=images_per_s,
         logit_scale=run.clip.logit_scale.exp().item(),
         bad_samples=run.data.skips.total,
     )
     journal.show(
-        loss=f"{update.loss:.3f}",
-        accuracy=f"{update.accuracy:.0%}",
+        loss=f"{outcome.loss:.3f}",
+        accuracy=f"{outcome.accuracy:.0%}",
         images_per_s=f"{images_per_s:.0f}",
     )
 

@@ -22,6 +22,7 @@ from training.config import TrainConfig
 from training.data.batches import BatchStream
 from training.ema import WeightAverage
 from training.model import CLIP
+from training.optimizer import AdamW
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Run:
     clip: CLIP
     wrapped: nn.Module
     """The same, as the processes share it."""
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scaler: torch.amp.GradScaler
     data: BatchStream
     seen_V: Tensor
@@ -44,6 +45,8 @@ class Run:
     """Updates done."""
     data_step: int = 0
     """Batches taken: `step`, and those that were skipped."""
+    num_bad: int = 0
+    """Batches in a row without a finite loss or gradient."""
     best_score: float = -math.inf
     elapsed_s: float = 0.0
     num_rollbacks: int = 0
@@ -106,7 +109,7 @@ def restore(run: Run) -> bool:
     run.scaler.load_state_dict(facts["scaler"])
     if snapshot:
         run.seen_V |= tensors["seen"]
-    run.step = step
+    run.step, run.num_bad = step, 0
     run.data_step = max(run.data_step, facts["data_step"])
     run.best_score = facts["best_score"]
     run.elapsed_s = facts["elapsed_s"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -64,8 +65,8 @@ class PairBatches:
                 that every pair comes once per epoch.
             augmentation: What happens to images; None is open_clip's default crop.
             num_workers: Processes that decode; 0 decodes in this one.
-            device: Where batches are put. To a GPU, pixels travel as pinned bytes and are
-                normalised there.
+            device: Where images are put. To a GPU, pixels travel as pinned bytes and are
+                normalised there. Tokens and groups stay on the CPU, in pinned memory then.
             max_bad_share: Of the first `NUM_CHECKED` pairs drawn; more is an error.
 
         Raises:
@@ -162,15 +163,17 @@ class PairBatches:
         pixels = torch.cat(
             [chunk.pixels_NSSC.to(self._device, non_blocking=True) for chunk in chunks]
         )
-        is_good = tokens_BL[:, 0] != 0
-        self._judge(is_good)
-        if not is_good.all():
-            good = is_good.nonzero().flatten()
-            rows = torch.arange(len(is_good))
-            rows = torch.where(is_good, rows, good[rows % len(good)])
+        is_good_B = tokens_BL[:, 0].numpy() != 0
+        self._judge(is_good_B)
+        if not is_good_B.all():
+            good = is_good_B.nonzero()[0]
+            places = np.arange(len(is_good_B))
+            rows = torch.from_numpy(np.where(is_good_B, places, good[places % len(good)]))
             tokens_BL, group_B, pixels = tokens_BL[rows], group_B[rows], pixels[rows]
-        tokens_BL = tokens_BL[:, : int((tokens_BL != 0).any(dim=0).sum())]
-        return Batch(normalise_pixels(pixels), tokens_BL.to(self._device), group_B.to(self._device))
+        tokens_BL = tokens_BL[:, : int((tokens_BL.numpy() != 0).any(axis=0).sum())]
+        if self._device.type == "cuda":
+            tokens_BL, group_B = tokens_BL.pin_memory(), group_B.pin_memory()
+        return Batch(normalise_pixels(pixels), tokens_BL, group_B)
 
     def _count(self, rows: Rows) -> None:
         self._num_filled += len(rows.good)
@@ -188,12 +191,12 @@ class PairBatches:
         known_N[index] = True
         return is_new
 
-    def _judge(self, is_good: Tensor) -> None:
+    def _judge(self, is_good_B: NDArray[np.bool_]) -> None:
         """Give up on data of which too much is bad."""
         num_bad_draws = self.num_read - self._num_filled
         is_due = self.num_read >= NUM_CHECKED and not self._is_judged
         self._is_judged |= is_due
-        is_hopeless = not is_good.any() or (self._pipe is None and not is_good.all())
+        is_hopeless = not is_good_B.any() or (self._pipe is None and not is_good_B.all())
         if is_hopeless or (is_due and num_bad_draws > self._max_bad_share * self.num_read):
             # A streamed shard leaves out samples that never reach a row.
             bad = self._bad if self._pipe is None else self.skips
