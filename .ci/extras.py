@@ -79,7 +79,7 @@ SMALLER = (
         "--batch-size 32768 --chunk-size 256 --total-steps 20000",
         "--batch-size 8 --chunk-size 2 --total-steps 1 --num-threads 1",
     ),
-    ("--batch-size 256 --total-steps 500", "--batch-size 8 --total-steps 1"),
+    ("--recipe fine_tune", "--recipe fine_tune --batch-size 8 --total-steps 1"),
     # Weights that nobody trained do not pass INT8's gate; that it is reached is what is asked.
     (
         "--precision int8 --calibration photos.csv --samples val/",
@@ -220,8 +220,8 @@ print(prometheus_client.generate_latest().decode())
 EXPORT = "python -m export.onnx --model RN26@64px --weights random --name tiny --cache cache"
 EXPORT_ON_SAMPLES = f"{EXPORT} --samples photos photos.csv shards/000.tar"
 TRAIN = (
-    "python -m training.run --data 'shards/{000..003}.tar' --batch-size 4 --total-steps 1 "
-    "--out-dir runs/a --tensorboard"
+    "python -m training.run --model RN26@64px --data 'shards/{000..003}.tar' --batch-size 4 "
+    "--total-steps 1 --out-dir runs/a --tensorboard"
 )
 INTERPOLATE = (
     "python -m training.interpolate --zero-shot clip.safetensors "

@@ -133,17 +133,24 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
             device=world.device,
             max_bad_share=config.max_bad_share,
         )
-    data_dir = find_sample() if config.sample else config.data_dir
+    data_dir = find_sample() if config.drawings.sample else config.drawings.data_dir
     shards = sorted(data_dir.glob("train/*.tar"))
     if not shards:
         raise InputError(
             f"{data_dir}/train holds no .tar shards. Make them with python -m training.drawings, "
             "pass --sample to train on the drawings that come with the code, or name --data."
         )
+    drawings = load_drawings(shards, progress=world.is_first)
+    if (side_px := drawings.pixels.shape[1]) != spec.side_px:
+        raise InputError(
+            f"the drawings in {data_dir} are {side_px} px wide, and {config.model} reads "
+            f"{spec.side_px} px. --recipe drawings takes a model that fits them."
+        )
     return DrawingBatches(
-        load_drawings(shards, progress=world.is_first),
+        drawings,
         batch_size=config.batch_size,
-        emoji_fraction=config.emoji_fraction,
+        emoji_fraction=config.drawings.emoji_fraction,
+        random_convolutions=config.drawings.random_convolutions,
         context_length=spec.text.context_length,
         seed=config.seed,
     )

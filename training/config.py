@@ -1,11 +1,13 @@
-"""What a training run depends on, as one frozen record; its defaults are the bundled model's."""
+"""What a training run depends on, as one frozen record; recipes say what to set for a purpose."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
@@ -16,49 +18,51 @@ from training.optimizer import Lock
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 FREE_FIELDS = frozenset(
-    (
-        *("out_dir", "resume", "init_from", "num_workers", "num_threads", "device", "parallel"),
-        *(
-            "eval_every_steps",
-            "log_every_steps",
-            "keep_last",
-            "tensorboard",
-            "teacher",
-            "eval_data",
-            "max_bad_share",
-            "max_pixels",
-            "max_bytes",
-            "class_names",
-        ),
-    )
+    "recipe out_dir resume init_from teacher num_workers num_threads device parallel "
+    "eval_every_steps log_every_steps keep_last tensorboard eval_data class_names max_bad_share "
+    "max_pixels max_bytes".split()
 )
 """Fields that may differ when a run is resumed; the others decide what its weights become."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Limits):
-    """Everything a run depends on. The defaults are the recipe of the bundled model."""
+class DrawingsConfig:
+    """Of drawings, which a run learns from where no data are named."""
 
-    model: str = "RN26@64px"
+    data_dir: Path = Path("data/drawings")
+    """Folder with train/*.tar and styles/*.tar of python -m training.drawings."""
+    sample: bool = False
+    """Train briefly on the small sample of drawings that comes with the code."""
+    emoji_fraction: float = 0.5
+    """Share of each batch that is emoji; the rest are icons."""
+    random_convolutions: float = 0.2
+    """Share of the drawings that go through a random convolution."""
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "emoji_fraction", "random_convolutions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Limits):
+    """Everything a run depends on."""
+
+    recipe: str | None = None
+    """Of the command line: a recipe whose options come before the others, NAME or NAME:STAGE of
+    training/recipes, or a .toml file. Without it and without data, drawings or drawings:sample."""
+    model: str = "ViT-B/32"
     """Architecture, a key of clip_rt.specs.MODELS."""
     activation: Activation | None = None
     """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it.
     Without init_from, what the network is to have; None is the architecture's."""
     init_from: str | None = None
     """Weights to start from (fine-tuning): a file, hf:owner/name@revision, or openai."""
-    out_dir: Path = Path("runs/drawings")
+    out_dir: Path = Path("runs/clip")
     """Where checkpoints, the log and the curves go."""
     resume: bool = False
     """Go on with the run in out_dir, from its last snapshot."""
 
     data: tuple[str, ...] = ()
     """Tar shards (with {000..099}), a .csv or .jsonl with image and caption or label, a folder."""
-    data_dir: Path = Path("data/drawings")
-    """Without `data`: folder with train/*.tar and styles/*.tar of python -m training.drawings."""
-    sample: bool = False
-    """Train briefly on the small sample of drawings that comes with the code."""
-    emoji_fraction: float = 0.5
-    """Share of each batch of drawings that is emoji; the rest are icons."""
     templates: str = "openai_imagenet"
     """Captions of images that have a class only: a named set of prompt templates."""
     data_weights: tuple[float, ...] = ()
@@ -99,11 +103,11 @@ class TrainConfig(Limits):
     """Pairs per update, over all processes."""
     chunk_size: int = 0
     """Pairs of one process in memory at once (cached gradients); 0 is all of them."""
-    total_steps: int | None = None
-    """Updates in all; None is 3,200, or 150 with --sample."""
-    warmup_steps: int = 150
+    total_steps: int = 10_000
+    """Updates in all."""
+    warmup_steps: int = 2000
     """Updates during which the learning rate rises; at most a quarter of all."""
-    peak_lr: float = 1e-3
+    peak_lr: float = 5e-4
     """Highest learning rate."""
     layer_decay: float = 1.0
     """Factor on the learning rate for each layer further from the embeddings."""
@@ -115,7 +119,7 @@ class TrainConfig(Limits):
     """Tower to leave as it is; 'image' is LiT."""
     patch_dropout: float = 0.0
     """Share of a ViT's patches left out in training."""
-    ema_decay: float = 0.998
+    ema_decay: float = 0.0
     """Decay of the average of the weights, which is then what is evaluated and saved; 0 is none."""
 
     precision: Precision = "auto"
@@ -134,7 +138,7 @@ class TrainConfig(Limits):
     seed: int = 0
     """Of weights, order, captions, augmentation and dropout."""
 
-    eval_every_steps: int = 320
+    eval_every_steps: int = 1000
     """Updates between two evaluations; each also saves."""
     log_every_steps: int = 10
     """Updates between two lines of log.jsonl."""
@@ -143,15 +147,15 @@ class TrainConfig(Limits):
     tensorboard: bool = False
     """Write the log for TensorBoard as well."""
 
+    drawings: Annotated[DrawingsConfig, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=DrawingsConfig
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_shares(self, "patch_dropout", "ema_decay", "layer_decay", "max_bad_share")
         for name in (
-            *("emoji_fraction", "patch_dropout", "ema_decay", "layer_decay", "max_bad_share"),
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be within 0 and 1.")
-        for name in (
-            *("batch_size", "num_steps", "eval_every_steps", "log_every_steps", "keep_last"),
+            *("batch_size", "total_steps", "eval_every_steps", "log_every_steps", "keep_last"),
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -162,25 +166,25 @@ class TrainConfig(Limits):
         if self.chunk_size < 0:
             raise InputError(f"chunk_size is {self.chunk_size}; it must be 0 or more.")
 
-    @property
-    def num_steps(self) -> int:
-        """Updates this run makes."""
-        if self.total_steps is not None:
-            return self.total_steps
-        return 150 if self.sample else 3200
-
     def as_json(self) -> dict[str, Any]:
-        """Return all fields as JSON."""
+        """Return all fields as JSON, those of a group among the others."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return fields
+        drawings = fields.pop("drawings")
+        return {**fields, **drawings}
 
     def check_resumes(self, earlier: dict[str, Any]) -> None:
         """Refuse to go on with a run that another configuration began.
+
+        Args:
+            earlier: As `as_json` returned it then.
 
         Raises:
             InputError: names each field that differs.
         """
         now = self.as_json()
+        is_older = "recipe" not in earlier  # When the defaults of every run were those of drawings.
+        if earlier.get("total_steps", 0) is None:
+            earlier = {**earlier, "total_steps": 150 if earlier["sample"] else 3200}
         differing = [
             f"{name} was {earlier[name]!r} and is {now[name]!r}"
             for name in sorted(now.keys() & earlier.keys() - FREE_FIELDS)
@@ -196,4 +200,12 @@ class TrainConfig(Limits):
             raise InputError(
                 f"the run in {self.out_dir} was begun with another configuration: "
                 f"{'; '.join(differing)}. Name the same, or another --out-dir."
+                + is_older
+                * " What an earlier version took by default is in --recipe drawings."
             )
+
+
+def _check_shares(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be within 0 and 1.")

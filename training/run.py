@@ -1,9 +1,10 @@
 """Train CLIP.
 
-    python -m training.run                    # the recipe of the bundled model, on data/drawings
+    torchrun --nproc-per-node 8 -m training.run --model ViT-B/32 --data 'shards/{000..099}.tar'
+    python -m training.run --recipe fine_tune --init-from clip.safetensors --data products.csv
+    python -m training.run                    # --recipe drawings, on data/drawings
     python -m training.run --sample           # minutes, on the drawings that come with the code
     python -m training.run --resume           # go on after a kill, bit for bit
-    torchrun --nproc-per-node 8 -m training.run --model ViT-B/32 --data 'shards/{000..099}.tar'
     python -m training.run --help
 
 Writes to `out_dir`: checkpoint.safetensors (the newest weights, for export), best.safetensors (by
@@ -13,8 +14,10 @@ zero-shot accuracy or retrieval), snapshots/ (for --resume), log.jsonl and curve
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -31,10 +34,35 @@ from training.curves import draw_curves
 from training.data.batches import Batch
 from training.evaluation.judge import Judge
 from training.journal import Journal
+from training.recipe import read_options
 from training.state import Run, gather_average, restore, save
 from training.update import MAX_BAD_UPDATES, Outcome, Tally, lr_at, make_update
 
 MAX_ROLLBACKS = 3
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Read the options of a command line; they win over those of the recipe that it names.
+
+    Args:
+        arguments: The options; those of this process if None.
+
+    Raises:
+        InputError: there is no such recipe.
+        SystemExit: an option is not known, or help was asked for.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = _parse(arguments)
+    recipe = named.recipe
+    if recipe is None and not named.data:
+        recipe = "drawings:sample" if named.drawings.sample else "drawings"
+    if recipe is None:
+        return named
+    return replace(_parse([*read_options(recipe), *arguments]), recipe=recipe)
+
+
+def _parse(arguments: Sequence[str]) -> TrainConfig:
+    return tyro.cli(TrainConfig, args=arguments, prog=program("training.run"))
 
 
 def main(config: TrainConfig) -> None:
@@ -58,7 +86,7 @@ def main(config: TrainConfig) -> None:
         journal = Journal(
             config.out_dir,
             step=run.step,
-            num_steps=config.num_steps,
+            num_steps=config.total_steps,
             elapsed_s=run.elapsed_s,
             tensorboard=config.tensorboard,
             silent=not world.is_first,
@@ -76,10 +104,10 @@ def main(config: TrainConfig) -> None:
 
 
 def train(run: Run, judge: Judge | None, journal: Journal) -> None:
-    """Update the model until `num_steps`, or until a signal asks to stop."""
+    """Update the model until `total_steps`, or until a signal asks to stop."""
     config = run.config
     batches, tally, signals = open_stream(run), Tally.of(run), parallel.Signals()
-    while run.step < config.num_steps and not run.stop_signal:
+    while run.step < config.total_steps and not run.stop_signal:
         make_update(run, next(batches), tally)
         run.data_step += 1
         journal.bar.update()
@@ -105,7 +133,7 @@ def train(run: Run, judge: Judge | None, journal: Journal) -> None:
 def is_due(config: TrainConfig, step: int, *, every: int | None = None) -> bool:
     """Tell whether something is to be done at a step: every so many, and at the last one."""
     steps = (config.log_every_steps, config.eval_every_steps) if every is None else (every,)
-    return step == config.num_steps or any(step % each == 0 for each in steps)
+    return step == config.total_steps or any(step % each == 0 for each in steps)
 
 
 def count(run: Run, outcomes: list[Outcome], journal: Journal) -> bool:
@@ -163,7 +191,7 @@ def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
         weights = parallel.gather_weights(run.wrapped)
     seen_V = parallel.mean_over_ranks(run.seen_V.float()) > 0
     if judge is not None:
-        if config.init_from is None and run.step == config.num_steps:
+        if config.init_from is None and run.step == config.total_steps:
             # Embeddings of tokens that no caption held: noise to the model, weight to a file.
             weights["token_embedding.weight"] = weights["token_embedding.weight"] * seen_V[:, None]
         scores = judge.score(weights)
@@ -219,4 +247,4 @@ def stopping(run: Run) -> Iterator[None]:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TrainConfig, prog=program("training.run")))
+        main(parse())

@@ -51,7 +51,7 @@ class Tally:
     """How far a run is as its device knows, ahead of the host."""
 
     lr_N: Tensor
-    """float32 (num_steps,): learning rate of each update."""
+    """float32 (total_steps,): learning rate of each update."""
     step: Tensor
     """int64 (): updates made."""
     num_bad: Tensor
@@ -63,7 +63,7 @@ class Tally:
     def of(cls, run: Run) -> Tally:
         """Begin where the run is."""
         device = run.world.device
-        lr_N = torch.tensor([lr_at(run.config, step) for step in range(run.config.num_steps)])
+        lr_N = torch.tensor([lr_at(run.config, step) for step in range(run.config.total_steps)])
         step, num_bad = torch.tensor([run.step, 0], device=device)
         return cls(lr_N.to(device), step, num_bad)
 
@@ -81,8 +81,8 @@ def lr_at(config: TrainConfig, step: int) -> float:
     return cosine_lr(
         step,
         peak_lr=config.peak_lr,
-        warmup_steps=min(config.warmup_steps, config.num_steps // 4),
-        total_steps=config.num_steps,
+        warmup_steps=min(config.warmup_steps, config.total_steps // 4),
+        total_steps=config.total_steps,
     )
 
 

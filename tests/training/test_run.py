@@ -21,14 +21,13 @@ from safetensors.torch import load_file
 from clip_rt.classification.probe import Probe
 from clip_rt.errors import CheckpointError, InputError, TrainingError
 from clip_rt.specs import MODELS
-from training import build as build_module
 from training import coop
-from training.config import TrainConfig
+from training.config import DrawingsConfig, TrainConfig
 from training.coop import CoopConfig
 from training.data.drawing_batches import Drawings, load_drawings
 from training.evaluation import judge
 from training.journal import read_journal
-from training.run import main
+from training.run import main, parse
 from training.weights.load import load_clip
 
 
@@ -155,8 +154,8 @@ def test_a_short_run_on_drawings_learns_and_leaves_what_the_next_step_needs(
         return replace(drawings, pixels=drawings.pixels[:200], records=drawings.records[:200])
 
     monkeypatch.setattr(judge, "load_drawings", load_few)
-    config = TrainConfig(
-        sample=True, out_dir=tmp_path, batch_size=32, total_steps=12, warmup_steps=2,
+    config = replace(
+        parse(["--sample"]), out_dir=tmp_path, batch_size=32, total_steps=12, warmup_steps=2,
         log_every_steps=1, eval_every_steps=12,
     )  # fmt: skip
     main(config)
@@ -294,26 +293,8 @@ def test_held_out_data_are_evaluated_and_the_best_weights_kept(tmp_path: Path, d
     assert max(scores) > 1 / 3
 
 
-class Poison:
-    """Batches of a run, some of whose images are not numbers."""
-
-    def __init__(self, data, poisoned):
-        self._data, self._poisoned = data, poisoned
-        self.skips = data.skips
-
-    def stream(self, start_step, **place):
-        for step, batch in enumerate(self._data.stream(start_step, **place), start=start_step):
-            bad = step in self._poisoned
-            yield replace(batch, image_BCSS=batch.image_BCSS * torch.nan) if bad else batch
-
-
-def poison(monkeypatch, *steps: int) -> None:
-    open_data = build_module.open_data
-    monkeypatch.setattr(build_module, "open_data", lambda *args: Poison(open_data(*args), steps))
-
-
 def test_a_batch_without_a_finite_loss_is_skipped_and_logged(tmp_path, data, monkeypatch) -> None:
-    poison(monkeypatch, 4)
+    tiny_run.poison(monkeypatch, 4)
     main(tiny_run.config(data, tmp_path / "out"))
     lines = read_journal(tmp_path / "out/log.jsonl")
     assert [line["skipped_batch"] for line in lines if "skipped_batch" in line] == [5]
@@ -334,7 +315,7 @@ def test_bad_samples_are_replaced_counted_and_named(tmp_path, data, capsys) -> N
 def test_several_in_a_row_send_the_run_back_to_its_last_snapshot(
     tmp_path, data, monkeypatch
 ) -> None:
-    poison(monkeypatch, *range(5, 10))
+    tiny_run.poison(monkeypatch, *range(5, 10))
     main(tiny_run.config(data, tmp_path / "out"))
     lines = read_journal(tmp_path / "out/log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
@@ -346,7 +327,7 @@ def test_several_in_a_row_send_the_run_back_to_its_last_snapshot(
 
 
 def test_a_run_that_never_recovers_says_so(tmp_path, data, monkeypatch) -> None:
-    poison(monkeypatch, *range(5, 1000))
+    tiny_run.poison(monkeypatch, *range(5, 1000))
     with pytest.raises(TrainingError, match="after 3 returns to a snapshot"):
         main(tiny_run.config(data, tmp_path / "out"))
 
@@ -412,7 +393,7 @@ def test_a_fine_tune_is_not_resumed_as_a_run_from_nothing(name: str) -> None:
 
 def test_missing_data_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training\.drawings"):
-        main(TrainConfig(data_dir=tmp_path, out_dir=tmp_path / "out"))
+        main(TrainConfig(drawings=DrawingsConfig(data_dir=tmp_path), out_dir=tmp_path / "out"))
     with pytest.raises(InputError, match="no tar shard, no table"):
         main(TrainConfig(data=("nowhere",), out_dir=tmp_path / "other"))
 
@@ -420,7 +401,7 @@ def test_missing_data_names_the_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"batch_size": 0}, {"emoji_fraction": 1.5}, {"chunk_size": -1}, {"ema_decay": -0.1},
+        {"batch_size": 0}, {"total_steps": 0}, {"chunk_size": -1}, {"ema_decay": -0.1},
         {"precision": "fp16", "parallel": "fsdp"},
     ],
     ids=str,
@@ -428,3 +409,15 @@ def test_missing_data_names_the_way_out(tmp_path: Path) -> None:
 def test_a_wrong_configuration_names_the_field(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         TrainConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"emoji_fraction": 1.5}, {"random_convolutions": -1}], ids=str)
+def test_a_wrong_option_of_drawings_names_it(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        DrawingsConfig(**wrong)
+
+
+def test_drawings_of_another_size_than_the_model_reads_name_what_fits(tmp_path: Path) -> None:
+    config = TrainConfig(drawings=DrawingsConfig(sample=True), out_dir=tmp_path)
+    with pytest.raises(InputError, match=r"64 px wide, and ViT-B/32 reads 224 px.*drawings"):
+        main(config)

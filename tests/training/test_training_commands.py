@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_clip as tiny
@@ -40,9 +41,15 @@ COMMANDS = {
 
 def run(name: str, *arguments: object) -> None:
     """Do what `python -m training.NAME` does."""
-    config, main = COMMANDS[name]
+    _, main = COMMANDS[name]
     with command():
-        main(tyro.cli(config, args=list(map(str, arguments))))
+        main(read(name, *arguments))
+
+
+def read(name: str, *arguments: object) -> Any:
+    """Read the options of `python -m training.NAME`."""
+    words = list(map(str, arguments))
+    return train.parse(words) if name == "run" else tyro.cli(COMMANDS[name][0], args=words)
 
 
 def fail(name: str, *arguments: object) -> str:
@@ -177,7 +184,7 @@ def test_the_ways_out_that_are_named_are_ways_out(tmp_path: Path, classes: Path,
         option = ("--folder-kind", "classes")
     arguments = ("--data", data, "--out-dir", tmp_path / "out", *TRAIN)
     assert option[0] in fail("run", *arguments)
-    config = tyro.cli(TrainConfig, args=[*map(str, arguments), *option])
+    config = read("run", *arguments, *option)
     batches = open_data(config, parallel.World(0, 1, torch.device("cpu")))
     assert len(next(batches.stream(0)).group_B) == 4
 
@@ -196,6 +203,6 @@ def test_a_table_of_absolute_paths_is_read_where_that_is_asked_for(
     if name != "evaluate":
         arguments += ["--out", tmp_path / "out.npz"]
     assert "--allow-outside" in fail(name, *arguments)
-    config = tyro.cli(COMMANDS[name][0], args=[*map(str, arguments), "--allow-outside"])
+    config = read(name, *arguments, "--allow-outside")
     samples = read_samples(config.data, allow_outside=config.allow_outside)
     assert [sample.label for sample in samples] == ["cat", "cat", "dog", "dog"]

@@ -15,8 +15,6 @@ from torch.nn import functional
 from clip_rt.specs import CLIP_MEAN, CLIP_STD
 
 _LUMA = (0.299, 0.587, 0.114)
-RESTYLED = 0.2
-"""Share of the pictures that go through a random convolution."""
 
 
 class Dice:
@@ -90,7 +88,7 @@ def _recolour(rgb_BCSS: Tensor, dice: Dice) -> Tensor:
     return ((rgb - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
 
 
-def _restyle(rgb_BCSS: Tensor, dice: Dice) -> Tensor:
+def _restyle(rgb_BCSS: Tensor, dice: Dice, probability: float) -> Tensor:
     """Pass some pictures through a random convolution, mixed with what they were.
 
     It changes colours, edges and textures and keeps shapes, so that what a thing is called does not
@@ -102,7 +100,7 @@ def _restyle(rgb_BCSS: Tensor, dice: Dice) -> Tensor:
     kernel_BCCKK = dice.randn(3, 3, 5, 5)
     width = dice.rand()
     share_B111 = dice.rand()[:, None, None, None]
-    rows = dice.chance(RESTYLED).flatten().nonzero().flatten()
+    rows = dice.chance(probability).flatten().nonzero().flatten()
     if not len(rows):
         return rgb_BCSS
     # A smaller kernel is the middle of a large one.
@@ -143,13 +141,16 @@ def _ink(paper_BC11: Tensor, dice: Dice) -> Tensor:
     return torch.where(dark_paper, 1 - 0.5 * colour, 0.7 * colour)
 
 
-def augment(rgba_BSSC: Tensor, palette_B: Tensor, dice: Dice) -> Tensor:
+def augment(
+    rgba_BSSC: Tensor, palette_B: Tensor, dice: Dice, *, random_convolutions: float = 0.2
+) -> Tensor:
     """Redraw each picture at random.
 
     Args:
         rgba_BSSC: uint8 (B, S, S, 4) drawings on nothing.
         palette_B: bool (B,); which have colours of their own. The others are re-inked in one.
         dice: Source of all randomness, of as many rows.
+        random_convolutions: Share of the pictures that go through one.
 
     Returns:
         float32 (B, 3, S, S) as the image tower takes them: mean and std applied.
@@ -166,7 +167,7 @@ def augment(rgba_BSSC: Tensor, palette_B: Tensor, dice: Dice) -> Tensor:
     image = torch.where(one_colour, inked, coloured)
     inverted = dice.chance(0.05)
     image = torch.where(inverted, 1 - image, image)
-    return normalise(_restyle(image, dice))
+    return normalise(_restyle(image, dice, random_convolutions))
 
 
 def normalise(image_BCSS: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ class DrawingBatches:
         emoji_fraction: float,
         context_length: int,
         seed: int,
+        random_convolutions: float = 0.2,
     ) -> None:
         self.drawings = drawings
+        self._random_convolutions = random_convolutions
         self.skips = Skips()  # A bad drawing ends the run before it begins.
         self.batch_size = batch_size
         self.context_length = context_length
@@ -174,7 +176,12 @@ class DrawingBatches:
         )
         rgba = torch.from_numpy(self.drawings.pixels[index])
         return Batch(
-            augment(rgba, self._palette[index], dice),
+            augment(
+                rgba,
+                self._palette[index],
+                dice,
+                random_convolutions=self._random_convolutions,
+            ),
             cut_tokens(texts, context_length=limit),
             self._group[index],
         )

@@ -35,7 +35,7 @@ class Judge:
         self._limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
         check_exist(*config.eval_data)
         self._table = read_name_table(config.class_names) if config.class_names else None
-        data_dir = find_sample() if config.sample else config.data_dir
+        data_dir = find_sample() if config.drawings.sample else config.drawings.data_dir
         shards = [] if config.data else data_dir.glob("styles/openmoji*.tar")
         self._styles = {
             path.stem: load_drawings([path], progress=False)
