@@ -49,7 +49,7 @@ from benchmarks.record import describe_bar, save
 from benchmarks.replicas import Replica, find_children, find_server, kill, port_of, replicas
 from benchmarks.report.terminal import bar_table
 from benchmarks.resources import Resources, idle_mib
-from benchmarks.serving.bench import MAX_DIFFERENCE, borrowed
+from benchmarks.serving.bench import MAX_DIFFERENCE, acquired
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerError, ServerStartError
@@ -386,7 +386,7 @@ def main(
     bars: list[Bar] = []
     if minutes:
         with (
-            borrowed(find_model_repository()) as server,
+            acquired(find_model_repository()) as server,
             clip_rt.Client(
                 repository=find_model_repository(), model=MODEL, timeout_s=TIMEOUT_S
             ) as client,

@@ -351,10 +351,10 @@ def _reach(target: Target, deadline: Deadline, stack: contextlib.ExitStack) -> T
     if target.url is not None:
         return stack.enter_context(contextlib.closing(Transport(target.url)))
     assert target.repository is not None
-    from clip_rt.embedded.server import borrow, give_back
+    from clip_rt.embedded.server import acquire_server, release_server
 
-    server = borrow(target.repository, start_timeout_s=_remaining_s(deadline))
-    stack.callback(give_back, server)
+    server = acquire_server(target.repository, start_timeout_s=_remaining_s(deadline))
+    stack.callback(release_server, server)
     transport = Transport(server.url, headers=server.headers, may_cancel=False)
     return stack.enter_context(contextlib.closing(transport))
 

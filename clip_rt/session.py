@@ -161,10 +161,10 @@ class Session:
             return Connection.to_urls(urls, headers=target.headers, tls=target.tls)
         assert repository is not None
         # Here, because it needs Linux, and a client of a remote server does not.
-        from clip_rt.embedded.server import borrow, give_back
+        from clip_rt.embedded.server import acquire_server, release_server
 
-        server = borrow(repository, start_timeout_s=target.start_timeout_s)
-        return Connection.to_server(server, on_close=lambda: give_back(server))
+        server = acquire_server(repository, start_timeout_s=target.start_timeout_s)
+        return Connection.to_server(server, on_close=lambda: release_server(server))
 
     def reload(self, *, timeout_s: float | None = None) -> bool:
         """Take what the repository of the embedded server holds now; see `Client.reload`."""

@@ -13,7 +13,7 @@ import clip_rt
 from benchmarks.contenders.implementation import TEMPLATES, installed
 from benchmarks.contenders.kit import Form, Kit
 from benchmarks.findings import CallKind
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 
 TIMEOUT_S = 1800.0
 START_TIMEOUT_S = 240.0
@@ -27,7 +27,7 @@ class Triton:
     Args:
         client: Remembers class embeddings.
         cold: The same, and does not.
-        server: Borrowed; given back at the end.
+        server: Acquired; released at the end.
         versions: Of what runs the model.
     """
 
@@ -79,11 +79,11 @@ class Triton:
         return found
 
     def close(self) -> None:
-        """Hang up, and let go of the server."""
+        """Hang up, and release the server."""
         self.client.close()
         self._cold.close()
         if self._server is not None:
-            give_back(self._server)
+            release_server(self._server)
 
 
 def make(
@@ -97,7 +97,7 @@ def make(
         place = {"repository": kit.repository(form), "model": kit.name}
         engine = "onnxruntime" if form == "onnxruntime" else "openvino"
         versions |= installed("nvidia-pytriton", engine)
-        server = borrow(kit.repository(form), start_timeout_s=START_TIMEOUT_S)
+        server = acquire_server(kit.repository(form), start_timeout_s=START_TIMEOUT_S)
 
     def connect(**options: Any) -> clip_rt.Client:
         options |= {"timeout_s": TIMEOUT_S, "start_timeout_s": START_TIMEOUT_S}
@@ -109,5 +109,5 @@ def make(
         return Triton(client, connect(cache_bytes=0), server, versions)
     except BaseException:
         if server is not None:
-            give_back(server)
+            release_server(server)
         raise

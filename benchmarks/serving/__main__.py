@@ -33,7 +33,7 @@ from benchmarks.findings import Bar
 from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
 from benchmarks.serving.bare_runtime import BATCH_ROWS
-from benchmarks.serving.bench import INT8, Bench, borrowed
+from benchmarks.serving.bench import INT8, Bench, acquired
 from benchmarks.serving.classifier import measure_cache, measure_classifier
 from benchmarks.serving.images import (
     measure_jpeg,
@@ -101,7 +101,7 @@ def main(
             num_classes=num_classes,
         )
         # Held until the end, so that one server serves all.
-        with borrowed(repository):
+        with acquired(repository):
             for name in names:
                 start_s = time.perf_counter()
                 try:

@@ -16,7 +16,7 @@ from rich.progress import track
 import clip_rt
 from benchmarks import photos
 from benchmarks.serving.timing import console, run_threads
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 
 INT8 = "int8"
 """Name under which the INT8 form of the model is served."""
@@ -58,13 +58,13 @@ class Bench:
 
 
 @contextmanager
-def borrowed(repository: Path) -> Iterator[EmbeddedServer]:
+def acquired(repository: Path) -> Iterator[EmbeddedServer]:
     """Yield the embedded server over a repository, which the clients of this process share."""
-    server = borrow(repository, start_timeout_s=START_TIMEOUT_S)
+    server = acquire_server(repository, start_timeout_s=START_TIMEOUT_S)
     try:
         yield server
     finally:
-        give_back(server)
+        release_server(server)
 
 
 def check_equal(found: Array, expected: Array, what: str) -> float:

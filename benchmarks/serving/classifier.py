@@ -17,7 +17,7 @@ from rich.progress import track
 import clip_rt
 from benchmarks.findings import Bar
 from benchmarks.serving.bare_runtime import BATCH_ROWS, BareRuntime
-from benchmarks.serving.bench import TIMEOUT_S, Bench, borrowed, check_equal
+from benchmarks.serving.bench import TIMEOUT_S, Bench, acquired, check_equal
 from benchmarks.serving.timing import Found, console, ratio, timed
 from clip_rt.classification import zero_shot
 from clip_rt.inputs import prompts
@@ -155,7 +155,7 @@ def _ask_new_process(
     bench: Bench, folder: Path, labels: tuple[str, ...]
 ) -> tuple[float, NDArray[np.float32]]:
     """Time one call of a client in a process of its own, with the cache in `folder`."""
-    with borrowed(bench.repository) as server:
+    with acquired(bench.repository) as server:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         arguments = (theirs, server.url, bench.model, folder, labels)

@@ -96,6 +96,8 @@ class EmbeddedServer:
         self._crashes = _Crashes()
         self._token = secrets.token_urlsafe(32)
         self._port = port
+        self._reference_count = 0
+        """In this process, of one that is shared."""
         _servers.add(self)
 
     def __enter__(self) -> EmbeddedServer:
@@ -328,21 +330,18 @@ class EmbeddedServer:
         return run
 
 
-_Key = tuple[Path, str]
-_borrowed: dict[_Key, tuple[EmbeddedServer, int]] = {}
-"""Servers of this process with the number of their borrowers.
-
-One that did not start stays, with no borrower, and remembers how often it failed.
-"""
-_borrowed_lock = threading.RLock()
+_shared: dict[tuple[Path, str], EmbeddedServer] = {}
+"""Shared servers of this process, by place and content of their repository. One that did not start
+stays, with a reference count of 0, and remembers how often it failed."""
+_shared_lock = threading.RLock()
 
 
-def borrow(
+def acquire_server(
     repository: str | os.PathLike[str], *, start_timeout_s: float = START_TIMEOUT_S
 ) -> EmbeddedServer:
     """Return the server that this user's processes share over a repository, started.
 
-    Each borrower must `give_back` it. After the repository has changed, a new borrower gets a new
+    Each caller must `release_server` it. After the repository has changed, a new caller gets a new
     server, and others keep theirs.
 
     Raises:
@@ -350,35 +349,30 @@ def borrow(
     """
     place = find_repository(repository)
     key = place, sharing.make_key(find_home(), find_models(place))
-    with _borrowed_lock:
-        server, num_borrowers = _borrowed.get(key, (None, 0))
+    with _shared_lock:
+        server = _shared.get(key)
         if server is None:
             server = EmbeddedServer(place, start_timeout_s=start_timeout_s, is_shared=True)
-        _borrowed[key] = server, num_borrowers + 1
+            _shared[key] = server
+        server._reference_count += 1
     try:
-        # Without the lock: others give back servers that have nothing to do with this one.
+        # Without the lock: others release servers that have nothing to do with this one.
         server.start(timeout_s=start_timeout_s)
     except BaseException:
-        with _borrowed_lock:
-            _, num_borrowers = _borrowed[key]
-            _borrowed[key] = server, num_borrowers - 1
+        with _shared_lock:
+            server._reference_count -= 1
         raise
     return server
 
 
-def give_back(server: EmbeddedServer) -> None:
-    """Let go of a borrowed server when this was its last borrower in this process."""
-    with _borrowed_lock:
-        for key, (held, num_borrowers) in list(_borrowed.items()):
-            if held is not server or num_borrowers == 0:
-                continue
-            if num_borrowers > 1:
-                _borrowed[key] = server, num_borrowers - 1
-                return
-            del _borrowed[key]
-            break
-        else:
+def release_server(server: EmbeddedServer) -> None:
+    """Drop a reference to an acquired server; the last one in this process stops it."""
+    with _shared_lock:
+        server._reference_count = max(server._reference_count - 1, 0)
+        if server._reference_count > 0:
             return
+        for key in [key for key, each in _shared.items() if each is server]:
+            del _shared[key]
     server.stop()
 
 
@@ -424,8 +418,8 @@ def _find_free_port() -> int:
 
 def _renew_locks_in_child() -> None:
     """Renew the locks that other threads of the parent may hold."""
-    global _borrowed_lock
-    _borrowed_lock = threading.RLock()
+    global _shared_lock
+    _shared_lock = threading.RLock()
     for server in _servers:
         server._lock = threading.RLock()
 

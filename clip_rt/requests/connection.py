@@ -210,7 +210,7 @@ class Connection:
             self.close()
 
     def close(self) -> None:
-        """Hang up, and give back the server if it is our own. Closing twice is harmless."""
+        """Hang up, and release the server if it is our own. Closing twice is harmless."""
         with self._lock:
             is_closed, self._is_closed = self._is_closed, True
         if is_closed:

@@ -10,7 +10,7 @@ import tiny_repository
 from owners import Owner
 
 import clip_rt
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,9 @@ def bare_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[EmbeddedServer]:
-    server = borrow(repository)
+    server = acquire_server(repository)
     yield server
-    give_back(server)
+    release_server(server)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from stopping import stopped
 
 import clip_rt
 from clip_rt import client as client_module
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT
 from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 
@@ -47,8 +47,8 @@ def shade(index):
 
 def find_own(repository: Path) -> EmbeddedServer:
     """Return the server that this process's clients of a repository share."""
-    server = borrow(repository)
-    give_back(server)
+    server = acquire_server(repository)
+    release_server(server)
     return server
 
 

@@ -112,7 +112,7 @@ class TestServer:
         assert token not in output
 
     def test_none_is_started_beside_one_that_is_named(self, capsys, patients, monkeypatch):
-        monkeypatch.setattr(server_module, "borrow", None)
+        monkeypatch.setattr(server_module, "acquire_server", None)
         monkeypatch.setenv("CLIP_RT_URL", patients.url)
         assert consult(capsys, "--model", "well")[0] == 0
 
@@ -309,7 +309,7 @@ def test_refuses_what_it_cannot_do(arguments, capsys):
     assert capsys.readouterr().err
 
 
-def test_an_embedded_server_is_given_back(capsys, client, repository):
+def test_an_embedded_server_is_released(capsys, client, repository):
     # The same that the client has, which must not lose it.
     assert main(["doctor", "--repository", str(repository)]) == 0
     with contextlib.closing(clip_rt.Client(repository=repository)) as other:

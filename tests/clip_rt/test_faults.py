@@ -59,7 +59,7 @@ from stopping import stopped
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 from clip_rt.requests.retries import RetryBudget
 
@@ -145,8 +145,8 @@ def test_f01_a_server_killed_with_32_requests_in_flight_mixes_up_nothing(tmp_pat
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         client.encode_images(shade(0))
-        server = borrow(repository)
-        give_back(server)
+        server = acquire_server(repository)
+        release_server(server)
         pid = find_own(server, "bin/tritonserver")
         with stopped(pid), ThreadPoolExecutor(32) as pool:
             calls = [pool.submit(client.encode_images, shades(i, i + 32)) for i in range(32)]
@@ -434,8 +434,8 @@ def test_f12_a_killed_python_process_leaves_no_shared_memory(tmp_path, truth):
 
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         client.encode_images(shade(0))
-        server = borrow(repository)
-        give_back(server)
+        server = acquire_server(repository)
+        release_server(server)
         first = server.server_id
         num_pages = len(list_pages(first))
         assert num_pages > 0
@@ -444,8 +444,8 @@ def test_f12_a_killed_python_process_leaves_no_shared_memory(tmp_path, truth):
             np.testing.assert_allclose(
                 client.encode_images(shade(index)), truth[[index]], atol=1e-6
             )
-        server = borrow(repository)
-        give_back(server)
+        server = acquire_server(repository)
+        release_server(server)
         assert wait_until(lambda: len(list_pages(server.server_id)) == num_pages)
         if server.server_id != first:
             assert wait_until(lambda: not list_pages(first))

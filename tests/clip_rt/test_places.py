@@ -43,7 +43,7 @@ server.find_home = lambda: replace(find_home(), python=python)
 assert str(place) in str(find_home().stub), find_home()
 with clip_rt.Client(repository=place / "models") as client:
     print(*client.zero_shot([str(place / "red.png")], ["blue", "red"], templates=["{}"]).best)
-    ((held, _),) = server._borrowed.values()
+    (held,) = server._shared.values()
     print(held._run._folder)
 """
 

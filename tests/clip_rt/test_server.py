@@ -30,7 +30,7 @@ import clip_rt
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import installation
 from clip_rt.embedded import server as server_module
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 from clip_rt.wire.transport import Transport
 
 OWNER = """
@@ -273,12 +273,12 @@ def test_a_server_that_somebody_else_runs_is_not_taken_for_ours(
         assert other.url != server.url
 
 
-def test_borrowers_share_one_server_until_the_last_gives_it_back(bare_repository):
-    first, second = borrow(bare_repository), borrow(bare_repository)
+def test_clients_share_one_server_until_the_last_releases_it(bare_repository):
+    first, second = acquire_server(bare_repository), acquire_server(bare_repository)
     assert first is second
-    give_back(first)
+    release_server(first)
     assert second.is_running
-    give_back(second)
+    release_server(second)
     assert not second.is_running
 
 

@@ -26,12 +26,12 @@ import clip_rt
 from clip_rt.embedded import server as server_module
 from clip_rt.embedded import sharing
 from clip_rt.embedded.installation import find_home, find_models
-from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
+from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 
-BORROWER = """
+SHARER = """
 import sys
-from clip_rt.embedded.server import borrow, give_back
-server = borrow(sys.argv[1])
+from clip_rt.embedded.server import acquire_server, release_server
+server = acquire_server(sys.argv[1])
 print(server.server_id, server.url, flush=True)
 for line in sys.stdin:
     if line == "start again\\n":
@@ -39,7 +39,7 @@ for line in sys.stdin:
         server.start()
         print(server.server_id, server.url, flush=True)
     elif line == "leave\\n":
-        give_back(server)
+        release_server(server)
         print("left", flush=True)
 """
 
@@ -74,7 +74,7 @@ def find_keys(folder: Path) -> set[str]:
 def test_eight_processes_at_once_share_one_server_until_the_last_has_left(
     start_owner, own_repository
 ):
-    owners = [start_owner(BORROWER, own_repository) for _ in range(8)]
+    owners = [start_owner(SHARER, own_repository) for _ in range(8)]
     told = {owner.read_line() for owner in owners}
     assert len(told) == 1
     url = told.pop().split()[1]
@@ -100,7 +100,7 @@ def test_eight_processes_at_once_share_one_server_until_the_last_has_left(
 
 
 def test_after_the_server_died_all_meet_at_one_again(start_owner, own_repository):
-    first, second = (start_owner(BORROWER, own_repository) for _ in range(2))
+    first, second = (start_owner(SHARER, own_repository) for _ in range(2))
     before = {first.read_line(), second.read_line()}
     assert len(before) == 1
     (pid,) = [pid for owner in (first, second) for pid in find_server(owner)]
@@ -117,24 +117,24 @@ def find_server(owner: Owner) -> list[int]:
     return find_processes("bin/tritonserver", owner.pid)
 
 
-def test_after_an_export_new_borrowers_get_a_new_server_and_others_keep_theirs(
+def test_after_an_export_new_processes_get_a_new_server_and_others_keep_theirs(
     start_owner, own_repository
 ):
-    old = borrow(own_repository)
+    old = acquire_server(own_repository)
     try:
         with (own_repository / "bare" / "1" / "model.py").open("a") as file:
             file.write("# exported again\n")
-        other = start_owner(BORROWER, own_repository)
-        new = borrow(own_repository)
+        other = start_owner(SHARER, own_repository)
+        new = acquire_server(own_repository)
         try:
             assert new is not old
             assert new.url != old.url
             assert other.read_line() == f"{new.server_id} {new.url}"
             assert old.is_running
         finally:
-            give_back(new)
+            release_server(new)
     finally:
-        give_back(old)
+        release_server(old)
     assert other.ask("leave") == "left"
 
 
@@ -162,7 +162,7 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_whoever_comes_next(
     start_owner, own_repository, bare_repository, place, monkeypatch
 ):
     monkeypatch.setenv("TMPDIR", str(place.parent))
-    owner = start_owner(BORROWER, own_repository)
+    owner = start_owner(SHARER, own_repository)
     owner.read_line()
     folder = next(place.glob(f"clip_rt-{owner.pid}-*"))
     pids = find_processes("", owner.pid)
@@ -177,13 +177,13 @@ def test_a_killed_supervisor_is_cleaned_up_after_by_whoever_comes_next(
 
 
 def test_servers_lie_where_only_their_user_can_enter(own_repository, place):
-    server = borrow(own_repository)
+    server = acquire_server(own_repository)
     try:
         (folder,) = place.iterdir()
         assert stat.S_IMODE(place.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert server.server_id.removeprefix("clip_rt-") in folder.name
     finally:
-        give_back(server)
+        release_server(server)
     assert not place.exists()
 
 
@@ -248,11 +248,11 @@ def test_a_stopped_process_that_holds_the_lock_is_not_waited_for_for_ever(own_re
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(clip_rt.ServerStartError, match=r"holds .* too long"):
-            borrow(own_repository, start_timeout_s=0.3)
+            acquire_server(own_repository, start_timeout_s=0.3)
     finally:
         os.close(descriptor)
-    server = borrow(own_repository)
-    give_back(server)
+    server = acquire_server(own_repository)
+    release_server(server)
 
 
 def test_a_path_longer_than_a_socket_may_have_will_do(own_repository, tmp_path, monkeypatch):
@@ -260,15 +260,15 @@ def test_a_path_longer_than_a_socket_may_have_will_do(own_repository, tmp_path, 
     deep.mkdir(parents=True)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    server = borrow(own_repository)
-    give_back(server)
+    server = acquire_server(own_repository)
+    release_server(server)
     assert not list(deep.iterdir())
 
 
 FORKING = """
 import os, sys
-from clip_rt.embedded.server import EmbeddedServer, borrow
-server = EmbeddedServer(sys.argv[1]) if sys.argv[2] == "own" else borrow(sys.argv[1])
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
+server = EmbeddedServer(sys.argv[1]) if sys.argv[2] == "own" else acquire_server(sys.argv[1])
 server.start()
 if os.fork() == 0:
     os.setsid()
@@ -296,7 +296,7 @@ def test_a_forked_child_that_uses_it_owns_it_too(start_owner, own_repository, ki
 
 def test_one_that_dies_again_and_again_is_left_alone_for_a_while(own_repository, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CRASHES", 2)
-    server = borrow(own_repository)
+    server = acquire_server(own_repository)
     try:
         for _ in range(2):
             server.start()
@@ -319,7 +319,7 @@ def test_one_that_dies_again_and_again_is_left_alone_for_a_while(own_repository,
         monkeypatch.setattr(server_module, "COOL_DOWN_S", 0.0)
         server.start()
     finally:
-        give_back(server)
+        release_server(server)
 
 
 def test_one_that_never_starts_is_not_tried_each_time(own_repository, monkeypatch):
@@ -328,11 +328,11 @@ def test_one_that_never_starts_is_not_tried_each_time(own_repository, monkeypatc
     model.write_text("raise RuntimeError('on purpose')\n")
     for _ in range(2):
         with pytest.raises(clip_rt.ServerStartError, match=r"did not start.*on purpose"):
-            borrow(own_repository)
+            acquire_server(own_repository)
     start_s = time.monotonic()
     with pytest.raises(clip_rt.ServerStartError, match=r"2 times in a row.*on purpose"):
-        borrow(own_repository)
+        acquire_server(own_repository)
     assert time.monotonic() - start_s < 0.5
     # What is repaired is tried at once.
     model.write_text("class TritonPythonModel:\n    pass\n")
-    give_back(borrow(own_repository))
+    release_server(acquire_server(own_repository))

@@ -16,7 +16,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import clip_rt
-from clip_rt.embedded.server import borrow, give_back
+from clip_rt.embedded.server import acquire_server, release_server
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS
 from export.ensembles import folder_names, read_limits
@@ -67,7 +67,7 @@ def served(tmp_path_factory) -> Iterator[tuple[grpc.InferenceServerClient, clip_
     models = tmp_path_factory.mktemp("ensembles") / "models"
     shutil.copytree(BUNDLED, models)
     add_ensembles(models, "drawings")
-    server = borrow(models, start_timeout_s=120)
+    server = acquire_server(models, start_timeout_s=120)
     try:
         with (
             clip_rt.Client(repository=models, timeout_s=60) as client,
@@ -75,7 +75,7 @@ def served(tmp_path_factory) -> Iterator[tuple[grpc.InferenceServerClient, clip_
         ):
             yield bare, client
     finally:
-        give_back(server)
+        release_server(server)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="no embedded server")
@@ -218,7 +218,7 @@ def test_ensembles_of_old_have_the_limits_there_always_were(repository):
 @pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="no embedded server")
 def test_a_limit_of_the_ensembles_holds_and_is_the_one_its_error_names(repository):
     add_ensembles(repository, "drawings", max_pixels=77 * 40)
-    server = borrow(repository, start_timeout_s=120)
+    server = acquire_server(repository, start_timeout_s=120)
     try:
         with grpc.InferenceServerClient(server.url) as bare:
             small = [encoded_images()[1]]
@@ -226,4 +226,4 @@ def test_a_limit_of_the_ensembles_holds_and_is_the_one_its_error_names(repositor
             with pytest.raises(InferenceServerException, match=r"at most 3,080 .* max_pixels"):
                 ask(bare, "drawings_jpeg", "image", [encoded_images()[0]])
     finally:
-        give_back(server)
+        release_server(server)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import clip_rt
-from clip_rt.embedded.server import borrow, give_back
+from clip_rt.embedded.server import acquire_server, release_server
 
 ROOT = Path(__file__).parents[2]
 TEXTS = (
@@ -74,12 +74,12 @@ def client(reference, tmp_path_factory):
     )
     assert export.returncode == 0, export.stdout + export.stderr
     # Started ahead of the client, with more patience than it has: the weights are 600 MB.
-    server = borrow(folder / "models", start_timeout_s=300)
+    server = acquire_server(folder / "models", start_timeout_s=300)
     try:
         with clip_rt.Client(repository=folder / "models", timeout_s=300) as client:
             yield client
     finally:
-        give_back(server)
+        release_server(server)
 
 
 def assert_same_embeddings(found: np.ndarray, expected: np.ndarray):
