@@ -9,9 +9,8 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
-from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
@@ -25,8 +24,9 @@ from clip_rt.specs import (
     text_model,
 )
 from clip_rt.wire.manifest import Manifest
+from clip_rt.wire.model_config import ModelConfig as ModelConfig
+from clip_rt.wire.model_config import read_config as read_config
 
-ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu", "auto"]
 Runtime = Literal["auto", "onnxruntime", "openvino"]
@@ -184,16 +184,6 @@ def render_config(
             model_config_pb2.ModelWarmup.Input(data_type=input_type, dims=shape, zero_data=True)
         )
     return config
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """Parse the config.pbtxt of a model folder.
-
-    Raises:
-        OSError: there is none.
-        google.protobuf.text_format.ParseError: it is not a model configuration.
-    """
-    return text_format.Parse((folder / "config.pbtxt").read_text("utf-8"), ModelConfig())
 
 
 def read_manifest(folder: Path) -> Manifest:
