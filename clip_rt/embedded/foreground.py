@@ -24,9 +24,6 @@ from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import InputError, ServerStartError
 
 URL = "127.0.0.1:8001"
-RESTRICTED = "shared-memory,trace,logging"
-"""Protocols that answer to nobody. Clients know no secret of this server, and may list its models
-and read its statistics; loading and unloading models is off."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,15 +60,13 @@ def serve(
             repository,
             start_timeout_s=start_timeout_s,
             port=port,
-            restricted=RESTRICTED,
             shows_log=True,
-            shares_port=True,
         )
 
     with contextlib.closing(listener):
         reloader = Reloader(listener, Path(repository), make_server)
         try:
-            with _told_to_end():
+            with _raising_on_signals():
                 while True:
                     server = reloader.server
                     try:
@@ -79,7 +74,7 @@ def serve(
                         if server is not reloader.server:  # It was replaced meanwhile.
                             server.stop()
                             continue
-                        _say(
+                        _print(
                             f"serving {names} from {repository} on {found}, for this machine only; "
                             "production runs NVIDIA's container"
                         )
@@ -88,36 +83,35 @@ def serve(
                     except ServerStartError:
                         if server is reloader.server:
                             raise
-        except _ToldToEndError as told:
-            _log.info("told to end by %s: requests under way are answered first", told)
+        except _TerminatedError as signalled:
+            _log.info("told to end by %s: requests under way are answered first", signalled)
             reloader.close().drain()
         finally:
             reloader.close().stop()
 
 
-def _say(line: str) -> None:
-    """Print a line, if somebody reads it."""
-    with contextlib.suppress(OSError):
-        if sys.stdout is not None:  # It was closed when this process began.
-            sys.stdout.write(f"{line}\n")
-            sys.stdout.flush()
+def _print(line: str) -> None:
+    # Standard output may have been closed when this process began, or nobody reads it.
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
-class _ToldToEndError(BaseException):
+class _TerminatedError(BaseException):
     """A signal asks us to end; no Exception, so that nothing on its way takes it for a fault."""
 
 
 @contextlib.contextmanager
-def _told_to_end() -> Iterator[None]:
-    """Raise in this thread when a signal asks us to end; afterwards signals do what they did."""
+def _raising_on_signals() -> Iterator[None]:
+    """Raise in this thread on SIGTERM and SIGINT; afterwards signals do what they did."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def tell(number: int, _: object) -> None:
-        raise _ToldToEndError(signal.Signals(number).name)
+    def handle(number: int, _: object) -> None:
+        raise _TerminatedError(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

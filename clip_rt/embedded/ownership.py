@@ -1,4 +1,4 @@
-"""One process's hold on a server: a connection to its supervisor, from greeting to report.
+"""One process's reference to a server: a connection to its supervisor, from greeting to report.
 
 The kernel closes the connection on any end of the process, and that is all the supervisor goes by.
 """
@@ -64,7 +64,7 @@ class _Process:
         self._has_ended = False
 
     def has_ended(self) -> bool:
-        """Whether it has; if so, let the kernel forget it."""
+        """Whether it has; if so, collect it."""
         with self._lock:
             if not self._has_ended:
                 try:
@@ -74,21 +74,14 @@ class _Process:
             return self._has_ended
 
     def kill(self) -> None:
-        """End it, if it has not ended."""
         if not self.has_ended():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> None:
-        """Return when it has ended, or the time is over."""
         deadline_s = time.monotonic() + timeout_s
         while not self.has_ended() and time.monotonic() < deadline_s:
             time.sleep(_COLLECT_S)
-
-    def disown(self) -> None:
-        """Leave it to the parent, in a forked child."""
-        self._lock = threading.Lock()
-        self._has_ended = True
 
 
 def _spawn(command: list[str], stdin: int, stderr: int) -> _Process:
@@ -106,22 +99,13 @@ def _spawn(command: list[str], stdin: int, stderr: int) -> _Process:
     ]
     if stderr != 2:  # Which may be closed.
         actions.append((os.POSIX_SPAWN_DUP2, stderr, 2))
-    restored = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and a child inherits that.
-    return _Process(
-        os.posix_spawn(
-            *(command[0], command, os.environ),
-            file_actions=actions,
-            setsid=True,
-            setsigdef=restored,
-        )
+    pid = os.posix_spawn(
+        *(command[0], command, os.environ),
+        file_actions=actions,
+        setsid=True,
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them; a child inherits that.
     )
-
-
-def _read_end(descriptor: int) -> str:
-    """Return the end of a file as text."""
-    size = os.fstat(descriptor).st_size
-    end = os.pread(descriptor, _MESSAGE_CHARS, max(size - _MESSAGE_CHARS, 0))
-    return end.decode("utf-8", "replace")
+    return _Process(pid)
 
 
 class Run:
@@ -131,7 +115,7 @@ class Run:
         link: The connection.
         folder: The server's own.
         process: The supervisor, if this process started it.
-        words: Open file that holds what the supervisor says on standard error.
+        stderr: Open file that holds what the supervisor wrote to standard error.
         greeting_timeout_s: How long it may take to greet.
 
     Raises:
@@ -144,7 +128,7 @@ class Run:
         folder: Path,
         process: _Process | None = None,
         *,
-        words: int | None = None,
+        stderr: int | None = None,
         greeting_timeout_s: float = _GREETING_TIMEOUT_S,
     ) -> None:
         self._folder = folder
@@ -156,7 +140,7 @@ class Run:
         self._ready_at_s: float | None = None
         self._is_over = False
         _runs.add(self)
-        self.facts = self._greet(link, greeting_timeout_s, words)
+        self.facts = self._greet(link, greeting_timeout_s, stderr)
 
     @property
     def is_joined(self) -> bool:
@@ -171,14 +155,11 @@ class Run:
             if self._link is None and not self._rejoin():
                 return False
             assert self._link is not None
-            if self._received:
-                return False  # Its report.
-            try:
-                self._link.recv(1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
+            with contextlib.suppress(OSError):
+                try:
+                    self._link.recv(1, socket.MSG_PEEK)  # Its report, or its end.
+                except BlockingIOError:
+                    return not self._received
             return False
 
     def lived_s(self) -> float:
@@ -225,27 +206,28 @@ class Run:
         self.wait()
 
     def end(self) -> supervisor.Report:
-        """Let go of it. When this was its last owner, return its report once it is gone."""
+        """Drop the reference. If it was the last, return the report once the server is gone."""
         with self._lock:
             self._is_over = True
-            link, self._link = self._link, None
-            if link is not None:
+            if (link := self._take_link()) is not None:
                 with contextlib.suppress(OSError):
                     link.shutdown(socket.SHUT_WR)
-                self._part(link)
+                self._await_end(link)
                 link.close()
-            return self._report or _NO_REPORT
+            return self._report or {"exit_code": None, "log_tail": "", "problem": ""}
 
-    def forget(self) -> None:
-        """Leave the server to the parent, in a forked child."""
+    def leave_to_parent(self) -> None:
+        """Drop the parent's connection and process, in a forked child."""
         self._lock = threading.RLock()
-        link, self._link = self._link, None
-        if link is not None:
+        self._process = None
+        if (link := self._take_link()) is not None:
             link.close()
-        if self._process is not None:
-            self._process.disown()
 
-    def _greet(self, link: socket.socket, timeout_s: float, words: int | None = None) -> Facts:
+    def _take_link(self) -> socket.socket | None:
+        link, self._link = self._link, None
+        return link
+
+    def _greet(self, link: socket.socket, timeout_s: float, stderr: int | None = None) -> Facts:
         self._link = link
         weakref.finalize(self, link.close)
         message = self._read_message(link, timeout_s)
@@ -255,25 +237,21 @@ class Run:
             self._report = message["report"]
             self.end()
             raise make_start_error(message["report"], None)
-        said = f"no word within {timeout_s:.3g} s"
+        said = b""
         if self._process is None:
-            self._hang_up()  # It is stopped, perhaps, and would be waited for once more.
+            self._is_over = True
+            self._take_link()
+            link.close()  # Without waiting for a report: it is stopped, perhaps.
         else:
             self._process.kill()
-            if words is not None:
-                said = _read_end(words) or said
+            if stderr is not None:
+                size = os.fstat(stderr).st_size
+                said = os.pread(stderr, _MESSAGE_CHARS, max(size - _MESSAGE_CHARS, 0))
             self.end()
+        words = said.decode("utf-8", "replace") or f"no word within {timeout_s:.3g} s"
         raise ServerStartError(
-            f"the supervisor of the embedded server does not answer: {said}. {OTHER_WAY}"
+            f"the supervisor of the embedded server does not answer: {words}. {OTHER_WAY}"
         )
-
-    def _hang_up(self) -> None:
-        """Let go of it without waiting for its last words."""
-        with self._lock:
-            self._is_over = True
-            link, self._link = self._link, None
-            if link is not None:
-                link.close()
 
     def _rejoin(self) -> bool:
         """Become an owner of one's own, in a forked child."""
@@ -284,8 +262,8 @@ class Run:
             return False
         return True
 
-    def _part(self, link: socket.socket) -> None:
-        """Read the last words, clean up after a supervisor that has none, collect it."""
+    def _await_end(self, link: socket.socket) -> None:
+        """Read the report, clean up after a supervisor that sends none, collect it."""
         if self._report is None:
             message = self._read_message(link, _END_TIMEOUT_S)
             if message is not None and "report" not in message:
@@ -293,7 +271,7 @@ class Run:
             if message is None:
                 if self._process is not None:
                     self._process.kill()
-                sharing.remove_dead(self._folder)
+                sharing.remove_dead_server(self._folder)
                 if self._process is None:
                     return  # It is dead, or stopped and not ours to kill.
             else:
@@ -355,7 +333,6 @@ class Run:
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _supervisors: list[_Process] = []
 """Those that this process started and that may live: others may own their servers."""
-_NO_REPORT: supervisor.Report = {"exit_code": None, "log_tail": "", "problem": ""}
 
 
 def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: float) -> Run:
@@ -370,35 +347,29 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
     Raises:
         ServerStartError: it does not start, or does not greet in time.
     """
-    _collect()
+    _supervisors[:] = [process for process in _supervisors if not process.has_ended()]
     ours, its = socket.socketpair()
     # Not a pipe, whose end nobody sees while somebody else has it open.
-    words = os.memfd_create("clip_rt")
+    stderr = os.memfd_create("clip_rt")
     try:
-        process = _spawn(
-            [str(home.python), "-I", "-S", supervisor.__file__, job["folder"]],
-            its.fileno(),
-            2 if job["shows_log"] else words,
-        )
+        with its:
+            process = _spawn(
+                [str(home.python), "-I", "-S", supervisor.__file__, job["folder"]],
+                its.fileno(),
+                2 if job["shows_log"] else stderr,
+            )
+        _supervisors.append(process)
+        ours.settimeout(_left_s(deadline_s))
+        # Else it has ended already, and its standard error says why, or it will not greet either.
+        with contextlib.suppress(OSError):
+            ours.sendall(json.dumps(job).encode() + b"\n")
+        left_s = _left_s(deadline_s)
+        return Run(ours, Path(job["folder"]), process, stderr=stderr, greeting_timeout_s=left_s)
     except OSError as error:
         ours.close()
-        os.close(words)
         raise ServerStartError(
             f"the supervisor did not start: {error}. {find_way_out(str(error))}"
         ) from error
-    finally:
-        its.close()
-    _supervisors.append(process)
-    ours.settimeout(_left_s(deadline_s))
-    # Else it has ended already, and its words say why, or it will not greet either.
-    with contextlib.suppress(OSError):
-        ours.sendall(json.dumps(job).encode() + b"\n")
-    try:
-        return Run(
-            *(ours, Path(job["folder"]), process),
-            words=words,
-            greeting_timeout_s=_left_s(deadline_s),
-        )
     except ServerStartError as error:
         if time.monotonic() < deadline_s:
             raise
@@ -407,7 +378,7 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
             "supervisor has not said a word. Allow more time with start_timeout_s=."
         ) from error
     finally:
-        os.close(words)
+        os.close(stderr)
 
 
 def join(link: socket.socket, folder: Path, deadline_s: float) -> Run:
@@ -430,11 +401,6 @@ def _left_s(deadline_s: float) -> float:
     return max(deadline_s - time.monotonic(), 0.001)
 
 
-def _collect() -> None:
-    """Let the kernel forget our supervisors that have ended."""
-    _supervisors[:] = [process for process in _supervisors if not process.has_ended()]
-
-
 def make_start_error(report: supervisor.Report, url: str | None) -> ServerStartError:
     """Make the error that says why a server did not start."""
     return ServerStartError(
@@ -447,7 +413,7 @@ def make_start_error(report: supervisor.Report, url: str | None) -> ServerStartE
 def find_cause(report: supervisor.Report) -> str:
     """Pick the reason out of a report, with the way out."""
     if report["problem"]:
-        return f"{report['problem']}. {find_way_out(report['problem'])}"
+        return _with_way_out(report["problem"])
     log_tail = report["log_tail"]
     failures = {
         name: reason.partition(r"\n\nAt:")[0].rstrip('"')
@@ -455,33 +421,30 @@ def find_cause(report: supervisor.Report) -> str:
     }
     if failures:
         reasons = "; ".join(f"model {name!r}: {reason}" for name, reason in failures.items())
-        way_out = find_way_out(reasons, default="Export it again, or remove its folder.")
-        return f"{reasons[:_MESSAGE_CHARS]}. {way_out}"
+        return _with_way_out(reasons, default="Export it again, or remove its folder.")
     # Triton says on every machine without a GPU that it has no driver.
-    errors = re.findall(r"^(?:E\d{4} .*?\] |error: )(?!.*CudaDriverHelper)(.*)", log_tail, re.M)
-    if errors and errors[-1] == supervisor.STUB_ENDED:
+    lines = re.findall(r"^(?:E\d{4} .*?\] |error: )(?!.*CudaDriverHelper)(.*)", log_tail, re.M)
+    if lines and lines[-1] == supervisor.STUB_ENDED:
         # Why, it or the shell that started it says in no form of Triton's.
         words = re.findall(r"^(?![IWEF]\d{4} |error: |[|+]|\s*$)(.*)", log_tail, re.M)
-        said = f"{errors[-1]}: {words[-1]}" if words else errors[-1]
-        return f"{said[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(said)}"
-    if errors:
-        return f"{errors[-1][:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(errors[-1])}"
-    if thrown := re.findall(r"^  what\(\):  (.*)", log_tail, re.M):
-        return f"{thrown[-1][:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(thrown[-1])}"
-    if (exit_code := report["exit_code"]) is not None and exit_code < 0:
+        lines.append(": ".join([lines[-1], *words[-1:]]))
+    lines = lines or re.findall(r"^  what\(\):  (.*)", log_tail, re.M)
+    exit_code = report["exit_code"]
+    if not lines and exit_code is not None and exit_code < 0:
         name = next((each.name for each in signal.Signals if each == -exit_code), "a signal")
         return _SIGNALS.get(name, f"it was ended by {name}. {OTHER_WAY}")
-    last = (log_tail.strip().splitlines() or ["it ended without a word"])[-1]
-    return f"{last[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(last)}"
+    lines = lines or log_tail.strip().splitlines() or ["it ended without a word"]
+    return _with_way_out(lines[-1])
 
 
-def _let_go_in_child() -> None:
-    """Leave the servers to the parent."""
+def _with_way_out(fault: str, *, default: str = OTHER_WAY) -> str:
+    return f"{fault[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(fault, default=default)}"
+
+
+def _leave_to_parent_in_child() -> None:
     for run in _runs:
-        run.forget()
-    for process in _supervisors:
-        process.disown()
+        run.leave_to_parent()
     _supervisors.clear()
 
 
-fork.register("ownership", in_child=_let_go_in_child)
+fork.register("ownership", in_child=_leave_to_parent_in_child)

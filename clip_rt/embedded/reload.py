@@ -1,9 +1,13 @@
-"""A `python -m clip_rt serve` told to take what its repository holds now, and how it does.
+"""A rollout of what a repository holds now, by a `python -m clip_rt serve` that is told to reload.
 
 A second Triton is started on the same port, and once its models are loaded the first one ends: new
 connections then reach the second. Until that moment the first goes on, and for good if the second
-does not start. Requests that the first still works on are lost with it, which `clip_rt.Client`
-makes good; each of its calls is of one model.
+does not start.
+
+The first is ended, not drained: while Triton 2.51 drains it keeps its connections and refuses every
+new request on them, for two seconds and up to the drain time-out, and goes on to accept connections
+meant for the second. Requests under way are lost with it, at once, and a retry finds the second.
+`clip_rt.Client` does that by itself; each of its calls is of one model.
 
 Who serves a port listens on a socket named for it in Linux's abstract namespace, which ends with
 the process and is as large as that of ports. It is the lock of the port, too, because two servers
@@ -24,9 +28,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clip_rt.embedded import sharing
+from clip_rt.embedded import sharing, supervisor
 from clip_rt.embedded.installation import find_home, find_models
-from clip_rt.embedded.server import EmbeddedServer
+from clip_rt.embedded.server import EmbeddedServer, make_port_error
 from clip_rt.errors import InputError, ServerStartError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -65,29 +69,21 @@ def reload(port: int, *, timeout_s: float) -> bool:
                 "client with a server of its own has Client.reload()."
             ) from error
         link.settimeout(min(timeout_s, threading.TIMEOUT_MAX))
-        words = b""
         try:
             # Whoever else listens there is not believed.
-            while _find_user(link) == os.getuid() and (part := link.recv(65536)):
-                words += part
-                if len(words) > MAX_ANSWER_BYTES:
-                    words = b""
-                    break
+            is_ours = _find_user(link) == os.getuid()
+            answer = json.loads(link.makefile("rb").read(MAX_ANSWER_BYTES) if is_ours else b"")
+            is_new, problem = bool(answer["is_new"]), str(answer["error"])
         except TimeoutError:
             raise ServerStartError(
                 f"the server on port {port} has not said within {timeout_s:g} s what came of it. "
                 "It may still do it; wait longer with python -m clip_rt reload --timeout-s."
             ) from None
-        except OSError:
-            words = b""
-    try:
-        said = json.loads(words)
-        is_new, problem = bool(said["is_new"]), str(said["error"])
-    except (ValueError, KeyError, TypeError):
-        raise ServerStartError(
-            f"the server on port {port} ended, or belongs to another user, and has reloaded "
-            "nothing. Start it again with python -m clip_rt serve."
-        ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ServerStartError(
+                f"the server on port {port} ended, or belongs to another user, and has reloaded "
+                "nothing. Start it again with python -m clip_rt serve."
+            ) from None
     if problem:
         raise ServerStartError(f"the server on port {port} goes on with what it had: {problem}")
     return is_new
@@ -102,27 +98,21 @@ def take_port(port: int) -> tuple[int, socket.socket]:
     Raises:
         ServerStartError: somebody else has it.
     """
-    with socket.socket() as probe:
-        # As a server would: one that ended a moment ago is no hindrance.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with socket.socket() as probe:
+            # As a server would: one that ended a moment ago is no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             port = probe.getsockname()[1]
-            listener = socket.socket(socket.AF_UNIX)
-            try:
-                listener.bind(_name(port))
-            except OSError:
-                listener.close()
-                raise
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ServerStartError(
-                    f"port {port} of 127.0.0.1 cannot be used: {error.strerror}. Name another port."
-                ) from error
-            raise ServerStartError(
-                f"port {port} of 127.0.0.1 is taken by another process. End that one, or name "
-                "another port."
-            ) from None
+            listener.bind(_name(port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise make_port_error(port) from None
+        raise ServerStartError(
+            f"port {port} of 127.0.0.1 cannot be used: {error.strerror}. Name another port."
+        ) from error
     return port, listener
 
 
@@ -171,18 +161,16 @@ class Reloader:
                 continue
             with link, contextlib.suppress(OSError):
                 if _find_user(link) == os.getuid():
-                    link.sendall(json.dumps(self._answer()).encode("utf-8", "replace"))
-
-    def _answer(self) -> dict[str, object]:
-        try:
-            is_new = self._reload()
-        except Exception as error:  # Or nobody could reload any more.
-            _log.warning("nothing was reloaded: %s", error)
-            return {"is_new": False, "error": str(error)}
-        return {"is_new": is_new, "error": ""}
+                    answer: dict[str, object] = {"is_new": False, "error": ""}
+                    try:
+                        answer["is_new"] = self._reload()
+                    except Exception as error:  # Or nobody could reload any more.
+                        _log.warning("nothing was reloaded: %s", error)
+                        answer["error"] = str(error)
+                    link.sendall(json.dumps(answer).encode("utf-8", "replace"))
 
     def _reload(self) -> bool:
-        with _unchanging(self._repository):
+        with _locked(self._repository):
             key = self._make_key()
             if key == self._key:
                 return False
@@ -203,24 +191,15 @@ class Reloader:
 
 
 @contextlib.contextmanager
-def _unchanging(repository: Path) -> Iterator[None]:
+def _locked(repository: Path) -> Iterator[None]:
     """Wait until no export changes the repository, and keep exports out: both towers are of one."""
-    import fcntl  # Here, because this module is imported where it does not exist.
-
     descriptor = os.open(repository, os.O_RDONLY | os.O_DIRECTORY)
-    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline_s:
-                    raise ServerStartError(
-                        f"an export has been changing {repository} for {LOCK_TIMEOUT_S:g} s. "
-                        "Reload again when it has ended."
-                    ) from None
-                time.sleep(0.05)
+        if not supervisor.lock(descriptor, timeout_s=LOCK_TIMEOUT_S, is_shared=True):
+            raise ServerStartError(
+                f"an export has been changing {repository} for {LOCK_TIMEOUT_S:g} s. Reload again "
+                "when it has ended."
+            )
         yield
     finally:
         os.close(descriptor)

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -40,16 +40,19 @@ from clip_rt.errors import ServerStartError
 MAX_TRIES = 5
 """When others take the port first, or one that others started dies before we have joined it."""
 MAX_CRASHES = 3
-"""Ends in a row, each within `STABLE_AFTER_S`, after which a server is left alone for a while."""
+"""Crashes in a row, each within `STABLE_AFTER_S`, that make a crash loop."""
 STABLE_AFTER_S = 10.0
 COOL_DOWN_S = 10.0
-"""That while."""
+"""How long a server in a crash loop is not started again."""
 TOKEN_KEY = "clip-rt-token"
-RESTRICTED = "shared-memory,model-repository,statistics,trace,logging"
+RESTRICTED = "shared-memory,trace,logging"
 """Protocols of Triton that answer only to who has the token; other users of this machine can read
-it in the list of processes."""
+it in the list of processes. Loading and unloading models is off."""
+RESTRICTED_IF_OWN = f"{RESTRICTED},model-repository,statistics"
+"""The same of a server for its owners, all of whom have it. Clients of one at a port of its own
+know none, and may list its models and read its statistics."""
 
-_FIRST_PAUSE_S = 0.25
+_FIRST_BACKOFF_S = 0.25
 
 _log = logging.getLogger(__name__)
 
@@ -67,10 +70,9 @@ class EmbeddedServer:
         start_timeout_s: Longest wait for the models to be loaded.
         is_shared: Join the server that another process of this user shares over the same
             repository, if there is one, and let others join this one.
-        port: Listen on this one; 0 is any that is free.
-        restricted: Protocols of Triton that answer only to owners.
+        port: Serve all clients of this machine on this one, beside another server of this user
+            that does too; 0 is any that is free, for owners only.
         shows_log: Pass the server's log on to standard error.
-        shares_port: Let another server of this user, which says the same, listen on the port too.
     """
 
     def __init__(
@@ -80,17 +82,13 @@ class EmbeddedServer:
         start_timeout_s: float = START_TIMEOUT_S,
         is_shared: bool = False,
         port: int = 0,
-        restricted: str = RESTRICTED,
         shows_log: bool = False,
-        shares_port: bool = False,
     ) -> None:
         self.repository = Path(repository)
         self.start_timeout_s = start_timeout_s
         self._is_shared = is_shared
         self._fixed_port = port
-        self._restricted = restricted
         self._shows_log = shows_log
-        self._shares_port = shares_port
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._crashes = _Crashes()
@@ -170,14 +168,14 @@ class EmbeddedServer:
             self._lock.release()
 
     def _start(self, deadline_s: float, timeout_s: float) -> str:
-        if self._run is not None and self._run.is_alive():
-            return self._run.facts.url
         if self._run is not None:
-            self._bury(self._run)
+            if self._run.is_alive():
+                return self._run.facts.url
+            self._record_crash(self._run)
         home = find_home()
         models = find_models(self.repository)
         for _ in range(MAX_TRIES):
-            self._crashes.hold_back(deadline_s)
+            self._crashes.back_off(deadline_s)
             run = self._join_or_launch(home, models, deadline_s, timeout_s)
             try:
                 is_ready = run.wait_until_ready(deadline_s, timeout_s, sorted(models))
@@ -186,7 +184,11 @@ class EmbeddedServer:
                 raise
             if is_ready:
                 self._run, self._port, self._token = run, run.facts.port, run.facts.token
-                _announce(self.repository, run.facts.url)
+                _log.info(
+                    "embedded Triton over %s listens on %s; it is for development and a single "
+                    "user on loopback, production runs NVIDIA's container",
+                    *(self.repository, run.facts.url),
+                )
                 return run.facts.url
             self._raise_unless_another_try_helps(run)
         raise ServerStartError(
@@ -214,7 +216,7 @@ class EmbeddedServer:
         self.stop()
 
     def stop(self) -> None:
-        """Let go of the server, and end it and remove all it used if nobody else owns it.
+        """Release the server; its last owner ends it and removes all it used.
 
         Harmless when it does not run.
         """
@@ -223,8 +225,7 @@ class EmbeddedServer:
             if run is not None:
                 run.end()
 
-    def _bury(self, run: Run) -> None:
-        """Keep the last words of a server that died."""
+    def _record_crash(self, run: Run) -> None:
         self._run = None
         report = run.end()
         self._crashes.add(report, lived_s=run.lived_s())
@@ -238,11 +239,7 @@ class EmbeddedServer:
         report = run.end()
         if "already in use" in report["log_tail"]:
             if self._fixed_port:
-                raise ServerStartError(
-                    f"port {self._fixed_port} of 127.0.0.1 is taken by another process. End that "
-                    "one, or name another port.",
-                    url=run.facts.url,
-                )
+                raise make_port_error(self._fixed_port)
             self._port = 0
             return
         self._crashes.add(report, lived_s=0.0)
@@ -261,7 +258,7 @@ class EmbeddedServer:
                     with contextlib.suppress(ServerStartError):
                         return join(link, folder, deadline_s)
             check_shared_memory(models)
-            sharing.sweep(parent)
+            sharing.remove_dead_servers(parent)
             nonce = secrets.token_hex(8)
             folder = parent / sharing.name_folder(key, nonce)
             facts = Facts(f"clip_rt-{nonce}", self._port or _find_free_port(), self._token)
@@ -272,7 +269,7 @@ class EmbeddedServer:
         self, home: Home, models: dict[str, Path], folder: Path, facts: Facts
     ) -> supervisor.Job:
         links = {
-            f"models/{name}/{path.relative_to(model)}": str(path)
+            f"models/{name}/{path.relative_to(model)}": path
             for name, model in models.items()
             for path in sorted(model.rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts
@@ -281,6 +278,7 @@ class EmbeddedServer:
         path = (f"{folder}/python/bin", os.environ.get("PATH"), os.defpath)
         libraries = (f"{folder}/lib/nvidia", f"{folder}/lib", os.environ.get("LD_LIBRARY_PATH"))
         shared_memory_prefix = sharing.name_shared_memory(folder)
+        restricted = RESTRICTED if self._fixed_port else RESTRICTED_IF_OWN
         return {
             "command": [
                 str(home.binary),
@@ -290,8 +288,8 @@ class EmbeddedServer:
                 "--allow-grpc=true",
                 "--grpc-address=127.0.0.1",
                 f"--grpc-port={facts.port}",
-                f"--reuse-grpc-port={str(self._shares_port).lower()}",
-                f"--grpc-restricted-protocol={self._restricted}:{TOKEN_KEY}={facts.token}",
+                f"--reuse-grpc-port={'true' if self._fixed_port else 'false'}",
+                f"--grpc-restricted-protocol={restricted}:{TOKEN_KEY}={facts.token}",
                 "--allow-http=false",
                 "--allow-metrics=false",
                 "--allow-sagemaker=false",
@@ -312,14 +310,10 @@ class EmbeddedServer:
             },
             "folder": str(folder),
             "files": home.files(folder),
-            "links": links | home.links(),
-            "copies": home.copies(),
+            "links": {name: str(path) for name, path in (links | home.links()).items()},
+            "copies": {name: str(path) for name, path in home.copies().items()},
             "shared_memory_prefix": shared_memory_prefix,
-            "for_owners": {
-                "server_id": facts.server_id,
-                "port": facts.port,
-                "token": facts.token,
-            },
+            "for_owners": asdict(facts),
             "shows_log": self._shows_log,
         }
 
@@ -378,7 +372,7 @@ def release_server(server: EmbeddedServer) -> None:
 
 @dataclass
 class _Crashes:
-    """How often in a row a server ended by itself, and what was said about the last time."""
+    """Restart with backoff: how often in a row a server ended by itself, and how the last time."""
 
     count: int = 0
     at_s: float = 0.0
@@ -389,8 +383,8 @@ class _Crashes:
         self.at_s = time.monotonic()
         self.last = report
 
-    def hold_back(self, deadline_s: float) -> None:
-        """Wait before another start, longer after each crash; refuse one after too many."""
+    def back_off(self, deadline_s: float) -> None:
+        """Wait before a restart, longer after each crash; refuse one in a crash loop."""
         since_s = time.monotonic() - self.at_s
         if self.last is None or since_s > COOL_DOWN_S:
             return
@@ -402,11 +396,20 @@ class _Crashes:
                 log_tail=self.last["log_tail"],
             )
         # Jittered, so that of several processes one starts it and the others find it there.
-        pause_s = _FIRST_PAUSE_S * 2 ** (self.count - 1) * random.uniform(0.5, 1.0)
-        time.sleep(max(0.0, min(pause_s - since_s, deadline_s - time.monotonic())))
+        backoff_s = _FIRST_BACKOFF_S * 2 ** (self.count - 1) * random.uniform(0.5, 1.0)
+        time.sleep(max(0.0, min(backoff_s - since_s, deadline_s - time.monotonic())))
 
 
 _servers: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
+
+
+def make_port_error(port: int) -> ServerStartError:
+    """Make the error that says that somebody else listens on a port."""
+    return ServerStartError(
+        f"port {port} of 127.0.0.1 is taken by another process. End that one, or name another "
+        "port.",
+        url=f"127.0.0.1:{port}",
+    )
 
 
 def _find_free_port() -> int:
@@ -422,15 +425,6 @@ def _renew_locks_in_child() -> None:
     _shared_lock = threading.RLock()
     for server in _servers:
         server._lock = threading.RLock()
-
-
-def _announce(repository: Path, url: str) -> None:
-    _log.info(
-        "embedded Triton over %s listens on %s; it is for development and a single user on "
-        "loopback, production runs NVIDIA's container",
-        repository,
-        url,
-    )
 
 
 fork.register("server", in_child=_renew_locks_in_child)

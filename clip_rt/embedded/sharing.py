@@ -25,8 +25,8 @@ from clip_rt._version import __version__
 from clip_rt.embedded import supervisor
 from clip_rt.embedded.installation import OTHER_WAY, Home
 from clip_rt.errors import ServerStartError
+from clip_rt.wire.model_config import CONFIG
 
-_POLL_S = 0.01
 _CONNECT_TIMEOUT_S = 5.0
 _SAFE_PATH = re.compile(r"/[\w./+,=@%-]{0,1000}", re.ASCII)
 """Triton 2.51 gives a path to a shell, and lists of paths are separated by colons."""
@@ -50,18 +50,16 @@ def make_key(home: Home, models: dict[str, Path]) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    files, configs = [], []
-    for folder in models.values():
-        for path in sorted(folder.rglob("*")):
-            # One may go while we look, when somebody exports.
-            with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                if "__pycache__" not in path.parts and stat.S_ISREG(found.st_mode):
-                    files.append((str(path), found.st_size, found.st_mtime_ns))
+    files = []
+    for path in sorted(path for folder in models.values() for path in folder.rglob("*")):
+        # One may go while we look, when somebody exports.
         with contextlib.suppress(FileNotFoundError):
-            configs.append((folder / "config.pbtxt").read_text("utf-8", "replace"))
+            found = path.stat()
+            if "__pycache__" not in path.parts and stat.S_ISREG(found.st_mode):
+                text = path.read_text("utf-8", "replace") if path.name == CONFIG else ""
+                files.append((str(path), found.st_size, found.st_mtime_ns, text))
     made_of = (
-        *(__version__, os.getuid(), sys.version, repr(home), files, configs),
+        *(__version__, os.getuid(), sys.version, repr(home), files),
         sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)),
         sorted(os.sched_getaffinity(0)),
         # A container may share the folder with its host, but not the loopback interface.
@@ -121,18 +119,17 @@ def connect(folder: Path) -> socket.socket:
     Raises:
         OSError: it has ended.
     """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     link = socket.socket(socket.AF_UNIX)
     link.settimeout(_CONNECT_TIMEOUT_S)
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            # The path itself may be longer than the address of a socket may be.
-            link.connect(f"/proc/self/fd/{descriptor}/{supervisor.SOCKET}")
-        finally:
-            os.close(descriptor)
+        # The path itself may be longer than the address of a socket may be.
+        link.connect(f"/proc/self/fd/{descriptor}/{supervisor.SOCKET}")
     except OSError:
         link.close()
         raise
+    finally:
+        os.close(descriptor)
     return link
 
 
@@ -143,29 +140,25 @@ def find_servers(folder: Path, key: str) -> Iterator[tuple[Path, socket.socket]]
             yield each, connect(each)
 
 
-def sweep(folder: Path) -> None:
+def remove_dead_servers(folder: Path) -> None:
     """Remove what servers left behind whose supervisors were killed."""
     for each in folder.glob("clip_rt-*-*"):
-        remove_dead(each, wait_s=0.0)
+        remove_dead_server(each, timeout_s=0.0)
 
 
-def remove_dead(folder: Path, *, wait_s: float = 1.0) -> None:
+def remove_dead_server(folder: Path, *, timeout_s: float = 1.0) -> None:
     """Remove what a server left behind whose supervisor was killed.
 
     Args:
         folder: The server's own.
-        wait_s: For the kernel, which may close a dead one's connections before it lets go of the
-            lock.
+        timeout_s: For the kernel, which may close a dead process's connections before it releases
+            its lock.
     """
-    deadline_s = time.monotonic() + wait_s
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            while not supervisor.lock(descriptor):
-                if time.monotonic() >= deadline_s:
-                    return  # It lives.
-                time.sleep(_POLL_S)
-            supervisor.remove_leftovers(str(folder), name_shared_memory(folder))
+            if supervisor.lock(descriptor, timeout_s=timeout_s):  # Else it lives.
+                supervisor.remove_leftovers(str(folder), name_shared_memory(folder))
         finally:
             os.close(descriptor)
 
@@ -195,15 +188,15 @@ def _open_locked(folder: Path, deadline_s: float) -> int:
         _descriptors.add(descriptor)
         try:
             _check_owner(descriptor)
-            while not supervisor.lock(descriptor):
-                if time.monotonic() > deadline_s:
-                    raise ServerStartError(
-                        f"another process holds {folder} for too long; it may be stopped. End it, "
-                        f"or allow more time with start_timeout_s=. {OTHER_WAY}"
-                    )
-                time.sleep(_POLL_S)
-            if _is_still(folder, descriptor):
-                return descriptor
+            if not supervisor.lock(descriptor, timeout_s=deadline_s - time.monotonic()):
+                raise ServerStartError(
+                    f"another process holds {folder} for too long; it may be stopped. End it, "
+                    f"or allow more time with start_timeout_s=. {OTHER_WAY}"
+                )
+            # Still this one, and not a new one in its place?
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(folder.lstat(), os.fstat(descriptor)):
+                    return descriptor
         except BaseException:
             _close(descriptor)
             raise
@@ -214,8 +207,7 @@ def _check_parent(parent: Path) -> None:
     found = parent.stat()
     if found.st_uid not in (0, os.getuid()):
         raise PermissionError(f"{parent} belongs to the user with the id {found.st_uid}")
-    mode = found.st_mode
-    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
+    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
         raise PermissionError(f"others may replace what is in {parent}")
 
 
@@ -223,17 +215,8 @@ def _check_owner(descriptor: int) -> None:
     found = os.fstat(descriptor)
     if found.st_uid != os.getuid():
         raise PermissionError(f"it belongs to the user with the id {found.st_uid}")
-    if stat.S_IMODE(found.st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+    if found.st_mode & 0o077:
         raise PermissionError(f"its mode {stat.S_IMODE(found.st_mode):o} lets others in")
-
-
-def _is_still(folder: Path, descriptor: int) -> bool:
-    """Whether a folder is the one that was opened, and not a new one in its place."""
-    try:
-        found, opened = folder.lstat(), os.fstat(descriptor)
-    except FileNotFoundError:
-        return False
-    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _close(descriptor: int) -> None:

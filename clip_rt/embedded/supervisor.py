@@ -1,12 +1,11 @@
-"""The process between owners and a server; standard library only.
+"""The supervisor: the process between a server and its owners; standard library only.
 
 In: one line of JSON, the `Job`, on standard input, a socket whose other end is the first owner.
 Every further owner connects to the socket in the server's folder. Each is told what the `Job` has
-for owners, and what became of the server once that has ended. A connection is all that makes an
-owner: the kernel closes it on any end of its process. When the last one is gone the server is
-killed and what it used is removed: its processes, its folder and its entries in /dev/shm. The same
-when one of its own processes dies: Triton 2.51 would never replace it, and answer every request
-with an error.
+for owners, and what became of the server once that has ended. Connections are the reference count:
+the kernel closes one on any end of its process. When the last is gone the server is killed and what
+it used is removed: its processes, its folder and its entries in /dev/shm. The same when one of its
+own processes dies: Triton 2.51 would never replace it, and answer every request with an error.
 
 PR_SET_PDEATHSIG would not do for owners: it fires when the thread ends that started the server.
 Run as `python -I -S supervisor.py FOLDER`; the folder is named for those who look at processes.
@@ -23,13 +22,12 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 LOG_BYTES = 64 * 1024
 """How much of the end of the server's log is kept."""
@@ -46,19 +44,19 @@ SOCKET = "owners"
 IS_READY, DRAIN = b"r", b"d"
 """What an owner may say: the models are loaded; let requests end, and then the server."""
 STUB_ENDED = "a process of the python backend ended before its model was loaded"
-"""What the log says then: Triton 2.51 itself would wait for its word for ever."""
+"""What the log says then: Triton 2.51 itself would wait for it for ever."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _IN_CREATE = 0x100
-_CHECK_S = 0.25
-"""How often the processes of a server that is not ready yet are looked at."""
-_MAX_LOOKS = 6
-"""Looks in a row at a process that has ended and that Triton has not collected, which it does at
-once. Looks, not seconds: where we get no time on a processor, neither does Triton."""
-_DRAIN_EXTRA_S = 5.0
+_HEALTH_CHECK_S = 0.25
+"""How often the processes of a server that is not ready yet are checked."""
+_MAX_ZOMBIE_CHECKS = 6
+"""Checks in a row that find a process ended and not collected, which Triton does at once. Checks,
+not seconds: where we get no time on a processor, neither does Triton."""
+_UNLOAD_TIMEOUT_S = 5.0
 """Triton's own time to unload its models, once the last request has ended."""
-_PUT_BACK_TRIES = 50
+_RESTORE_TRIES = 50
 """Another supervisor may be about to remove what we make."""
 _LOCK_TIMEOUT_S = 0.1
 """For another that ends as we do; who starts a server removes the folder itself if need be."""
@@ -97,15 +95,18 @@ class Report(TypedDict):
 
 def main() -> None:
     """Read the job, supervise it to its end, report."""
-    _let_go_of_owner()
+    _detach_from_owner()
     first = socket.socket(fileno=os.dup(0))
     job: Job = json.loads(_read_line(first))
+    folder = Path(job["folder"])
     report: Report = {"exit_code": None, "log_tail": "", "problem": ""}
     owners = {first}
     try:
-        with _wakeups() as wakeup, _hold(job["folder"]):
-            _furnish(job)
-            _run(job, report, wakeup, owners)
+        folder.mkdir(mode=0o700)
+        # Locked while we live: who can lock it knows that we are dead.
+        lock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+        _fill_folder(folder, job)
+        _Supervisor(job, owners).run(report)
     except OSError as error:
         report["problem"] = f"{type(error).__name__}: {error}"
     finally:
@@ -114,10 +115,50 @@ def main() -> None:
     for owner in owners:
         tell(owner, {"report": report})
     # Their connections close as we end, and then nothing is left.
-    _remove_parent(Path(job["folder"]).parent)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if lock(descriptor, timeout_s=_LOCK_TIMEOUT_S):  # Else somebody starts a server in it.
+            folder.parent.rmdir()
 
 
-def _let_go_of_owner() -> None:
+def tell(peer: socket.socket, message: dict[str, Any]) -> None:
+    """Send one line of JSON; a peer that is gone or does not read misses it."""
+    with contextlib.suppress(OSError):
+        peer.send(_to_line(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def lock(descriptor: int, *, timeout_s: float = 0.0, is_shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; False when somebody else has it.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
+    # Here, because this module is imported where fcntl does not exist, to say so.
+    import fcntl
+
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
+def remove_leftovers(folder: str, shared_memory_prefix: str) -> None:
+    """Remove the folder and the entries in /dev/shm that a server has left behind."""
+    for entry in SHARED_MEMORY.glob(f"{shared_memory_prefix}*"):
+        with contextlib.suppress(OSError):
+            entry.unlink()
+    # Last, because it is by the folder that leftovers are found.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _detach_from_owner() -> None:
     """Leave the working folder and the open files of the first owner, which we may outlive."""
     os.chdir("/")
     for name in os.listdir("/proc/self/fd"):
@@ -126,10 +167,14 @@ def _let_go_of_owner() -> None:
                 os.close(int(name))
 
 
-def tell(peer: socket.socket, message: dict[str, Any]) -> None:
-    """Send one line of JSON; a peer that is gone or does not read misses it."""
-    with contextlib.suppress(OSError):
-        peer.send(_to_line(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+def _read_line(first: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = first.recv(65536)
+        if not part:
+            sys.exit(0)  # The owner ended before it said what to do.
+        line += part
+    return line
 
 
 def _to_line(message: dict[str, Any]) -> bytes:
@@ -146,75 +191,14 @@ def _shorten(report: Report) -> None:
         report["log_tail"] = report["log_tail"][len(report["log_tail"]) // 8 + 1 :]
 
 
-def lock(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False when somebody else has it.
-
-    Raises:
-        OSError: its file system has no locks.
-    """
-    # Here, because this module is imported where fcntl does not exist, to say so.
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def remove_leftovers(folder: str, shared_memory_prefix: str) -> None:
-    """Remove the folder and the entries in /dev/shm that a server has left behind."""
-    for entry in SHARED_MEMORY.glob(f"{shared_memory_prefix}*"):
-        with contextlib.suppress(OSError):
-            entry.unlink()
-    # Last, because it is by the folder that leftovers are found.
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_line(first: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        part = first.recv(65536)
-        if not part:
-            sys.exit(0)  # The owner ended before it said what to do.
-        line += part
-    return line
-
-
-@contextlib.contextmanager
-def _wakeups() -> Iterator[int]:
-    """Yield a descriptor that becomes readable when a child ends or someone asks us to stop."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
-    yield reader
-
-
-@contextlib.contextmanager
-def _hold(folder: str) -> Iterator[None]:
-    """Make the folder and lock it: who can lock it later knows that we are dead."""
-    Path(folder).mkdir(mode=0o700)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _furnish(job: Job) -> None:
-    folder = Path(job["folder"])
-    for name, content in job["files"].items():
+def _fill_folder(folder: Path, job: Job) -> None:
+    for name in (*job["files"], *job["links"], *job["copies"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, content in job["files"].items():
         (folder / name).write_text(content, "utf-8")
     for name, target in job["links"].items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(target)
     for name, source in job["copies"].items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _copy_executable(Path(source), folder / name)
 
 
@@ -233,169 +217,99 @@ def _copy_executable(source: Path, copy: Path) -> None:
     copy.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
-def _run(job: Job, report: Report, wakeup: int, owners: set[socket.socket]) -> None:
-    _control_process(_PR_SET_CHILD_SUBREAPER, 1)
-    log = _Log(shows=job["shows_log"])
-    with _listen(job["folder"]) as listener, contextlib.closing(_Environments()) as environments:
-        server = subprocess.Popen(
-            job["command"],
-            env=job["environment"],
-            cwd=job["folder"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_die_with_supervisor,
-        )
-        assert server.stdout is not None
-        output = server.stdout.fileno()
-        os.set_blocking(output, False)
-        try:
-            _Watch(job, server, listener, wakeup, owners, log, environments).wait()
-        finally:
-            _kill_group(server)
-            environments.remove()
-            log.drain(output)
-            report["exit_code"] = server.returncode
-            report["log_tail"] = log.tail.decode("utf-8", "replace")
+class _Supervisor:
+    """Runs a server until it fails, has no owner, or a signal asks us to stop.
 
+    `owners` are connections; those that are left in it at the end await the report.
+    """
 
-@contextlib.contextmanager
-def _listen(folder: str) -> Iterator[socket.socket]:
-    """Listen where further owners connect, until the server is ended."""
-    # A path by way of a descriptor: the folder's own may be longer than a socket's may be.
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"/proc/self/fd/{descriptor}/{SOCKET}")
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-        try:
-            yield listener
-        finally:
-            # First of all, so that whoever comes now starts a server of its own.
-            listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(SOCKET, dir_fd=descriptor)
-            os.close(descriptor)
-
-
-class _Log:
-    """The end of what the server printed."""
-
-    def __init__(self, *, shows: bool) -> None:
-        self.tail = bytearray()
-        self._shows = shows
-
-    def add(self, part: bytes) -> None:
-        self.tail += part
-        del self.tail[:-LOG_BYTES]
-        while self._shows and part:
-            try:
-                part = part[os.write(2, part) :]
-            except OSError:
-                self._shows = False  # Nobody reads it any more.
-
-    def drain(self, output: int) -> bool:
-        """Move what the server printed into the log; False at the end of its output."""
-        while True:
-            try:
-                part = os.read(output, 65536)
-            except BlockingIOError:
-                return True
-            if not part:
-                return False
-            self.add(part)
-
-
-class _Watch:
-    """Waits until the server is no use any more, has no owner, or a signal asks us to stop."""
-
-    def __init__(
-        self,
-        job: Job,
-        server: subprocess.Popen[bytes],
-        listener: socket.socket,
-        wakeup: int,
-        owners: set[socket.socket],
-        log: _Log,
-        environments: _Environments,
-    ) -> None:
-        self._greeting = {"server": job["for_owners"]}
-        self._server = server
-        self._listener = listener
-        self._wakeup = wakeup
+    def __init__(self, job: Job, owners: set[socket.socket]) -> None:
+        self._job = job
         self._owners = owners
-        self._log = log
-        self._environments = environments
+        self._log = bytearray()
+        self._shows_log = job["shows_log"]
         self._is_ready = False
-        self._look_again_at_s = 0.0
-        self._uncollected: dict[int, int] = {}
-        """In how many looks in a row a child of the server had ended, by its process id."""
-        self._drained_by_s: float | None = None
+        self._drain_deadline_s: float | None = None
+        self._next_check_s = 0.0
+        self._zombie_checks: dict[int, int] = {}
+        """In how many checks in a row a child of the server was a zombie, by its process id."""
+        self._wakeup = _open_wakeup()
+        self._environments = _Environments()
         self._selector = selectors.DefaultSelector()
 
-    def wait(self) -> None:
-        assert self._server.stdout is not None
-        output = self._server.stdout.fileno()
-        for each in (self._listener, self._wakeup, output):
+    def run(self, report: Report) -> None:
+        """Start the server, return when it has ended, and write down how it did."""
+        _call_libc("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        with _listen(self._job["folder"]) as self._listener:
+            self._server = subprocess.Popen(
+                self._job["command"],
+                env=self._job["environment"],
+                cwd=self._job["folder"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_supervisor,
+            )
+            assert self._server.stdout is not None
+            self._output = self._server.stdout.fileno()
+            os.set_blocking(self._output, False)
+            try:
+                self._watch()
+            finally:
+                _kill_group(self._server)
+                self._environments.remove()
+                self._read_log()
+                report["exit_code"] = self._server.returncode
+                report["log_tail"] = self._log.decode("utf-8", "replace")
+
+    def _watch(self) -> None:
+        for each in (self._listener, self._wakeup, self._output):
             self._selector.register(each, selectors.EVENT_READ)
         for owner in self._owners:
-            self._welcome(owner)
-        while self._drained_by_s is None or time.monotonic() < self._drained_by_s:
+            self._greet(owner)
+        while self._drain_deadline_s is None or time.monotonic() < self._drain_deadline_s:
             if not self._is_ready and self._has_lost_a_child():
-                self._log.drain(output)
-                self._log.add(f"error: {STUB_ENDED}\n".encode())
+                self._read_log()
+                self._add_to_log(f"error: {STUB_ENDED}\n".encode())
                 return
-            for key, _ in self._selector.select(self._pause_s()):
-                readable = key.fileobj
-                if readable == output:
-                    if not self._log.drain(output):
-                        self._selector.unregister(output)
-                elif readable == self._wakeup:
-                    if self._is_asked_to_end():
-                        return
-                elif readable is self._listener:
-                    self._let_in()
-                elif isinstance(readable, socket.socket):
-                    if not self._hear(readable):
-                        return
-                elif self._drained_by_s is None:
-                    self._log.add(b"error: a process of the python backend died\n")
+            # A server that is ready costs nothing: all there is to notice wakes us.
+            is_polled = not self._is_ready or self._drain_deadline_s is not None
+            for key, _ in self._selector.select(_HEALTH_CHECK_S if is_polled else None):
+                if not self._handle(key.fileobj):
                     return
-                else:
-                    self._selector.unregister(readable)
 
-    def _pause_s(self) -> float | None:
-        """Return how long to wait for something to happen before looking for ourselves."""
-        if not self._is_ready:
-            return _CHECK_S
-        # While it drains, once a second is soon enough to notice that its time is up.
-        return None if self._drained_by_s is None else 1.0
-
-    def _has_lost_a_child(self) -> bool:
-        """Whether a child of the server has ended for good, and the server goes on without it."""
-        if time.monotonic() < self._look_again_at_s:
+    def _handle(self, readable: object) -> bool:
+        """Deal with what is readable; False when the server is to end."""
+        if readable == self._output:
+            if not self._read_log():
+                self._selector.unregister(self._output)
+        elif readable == self._wakeup:
+            if set(os.read(self._wakeup, 4096)) - {signal.SIGCHLD}:
+                return False
+            # Left to be collected, so that its number stays its own.
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._server.pid, options) is None
+        elif readable is self._listener:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                owner, _ = self._listener.accept()
+                self._owners.add(owner)
+                self._greet(owner)
+        elif isinstance(readable, socket.socket):
+            return self._hear(readable)
+        elif self._drain_deadline_s is None:
+            self._add_to_log(b"error: a process of the python backend died\n")
             return False
-        self._uncollected = {
-            each.pid: self._uncollected.get(each.pid, 0) + 1
-            for each in _list_group(self._server.pid)
-            if each.state == "Z" and each.parent == self._server.pid
-        }
-        self._look_again_at_s = time.monotonic() + _CHECK_S
-        return any(num_looks >= _MAX_LOOKS for num_looks in self._uncollected.values())
+        else:
+            self._selector.unregister(readable)  # type: ignore[arg-type]
+        return True
 
-    def _let_in(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            owner, _ = self._listener.accept()
-            self._owners.add(owner)
-            self._welcome(owner)
-
-    def _welcome(self, owner: socket.socket) -> None:
+    def _greet(self, owner: socket.socket) -> None:
         self._selector.register(owner, selectors.EVENT_READ)
-        tell(owner, self._greeting)
+        tell(owner, {"server": self._job["for_owners"]})
 
     def _hear(self, owner: socket.socket) -> bool:
-        """Heed an owner; False when it was the last and has left."""
+        """Read what an owner says; False when it was the last and has left."""
         try:
             words = owner.recv(4096)
         except ConnectionError:
@@ -407,57 +321,85 @@ class _Watch:
             self._owners.discard(owner)
             tell(owner, {})
             owner.close()
-            return True
-        if IS_READY in words and not self._is_ready and self._drained_by_s is None:
+        elif IS_READY in words and not self._is_ready:
             self._is_ready = True
             self._environments.remove()
-            for stub in _watch_group(self._server.pid):
-                self._selector.register(stub, selectors.EVENT_READ)
-        if DRAIN in words and self._drained_by_s is None:
+            for pid, _, _ in _list_group(self._server.pid):
+                # It may end while we look; before Linux 5.3 there are no such descriptors.
+                with contextlib.suppress(OSError, AttributeError):
+                    self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ)
+        if DRAIN in words and self._drain_deadline_s is None:
             self._is_ready = True
-            self._drained_by_s = time.monotonic() + DRAIN_TIMEOUT_S + _DRAIN_EXTRA_S
-            self._environments.put_back()
+            self._drain_deadline_s = time.monotonic() + DRAIN_TIMEOUT_S + _UNLOAD_TIMEOUT_S
+            self._environments.restore()
             self._server.terminate()
         return True
 
-    def _is_asked_to_end(self) -> bool:
-        numbers = os.read(self._wakeup, 4096)
-        return _has_ended(self._server.pid) or bool(set(numbers) - {signal.SIGCHLD})
+    def _has_lost_a_child(self) -> bool:
+        """Whether a child of the server has ended for good, and the server goes on without it."""
+        if time.monotonic() < self._next_check_s:
+            return False
+        self._zombie_checks = {
+            pid: self._zombie_checks.get(pid, 0) + 1
+            for pid, state, parent in _list_group(self._server.pid)
+            if state == "Z" and parent == self._server.pid
+        }
+        self._next_check_s = time.monotonic() + _HEALTH_CHECK_S
+        return any(checks >= _MAX_ZOMBIE_CHECKS for checks in self._zombie_checks.values())
+
+    def _read_log(self) -> bool:
+        """Move what the server printed into the log; False at the end of its output."""
+        while True:
+            try:
+                part = os.read(self._output, 65536)
+            except BlockingIOError:
+                return True
+            if not part:
+                return False
+            self._add_to_log(part)
+
+    def _add_to_log(self, part: bytes) -> None:
+        self._log += part
+        del self._log[:-LOG_BYTES]
+        while self._shows_log and part:
+            try:
+                part = part[os.write(2, part) :]
+            except OSError:
+                self._shows_log = False  # Nobody reads it any more.
 
 
-def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it is left to be collected, so that its number stays its own."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _open_wakeup() -> int:
+    """Return a descriptor that becomes readable when a child ends or a signal asks us to stop."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    return reader
 
 
-class _Member(NamedTuple):
-    """A process of the server."""
+@contextlib.contextmanager
+def _listen(folder: str) -> Iterator[socket.socket]:
+    """Listen where further owners connect, until the server is ended."""
+    # A path by way of a descriptor: the folder's own may be longer than a socket's may be.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"/proc/self/fd/{descriptor}/{SOCKET}")
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        yield listener
+    os.close(descriptor)
 
-    pid: int
-    state: str
-    """Z when it has ended and was not collected."""
-    parent: int
 
-
-def _list_group(leader: int) -> Iterator[_Member]:
-    """List the other processes of the server."""
+def _list_group(leader: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the id, the state and the parent of each other process of the server."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # Any of them may end while we look.
             # Its name comes before, in parentheses, and may be any bytes.
             fields = (path / "stat").read_bytes().rpartition(b")")[2].split()
-            state, parent, group = fields[0].decode(), int(fields[1]), int(fields[2])
-            if group == leader != int(path.name):
-                yield _Member(int(path.name), state, parent)
-
-
-def _watch_group(leader: int) -> set[int]:
-    """Open a descriptor for each other process of the server, which is readable when it ends."""
-    descriptors = set()
-    for each in _list_group(leader):
-        # It may end while we look; before Linux 5.3 there are no such descriptors.
-        with contextlib.suppress(OSError, AttributeError):
-            descriptors.add(os.pidfd_open(each.pid))
-    return descriptors
+            if int(fields[2]) == leader != int(path.name):
+                yield int(path.name), fields[0].decode(), int(fields[1])
 
 
 def _kill_group(server: subprocess.Popen[bytes]) -> None:
@@ -466,51 +408,47 @@ def _kill_group(server: subprocess.Popen[bytes]) -> None:
     Without a SIGTERM first: nobody is left to take an answer, there is nothing to save, and Triton
     2.51 takes 2 s to end by itself.
     """
-    deadline = time.monotonic() + REAP_TIMEOUT_S
+    deadline_s = time.monotonic() + REAP_TIMEOUT_S
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
     # The stubs are our children now, as we are the subreaper.
-    while time.monotonic() < deadline:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            time.sleep(0.01)
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline_s:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.01)
 
 
 class _Environments:
     """The folder in /tmp that Triton makes for packed environments, whether it has any or not.
 
     It leaves its folder behind when it is killed, so we remove it while it is empty. Asked to end,
-    Triton deletes it itself, and aborts if it is not there, so we put it back before.
+    Triton deletes it itself, and aborts if it is not there, so we restore it before.
 
     Which one is its own nobody can tell if several servers start at once: each supervisor treats
-    all that were made meanwhile as its own, and none removes one that another has put back, as it
-    holds a file.
+    all that were made meanwhile as its own, and none removes one that another has restored, as it
+    holds a file. The kernel tells their names: one may be gone again before we look.
     """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
-        self._is_known = False
-        self._since_s = time.time()
-        self._events = _watch_folder(ENVIRONMENTS)
+        self._events = _call_libc("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+        _call_libc("inotify_add_watch", self._events, os.fsencode(ENVIRONMENTS), _IN_CREATE)
 
     def remove(self) -> None:
         """Remove those that are empty."""
-        if not self._is_known:
-            self._look()
-            self._is_known = True
-        for name in self._names:
+        if not self._names:
+            self._names = self._read_names()
+        for folder in (ENVIRONMENTS / name for name in self._names):
             with contextlib.suppress(OSError):
-                (ENVIRONMENTS / name / str(os.getpid())).unlink(missing_ok=True)
-                (ENVIRONMENTS / name).rmdir()
+                if _is_own(folder):
+                    (folder / str(os.getpid())).unlink(missing_ok=True)
+                    folder.rmdir()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make those anew that were removed."""
         for folder in (ENVIRONMENTS / name for name in self._names):
-            for _ in range(_PUT_BACK_TRIES):
+            for _ in range(_RESTORE_TRIES):
                 with contextlib.suppress(OSError):
                     with contextlib.suppress(FileExistsError):
                         folder.mkdir(mode=0o700)
@@ -518,26 +456,13 @@ class _Environments:
                         (folder / str(os.getpid())).touch()
                     break
 
-    def close(self) -> None:
-        """Stop looking."""
-        if self._events is not None:
-            os.close(self._events)
-
-    def _look(self) -> None:
-        """Note which were made since the start."""
-        names = _read_created(self._events) if self._events is not None else set()
-        for folder in ENVIRONMENTS.glob("python_env_??????"):
-            with contextlib.suppress(OSError):
-                # The clock of a file system is a little behind.
-                if folder.stat(follow_symlinks=False).st_ctime >= self._since_s - 0.1:
-                    names.add(folder.name)
-        for name in names:
-            try:
-                is_own = _is_own(ENVIRONMENTS / name)
-            except OSError:
-                is_own = True  # Another supervisor has removed it already.
-            if is_own:
-                self._names.add(name)
+    def _read_names(self) -> set[str]:
+        """Return which were made since the start. Source: inotify(7), `struct inotify_event`."""
+        events = b""
+        with contextlib.suppress(OSError):
+            while True:
+                events += os.read(self._events, 65536)
+        return {name.decode() for name in re.findall(rb"\0(python_env_[A-Za-z0-9]{6})\0", events)}
 
 
 def _is_own(folder: Path) -> bool:
@@ -550,60 +475,18 @@ def _is_own(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
-def _watch_folder(folder: Path) -> int | None:
-    """Have the kernel note what is made in a folder; None if it does not."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if descriptor >= 0:
-            if libc.inotify_add_watch(descriptor, os.fsencode(folder), _IN_CREATE) >= 0:
-                return descriptor
-            os.close(descriptor)
-    return None
-
-
-def _read_created(events: int) -> set[str]:
-    """Return the names of the folders for environments that were made meanwhile.
-
-    Source: inotify(7), `struct inotify_event`.
-    """
-    names = set()
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            part = os.read(events, 65536)
-            while part:
-                *_, length = struct.unpack_from("iIII", part)
-                name, part = part[16 : 16 + length].rstrip(b"\0"), part[16 + length :]
-                if re.fullmatch(rb"python_env_[A-Za-z0-9]{6}", name):
-                    names.add(name.decode())
-    return names
-
-
-def _remove_parent(folder: Path) -> None:
-    """Remove the folder that servers lie in when we were the last, unless somebody starts one."""
-    deadline = time.monotonic() + _LOCK_TIMEOUT_S
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        while time.monotonic() < deadline:
-            if lock(descriptor):
-                folder.rmdir()
-                return
-            time.sleep(0.02)
-
-
 def _die_with_supervisor() -> None:
     """Run in the new process: should we be killed ourselves, the kernel kills the server."""
-    _control_process(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _call_libc("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def _control_process(option: int, value: int) -> None:
-    # A Python without ctypes only loses these second lines of defence.
+def _call_libc(function: str, *arguments: Any) -> int:
+    """Call the C library; -1 when it fails, or in a Python without ctypes."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+        return int(getattr(ctypes.CDLL(None), function)(*arguments))
+    return -1
 
 
 if __name__ == "__main__":
