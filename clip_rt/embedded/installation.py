@@ -16,10 +16,13 @@ import re
 import shutil
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf import text_format
+
 from clip_rt.errors import ServerStartError
+from clip_rt.wire.model_config import CONFIG, DataType, ModelConfig, read_config
 
 OTHER_WAY = "Or name a running server: clip_rt.Client(url=...)."
 GLIBC = (2, 35)
@@ -44,8 +47,14 @@ _WAYS_OUT = (
     ("Resource temporarily unavailable", "Allow this user more processes with ulimit -u."),
 )
 """What to do about a fault, by words of the system that tell it."""
-_DTYPE_BYTES = {"UINT8": 1, "INT8": 1, "BOOL": 1, "FP16": 2, "BF16": 2, "INT16": 2, "UINT16": 2}
+_DTYPE_BYTES = {
+    **dict.fromkeys(("UINT8", "INT8", "BOOL"), 1),
+    **dict.fromkeys(("FP16", "BF16", "INT16", "UINT16"), 2),
+    **dict.fromkeys(("FP64", "INT64", "UINT64"), 8),
+}
+"""Of 4 bytes are the others."""
 _MIB = 1024**2
+_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 _SAFE_NAME = re.compile(r"(?:[A-Za-z0-9_.+=,@%:~#!^-]|[^\x00-\x7f\s])+")
 """What a shell takes as it is within a word: no quotes, no patterns, nothing that ends it."""
 _PARTS = {"clip_rt": ".", "numpy": "linalg", "onnxruntime": "capi", "pytriton": "tritonserver"}
@@ -64,68 +73,60 @@ class Home:
     libraries: Path
     libpython: Path | None
     python: Path
-    packages: tuple[Path, ...] = field(default_factory=tuple)
+    packages: tuple[Path, ...]
 
     def files(self, folder: Path) -> dict[str, str]:
         """Return the content of small files, by their path in the server's folder."""
         # The stub embeds Python and heeds none of its environment variables, but it looks for
         # `python3` in PATH, and a pyvenv.cfg beside that tells it where everything is: in the
         # server's folder, as in neither file every path can be written.
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         packages = (f"{folder}/packages/{index}\n" for index in range(len(self.packages)))
         return {
             "python/pyvenv.cfg": f"home = {folder}/base/{self.python.parent.name}\n",
-            f"python/lib/{version}/site-packages/clip_rt.pth": "".join(packages),
+            f"python/lib/python{_VERSION}/site-packages/clip_rt.pth": "".join(packages),
         }
 
-    def links(self) -> dict[str, str]:
+    def links(self) -> dict[str, Path]:
         """Return the targets of symbolic links, by their path in the server's folder."""
-        links = {
-            f"backends/python/{path.name}": str(path)
-            for path in self.backend.iterdir()
-            if path.is_file()
+        backend = (file for file in self.backend.iterdir() if file.is_file())
+        return {
+            **{f"backends/python/{file.name}": file for file in backend},
+            **{f"packages/{index}": packages for index, packages in enumerate(self.packages)},
+            **{f"lib/{file.name}": file for file in (self.libpython,) if file is not None},
+            "lib/nvidia": self.libraries,
+            "python/bin/python3": self.python,
+            "base": self.python.parent.parent,
         }
-        links["python/bin/python3"] = str(self.python)
-        links["base"] = str(self.python.parent.parent)
-        links["lib/nvidia"] = str(self.libraries)
-        for index, packages in enumerate(self.packages):
-            links[f"packages/{index}"] = str(packages)
-        if self.libpython is not None:
-            links[f"lib/{self.libpython.name}"] = str(self.libpython)
-        return links
 
-    def copies(self) -> dict[str, str]:
+    def copies(self) -> dict[str, Path]:
         """Return the sources of executable copies, by their path in the server's folder.
 
         Triton 2.51 changes the mode of a stub that it cannot execute, whatever the reason, so that
         it gets one of its own.
         """
-        return {f"backends/python/{self.stub.name}": str(self.stub)}
+        return {f"backends/python/{self.stub.name}": self.stub}
 
 
 def find_home() -> Home:
     """Find the parts, or say which is missing and how to get it."""
     _check_system()
     parent = _find_package("pytriton")
-    if parent is None:
-        raise ServerStartError(f"the embedded server is not installed. {_INSTALL}")
-    package = parent / "pytriton"
-    triton = package / "tritonserver"
+    triton = parent / "pytriton" / "tritonserver"
     stubs = triton / "python_backend_stubs"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    libraries = parent / "nvidia_pytriton.libs"
     home = Home(
         binary=triton / "bin" / "tritonserver",
         backend=triton / "backends" / "python",
-        stub=stubs / version / "triton_python_backend_stub",
-        libraries=package.parent / "nvidia_pytriton.libs",
-        libpython=_find_libpython(version, package.parent / "nvidia_pytriton.libs"),
+        stub=stubs / _VERSION / "triton_python_backend_stub",
+        libraries=libraries,
+        libpython=_find_libpython(_VERSION, libraries),
         python=_find_python(),
-        packages=tuple(dict.fromkeys(map(_find_packages, ("numpy", "onnxruntime", "clip_rt")))),
+        packages=tuple(dict.fromkeys(map(_find_package, ("numpy", "onnxruntime", "clip_rt")))),
     )
     if home.binary.exists() and not home.stub.exists():
         served = ", ".join(sorted(path.name for path in stubs.iterdir()))
         raise ServerStartError(
-            f"the embedded server has no part for Python {version}, only for {served}. Use one of "
+            f"the embedded server has no part for Python {_VERSION}, only for {served}. Use one of "
             f"those. {OTHER_WAY}"
         )
     for part in (home.binary, home.stub):
@@ -145,7 +146,11 @@ def _check_system() -> None:
             f"the embedded server runs on Linux x86-64 only; this is {sys.platform} "
             f"{platform.machine()}. {OTHER_WAY}"
         )
-    name, _, version = _read_libc().partition(" ")
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (OSError, ValueError):  # musl does not tell.
+        libc = ""
+    name, _, version = libc.partition(" ")
     if name != "glibc":
         raise ServerStartError(
             "the embedded server needs glibc, and the C library of this system is another (musl, "
@@ -156,14 +161,6 @@ def _check_system() -> None:
             f"the embedded server needs glibc {GLIBC[0]}.{GLIBC[1]} or newer; this system has "
             f"{version}. Use Debian 12, Ubuntu 22.04 or newer. {OTHER_WAY}"
         )
-
-
-def _read_libc() -> str:
-    """Return name and version of the C library, or nothing if it does not tell: musl does not."""
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION") or ""
-    except (OSError, ValueError):
-        return ""
 
 
 def find_way_out(fault: str, *, default: str = OTHER_WAY) -> str:
@@ -178,8 +175,7 @@ def check_shared_memory(models: dict[str, Path]) -> None:
         ServerStartError: it does not.
     """
     need_by_model = {
-        name: _estimate_shared_memory((folder / "config.pbtxt").read_text("utf-8", "replace"))
-        for name, folder in models.items()
+        name: _estimate_shared_memory(_read_config(folder)) for name, folder in models.items()
     }
     need_bytes = sum(need_by_model.values())
     try:
@@ -200,68 +196,39 @@ def check_shared_memory(models: dict[str, Path]) -> None:
         )
 
 
-def _estimate_shared_memory(config: str) -> int:
+def _estimate_shared_memory(config: ModelConfig) -> int:
     """Return how many bytes a model's instances need: each its region, or one batch in and out."""
-    if _find_strings("backend", config) != ["python"]:
+    if config.backend != "python":
         return 0
-    num_rows = max(1, *map(int, re.findall(r"^\s*max_batch_size\s*:\s*(\d+)", config, re.M)), 1)
     row_bytes = 0
-    for block in _find_blocks("(?:input|output)", config):
-        (dtype,) = re.findall(r"data_type\s*:\s*TYPE_(\w+)", block)[:1] or ["FP32"]
-        sizes = re.findall(r"dims\s*:\s*\[?([-\d,\s]+)", block)
-        lengths = [max(1, int(size)) for size in re.findall(r"-?\d+", ",".join(sizes))]
-        row_bytes += math.prod(lengths) * _DTYPE_BYTES.get(dtype, 4)
-    counts = [
-        int(count)
-        for block in _find_blocks("instance_group", config)
-        for count in re.findall(r"\bcount\s*:\s*(\d+)", block)
-    ]
-    return max(1, sum(counts)) * max(REGION_BYTES, num_rows * row_bytes)
+    for tensor in (*config.input, *config.output):
+        dtype = DataType.Name(tensor.data_type).removeprefix("TYPE_")
+        num_elements = math.prod(max(1, size) for size in tensor.dims)
+        row_bytes += num_elements * _DTYPE_BYTES.get(dtype, 4)
+    batch_bytes: int = max(1, config.max_batch_size) * row_bytes
+    num_instances: int = max(1, sum(group.count for group in config.instance_group))
+    return num_instances * max(REGION_BYTES, batch_bytes)
 
 
-def _find_blocks(name: str, config: str) -> list[str]:
-    """Return the bodies of a message's fields in protobuf's text format, lists unfolded."""
-    bodies = []
-    for match in re.finditer(rf"^\s*{name}\s*:?\s*(?=[\[{{])", config, re.MULTILINE):
-        depth = 0
-        for end in range(match.end(), len(config)):
-            depth += (config[end] in "[{") - (config[end] in "]}")
-            if depth == 0:
-                break
-        whole = config[match.end() : end + 1]
-        bodies += re.findall(r"\{[^{}]*\}", whole)
-    return bodies
-
-
-def _find_packages(name: str) -> Path:
-    parent = _find_package(name)
-    if parent is None:
-        raise ServerStartError(f"the embedded server needs {name}. {_INSTALL}")
-    return parent
-
-
-def _find_package(name: str) -> Path | None:
-    """Find the folder that a package lies in.
+def _find_package(name: str) -> Path:
+    """Return the folder that a package lies in.
 
     Not one that only has the same name, as a file of a user's project may: nothing of these is
     imported here, where that would show.
     """
     spec = importlib.util.find_spec(name)
-    if spec is None:
-        return None
     others = (importlib.machinery.PathFinder.find_spec(name, [entry]) for entry in sys.path)
-    for each in (spec, *others):
-        if each is None or each.origin is None or not each.submodule_search_locations:
-            continue
-        package = Path(os.path.abspath(each.origin)).parent
-        if (package / _PARTS[name]).is_dir():
-            return package.parent
-    return None
+    for each in (spec, *others) if spec is not None else ():
+        if each is not None and each.origin is not None and each.submodule_search_locations:
+            package = Path(os.path.abspath(each.origin)).parent
+            if (package / _PARTS[name]).is_dir():
+                return package.parent
+    raise ServerStartError(f"the embedded server needs {name}, which is not installed. {_INSTALL}")
 
 
 def _find_python() -> Path:
     """Find the base interpreter, also in an application that embeds Python."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    version = f"python{_VERSION}"
     candidates = (
         Path(sys.base_exec_prefix) / "bin" / version,
         Path(os.path.realpath(sys.executable)) if sys.executable else None,
@@ -316,35 +283,27 @@ def find_repository(repository: str | os.PathLike[str]) -> Path:
 
 
 def find_models(repository: Path) -> dict[str, Path]:
-    """List the models of a repository that the embedded server can run, by name."""
+    """List the models of a repository that the embedded server can run, by name.
+
+    Raises:
+        ServerStartError: there is none, or one of them cannot be read or served.
+    """
     place = find_repository(repository)
-    models, others = {}, []
-    steps: dict[str, list[str]] = {}
-    for config in sorted(place.glob("*/config.pbtxt")):
-        folder = config.parent
-        try:
-            text = config.read_text("utf-8", "replace")
-        except OSError as error:
+    folders = [file.parent for file in sorted(place.glob(f"*/{CONFIG}"))]
+    configs = {folder: _read_config(folder) for folder in folders}
+    models = {folder.name: folder for folder in folders if configs[folder].backend == "python"}
+    for name in models:
+        if not _SAFE_NAME.fullmatch(name):
             raise ServerStartError(
-                f"{config} of the model repository cannot be read: {error.strerror}. {OTHER_WAY}"
-            ) from error
-        if _find_strings("backend", text) == ["python"]:
-            if not _SAFE_NAME.fullmatch(folder.name):
-                raise ServerStartError(
-                    f"the model {folder.name[:100]!r} of the model repository cannot be served: "
-                    "Triton 2.51 would give its name to a shell. Rename its folder, to letters, "
-                    f"digits, _ . and -. {OTHER_WAY}"
-                )
+                f"the model {name[:100]!r} of the model repository cannot be served: Triton 2.51 "
+                "would give its name to a shell. Rename its folder, to letters, digits, _ . and "
+                f"-. {OTHER_WAY}"
+            )
+    for folder, config in configs.items():
+        steps = {step.model_name for step in config.ensemble_scheduling.step}
+        if config.platform == "ensemble" and steps <= models.keys():
             models[folder.name] = folder
-        elif _find_strings("platform", text) == ["ensemble"]:
-            steps[folder.name] = _find_strings("model_name", text)
-        else:
-            others.append(folder.name)
-    for name, needed in steps.items():
-        if models.keys() >= set(needed):
-            models[name] = place / name
-        else:
-            others.append(name)
+    others = [folder.name for folder in folders if folder.name not in models]
     if others:
         _log.info("the embedded server leaves out %s: not for its backend", ", ".join(others))
     if not models:
@@ -356,5 +315,12 @@ def find_models(repository: Path) -> dict[str, Path]:
     return models
 
 
-def _find_strings(field: str, config: str) -> list[str]:
-    return re.findall(rf'^\s*{field}\s*:\s*"([^"]*)"', config, re.MULTILINE)
+def _read_config(folder: Path) -> ModelConfig:
+    try:
+        return read_config(folder, allow_unknown_field=True)
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ServerStartError(
+            f"{folder / CONFIG} of the model repository cannot be read: {reason}. Export the model "
+            f"again, or remove its folder. {OTHER_WAY}"
+        ) from error

@@ -31,6 +31,7 @@ from clip_rt.deadline import Deadline
 from clip_rt.embedded import installation
 from clip_rt.embedded import server as server_module
 from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.wire.model_config import read_config
 from clip_rt.wire.transport import Transport
 
 OWNER = """
@@ -427,6 +428,23 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
         EmbeddedServer(tmp_path).start()
 
 
+@pytest.mark.parametrize("content", [b'backend: "python', b"max_batch_size: many", b"name: '\xff'"])
+def test_a_configuration_that_is_none_is_named_with_the_reason(tmp_path, content):
+    tiny_repository.write_bare(tmp_path)
+    (tmp_path / "bare" / "config.pbtxt").write_bytes(content)
+    with pytest.raises(
+        clip_rt.ServerStartError, match=r"bare/config\.pbtxt .* cannot be read: .*Export"
+    ):
+        EmbeddedServer(tmp_path).start()
+
+
+def test_a_configuration_is_read_whatever_its_layout(tmp_path):
+    tiny_repository.write_bare(tmp_path)
+    config = tmp_path / "bare" / "config.pbtxt"
+    config.write_text(" ".join(config.read_text().split()) + " # backend: 'tensorrt'")
+    assert list(installation.find_models(tmp_path)) == ["bare"]
+
+
 @pytest.mark.parametrize(
     ("config", "mib"),
     [
@@ -436,10 +454,13 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
         ("max_batch_size: 64\ninput {\n data_type: TYPE_UINT8\n dims: 392\n dims: 384\n}", 9.2),
         ("max_batch_size: 64\ninput [ { data_type: TYPE_INT32 dims: [ -1 ] } ]", 1.0),
         ("max_batch_size: 8\ninstance_group [ { count: 3 kind: KIND_CPU } ]", 3.0),
+        # In other words of the text format.
+        ("max_batch_size: 64 input { data_type: TYPE_UINT8 dims: 392 dims: 384 } # a comment", 9.2),
     ],
 )
-def test_shared_memory_is_reckoned_from_the_configuration(config, mib):
-    found = installation._estimate_shared_memory(f'backend: "python"\n{config}')
+def test_shared_memory_is_reckoned_from_the_configuration(config, mib, tmp_path):
+    (tmp_path / "config.pbtxt").write_text(f'backend: "python"\n{config}')
+    found = installation._estimate_shared_memory(read_config(tmp_path))
     assert found / 2**20 == pytest.approx(mib, abs=0.05)
 
 
