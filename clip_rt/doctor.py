@@ -33,13 +33,14 @@ from clip_rt.errors import (
     ServerTimeoutError,
     ServerUnavailableError,
 )
+from clip_rt.specs import image_model, text_model
 from clip_rt.wire import canary
 
 if TYPE_CHECKING:
     from clip_rt.client import Client
     from clip_rt.embedded.runtime_choice import Choice
     from clip_rt.processor import Processor
-    from clip_rt.wire.transport import ServedModel, Transport
+    from clip_rt.wire.transport import Transport
 
 PYTHONS = ((3, 10), (3, 13))
 """First and last Python that this version is tested with."""
@@ -67,15 +68,6 @@ class Finding:
     """Address of the server it is about; empty for this machine."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What was measured, for machines; names carry their units."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A server to examine: one that runs at `url`, or one of our own over `repository`."""
-
-    url: str | None = None
-    repository: Path | None = None
-    model: str | None = None
 
 
 def report(
@@ -139,40 +131,30 @@ def examine(
         return
     yield check_processor(processor.read())
     yield from _check_cache_folder()
+    from clip_rt.session import choose_source
+
     try:
-        targets = _find_targets(urls, repository, model)
-    except ServerStartError as error:
-        yield Finding("models", "fail", str(error))
+        source = choose_source(urls or None, repository)
+    except ClipRTError as error:
+        check = "models" if isinstance(error, ServerStartError) else "server"
+        yield Finding(check, "fail", str(error))
         return
-    for index, target in enumerate(targets):
-        if target.url is None:
-            yield _check_shared_memory()
-            parts = _check_parts()
-            yield parts
-            if parts.status == "fail":
-                continue
+    if isinstance(source, Path):
+        yield _check_shared_memory()
+        parts = _check_parts()
+        yield parts
+        if parts.status == "ok":
+            yield from _examine_server(source, model, deadline)
+        return
+    for index, url in enumerate(source):
         # One that hangs leaves time for the others.
-        share_s = _remaining_s(deadline) / (len(targets) - index)
-        yield from _examine_server(target, Deadline.after(share_s))
+        share_s = _remaining_s(deadline) / (len(source) - index)
+        yield from _examine_server(url, model, Deadline.after(share_s))
 
 
 def _line(finding: Finding) -> str:
     name = f"{finding.server} {finding.check}".strip()
     return f"{finding.status:<5} {name}: {finding.detail} {finding.way_out}".rstrip()
-
-
-def _find_targets(
-    urls: Sequence[str], repository: Path | None, model: str | None
-) -> tuple[Target, ...]:
-    """Choose as a client does that is given the same arguments."""
-    from clip_rt.embedded.bundled import choose_repository
-    from clip_rt.session import URL_VARIABLE
-
-    if not urls and repository is None:
-        urls = [url.strip() for url in os.environ.get(URL_VARIABLE, "").split(",") if url.strip()]
-    if urls:
-        return tuple(Target(url=url, model=model) for url in urls)
-    return (Target(repository=choose_repository(repository), model=model),)
 
 
 def _check_python() -> Finding:
@@ -234,10 +216,12 @@ def check_precision(
         is_here: Whether the server computes on this machine.
     """
     fastest = "int8" if found.has_fast_int8 else "fp32"
-    times = "; ".join(f"{tower}: {choice}" for tower, choice in measured.items())
     detail = f"{precision} is served; by its processor this machine is fastest in {fastest}"
-    detail += f"; measured, {times}" if times else ""
-    detail += "" if is_here else "; that is about this machine, the server may be another"
+    if measured:
+        times = "; ".join(f"{tower}: {choice}" for tower, choice in measured.items())
+        detail += f"; measured, {times}"
+    if not is_here:
+        detail += "; that is about this machine, the server may be another"
     way_out = ""
     if precision == "int8" and fastest != "int8":
         lacking = found.lacks("AVX-512", "VNNI", "AMX")
@@ -245,9 +229,7 @@ def check_precision(
         way_out = "For machines like this: python -m export.onnx --precision fp32."
     elif precision == "fp16":
         detail += "; a processor computes FP16 in FP32 with roundings between."
-        way_out = (
-            "For processors: python -m export.onnx --precision fp32, or int8; fp16 is for GPUs."
-        )
+        way_out = "For processors: python -m export.onnx --precision fp32, or int8."
     status: Status = "warn" if way_out and is_here else "ok"
     numbers = {
         f"{tower}_{runtime}_ms": ms
@@ -255,16 +237,6 @@ def check_precision(
         for runtime, ms in choice.times_ms.items()
     }
     return Finding("precision", status, detail, way_out, name, numbers)
-
-
-def _check_precision(
-    client: Client, towers: Sequence[ServedModel], name: str, *, is_here: bool
-) -> Finding:
-    found = processor.read()
-    machine = runtime_choice.digest_machine(asdict(found))
-    known = runtime_choice.recall_all(runtime_choice.default_folder(), machine) if is_here else {}
-    measured = {tower.name: known[tower.name] for tower in towers if tower.name in known}
-    return check_precision(client.manifest.precision, found, measured, name=name, is_here=is_here)
 
 
 def _check_cache_folder() -> Iterator[Finding]:
@@ -290,9 +262,8 @@ def _check_shared_memory() -> Finding:
     try:
         free_bytes = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
     except OSError as error:
-        return Finding(
-            "shared memory", "fail", f"/dev/shm: {error.strerror}.", "Mount a tmpfs there."
-        )
+        detail = f"/dev/shm: {error.strerror}."
+        return Finding("shared memory", "fail", detail, "Mount a tmpfs there.")
     detail = f"{free_bytes / 1024**2:.0f} MiB are free in /dev/shm"
     numbers = {"free_bytes": float(free_bytes)}
     if free_bytes < SHARED_MEMORY_BYTES:
@@ -312,28 +283,40 @@ def _check_parts() -> Finding:
     return Finding("parts", "ok", f"nvidia-pytriton {version} and all else the server needs")
 
 
-def _examine_server(target: Target, deadline: Deadline) -> Iterator[Finding]:
-    """Examine one server as far as it can be reached."""
-    name = target.url or "embedded"
+def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -> Iterator[Finding]:
+    """Examine the server at an address, or one of our own over a repository, as far as it goes."""
+    name = source if isinstance(source, str) else "embedded"
+    is_here = name == "embedded"
     check = "server"
     try:
         with contextlib.ExitStack() as stack:
-            transport = _reach(target, deadline, stack)
+            transport = _open_transport(source, deadline, stack)
             yield _check_version(transport, name, deadline)
-            if target.url is not None:
-                yield _check_encryption(target.url)
+            if isinstance(source, str):
+                is_here = _is_loopback(source)
+                yield _check_encryption(source)
             check = "models"
-            yield _check_ready(transport, name, deadline)
+            if transport.is_ready(timeout_s=_remaining_s(deadline)):
+                yield Finding(check, "ok", "all are ready", server=name)
+            else:
+                way_out = "Wait, or read the server's log."
+                yield Finding(check, "fail", "not all are ready.", way_out, name)
             check = "contract"
-            client = stack.enter_context(_make_client(target, deadline))
-            yield _check_contract(client, name)
+            client = stack.enter_context(_make_client(source, model, deadline))
+            manifest = client.manifest
+            detail = f"{manifest.model} is {manifest.architecture} in {manifest.precision}, "
+            detail += f"weights {manifest.fingerprint[:12]}, {manifest.embedding_dim} dimensions"
+            yield Finding(check, "ok", detail, server=name)
             check = "execution"
-            towers = _describe_towers(transport, client, deadline)
-            yield _check_execution(towers, name)
+            names = image_model(manifest.model), text_model(manifest.model)
+            towers = transport.describe(names, deadline)
+            detail = "; ".join(f"{tower.name} by {tower.runs_on}" for tower in towers)
+            yield Finding(check, "ok", detail, server=name)
             check = "precision"
             if all(" on CPU" in tower.runs_on for tower in towers):
-                is_here = target.url is None or _is_loopback(target.url)
-                yield _check_precision(client, towers, name, is_here=is_here)
+                here = processor.read()
+                times = _recall_times(here, names) if is_here else {}
+                yield check_precision(manifest.precision, here, times, name=name, is_here=is_here)
             check = "canary"
             yield _check_canary(client, name, deadline)
             check = "latency"
@@ -344,31 +327,36 @@ def _examine_server(target: Target, deadline: Deadline) -> Iterator[Finding]:
         yield Finding(check, "fail", " ".join(str(error).split()), way_out, name)
 
 
-def _reach(target: Target, deadline: Deadline, stack: contextlib.ExitStack) -> Transport:
+def _recall_times(here: Processor, names: Sequence[str]) -> dict[str, Choice]:
+    """Return what the embedded server measured of these models on this machine."""
+    machine = runtime_choice.digest_machine(asdict(here))
+    known = runtime_choice.recall_all(runtime_choice.default_folder(), machine)
+    return {name: known[name] for name in names if name in known}
+
+
+def _open_transport(
+    source: str | Path, deadline: Deadline, stack: contextlib.ExitStack
+) -> Transport:
     """Open a connection to a server, starting it if it is to be our own."""
     from clip_rt.wire.transport import Transport
 
-    if target.url is not None:
-        return stack.enter_context(contextlib.closing(Transport(target.url)))
-    assert target.repository is not None
-    from clip_rt.embedded.server import acquire_server, release_server
+    if isinstance(source, str):
+        transport = Transport(source)
+    else:
+        from clip_rt.embedded.server import acquire_server, release_server
 
-    server = acquire_server(target.repository, start_timeout_s=_remaining_s(deadline))
-    stack.callback(release_server, server)
-    transport = Transport(server.url, headers=server.headers, may_cancel=False)
+        server = acquire_server(source, start_timeout_s=_remaining_s(deadline))
+        stack.callback(release_server, server)
+        transport = Transport(server.url, headers=server.headers, may_cancel=False)
     return stack.enter_context(contextlib.closing(transport))
 
 
-def _make_client(target: Target, deadline: Deadline) -> Client:
+def _make_client(source: str | Path, model: str | None, deadline: Deadline) -> Client:
     from clip_rt.client import Client
 
-    return Client(
-        target.url,
-        repository=target.repository,
-        model=target.model,
-        timeout_s=_remaining_s(deadline),
-        start_timeout_s=_remaining_s(deadline),
-    )
+    url, repository = (source, None) if isinstance(source, str) else (None, source)
+    time_s = _remaining_s(deadline)
+    return Client(url, repository=repository, model=model, timeout_s=time_s, start_timeout_s=time_s)
 
 
 def _remaining_s(deadline: Deadline) -> float:
@@ -383,13 +371,12 @@ def _check_version(transport: Transport, name: str, deadline: Deadline) -> Findi
     if version is None or tuple(map(int, version.groups())) >= SAFE_TRITON:
         return Finding("server", "ok", detail, server=name)
     detail += ", which has known vulnerabilities"
-    floor = f"Run container 26.07 or newer (Triton {'.'.join(map(str, SAFE_TRITON))}): "
+    minimum = ".".join(map(str, SAFE_TRITON))
+    way_out = f"Run container 26.07 or newer (Triton {minimum}): {SECURITY_PAGE}"
     if _is_loopback(transport.url):
-        way_out = f"It is for development on this machine. {floor}{SECURITY_PAGE}"
+        way_out = f"It is for development on this machine. {way_out}"
         return Finding("server", "warn", f"{detail}.", way_out, name)
-    return Finding(
-        "server", "fail", f"{detail} and listens beyond loopback.", f"{floor}{SECURITY_PAGE}", name
-    )
+    return Finding("server", "fail", f"{detail} and listens beyond loopback.", way_out, name)
 
 
 def _check_encryption(url: str) -> Finding:
@@ -410,37 +397,6 @@ def _is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_ready(transport: Transport, name: str, deadline: Deadline) -> Finding:
-    if not transport.is_ready(timeout_s=_remaining_s(deadline)):
-        return Finding(
-            "models", "fail", "not all are ready.", "Wait, or read the server's log.", name
-        )
-    return Finding("models", "ok", "all are ready", server=name)
-
-
-def _check_contract(client: Client, name: str) -> Finding:
-    manifest = client.manifest
-    detail = (
-        f"{manifest.model} is {manifest.architecture} in {manifest.precision}, weights "
-        f"{manifest.fingerprint[:12]}, {manifest.embedding_dim} dimensions"
-    )
-    return Finding("contract", "ok", detail, server=name)
-
-
-def _describe_towers(
-    transport: Transport, client: Client, deadline: Deadline
-) -> Sequence[ServedModel]:
-    from clip_rt.specs import image_model, text_model
-
-    model = client.manifest.model
-    return transport.describe((image_model(model), text_model(model)), deadline)
-
-
-def _check_execution(towers: Sequence[ServedModel], name: str) -> Finding:
-    detail = "; ".join(f"{tower.name} by {tower.runs_on}" for tower in towers)
-    return Finding("execution", "ok", detail, server=name)
 
 
 def _check_canary(client: Client, name: str, deadline: Deadline) -> Finding:
@@ -476,6 +432,5 @@ def _check_latency(client: Client, name: str, deadline: Deadline) -> Finding:
             durations_s.append(time.perf_counter() - start_s)
         numbers[f"{what}_ms"] = 1000 * statistics.median(durations_s)
     detail = ", ".join(f"one {what} {numbers[f'{what}_ms']:.1f} ms" for what in calls)
-    return Finding(
-        "latency", "ok", f"{detail} (median of {NUM_CALLS})", server=name, numbers=numbers
-    )
+    detail += f" (median of {NUM_CALLS})"
+    return Finding("latency", "ok", detail, server=name, numbers=numbers)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,24 @@ class Target:
     """May hold a token."""
     tls: TLS | None
     start_timeout_s: float
+
+
+def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequence[str] | Path:
+    """Return the addresses of servers, or the repository for one of our own.
+
+    What the caller named comes first, then what the environment names, then the bundled model.
+
+    Raises:
+        InputError: the environment names no address.
+        ServerStartError: nothing is named, and the bundled model is not installed.
+    """
+    if urls is not None:
+        return urls
+    if repository is not None:
+        return repository
+    if given := os.environ.get(URL_VARIABLE):
+        return split_urls(given)
+    return choose_repository()
 
 
 class Session:
@@ -151,19 +169,13 @@ class Session:
 
     def _connect(self) -> Connection:
         target = self._target
-        urls, repository = target.urls, target.repository
-        if urls is None and repository is None:
-            if given := os.environ.get(URL_VARIABLE):
-                urls = split_urls(given)
-            else:
-                repository = choose_repository()
-        if urls is not None:
-            return Connection.to_urls(urls, headers=target.headers, tls=target.tls)
-        assert repository is not None
+        source = choose_source(target.urls, target.repository)
+        if not isinstance(source, Path):
+            return Connection.to_urls(source, headers=target.headers, tls=target.tls)
         # Here, because it needs Linux, and a client of a remote server does not.
         from clip_rt.embedded.server import acquire_server, release_server
 
-        server = acquire_server(repository, start_timeout_s=target.start_timeout_s)
+        server = acquire_server(source, start_timeout_s=target.start_timeout_s)
         return Connection.to_server(server, on_close=lambda: release_server(server))
 
     def reload(self, *, timeout_s: float | None = None) -> bool:
