@@ -188,7 +188,7 @@ def recall(folder: Path | None, machine: str, model: str) -> Choice | None:
     """
     if folder is None:
         return None
-    found = _read(folder / _file_name(machine, model))
+    found = _read(folder / f"{machine}-{model}.json")
     return found[1] if found else None
 
 
@@ -197,7 +197,7 @@ def recall_all(folder: Path | None, machine: str) -> dict[str, Choice]:
     if folder is None:
         return {}
     with contextlib.suppress(OSError):
-        files = sorted(folder.glob(f"{machine}-*.json"), key=_modified_at_ns)
+        files = sorted(folder.glob(f"{machine}-*.json"), key=os.path.getmtime)
         return dict(found for file in files if (found := _read(file)))
     return {}
 
@@ -224,7 +224,7 @@ def remember(folder: Path | None, machine: str, model: str, choice: Choice, *, n
         descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        os.replace(partial, folder / _file_name(machine, model))
+        os.replace(partial, folder / f"{machine}-{model}.json")
     except OSError:
         if partial is not None:
             with contextlib.suppress(OSError):
@@ -244,7 +244,14 @@ def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
         Whether it is locked: False when somebody else was at it for `timeout_s`, None where neither
         folder can be written. Better not measure then.
     """
-    descriptor = _open_lock(folder)
+    descriptor = None
+    shared = Path(tempfile.gettempdir()) / f"clip_rt-runtimes-{os.getuid()}.lock"
+    for file in (folder / "lock", shared) if folder is not None else (shared,):
+        with contextlib.suppress(OSError):
+            if descriptor is None:
+                file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(file, flags, 0o600)
     if descriptor is None:
         yield None
         return
@@ -252,18 +259,6 @@ def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
         yield _lock(descriptor, timeout_s)
     finally:
         os.close(descriptor)
-
-
-def _open_lock(folder: Path | None) -> int | None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with contextlib.suppress(OSError):
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(folder / "lock", flags, 0o600)
-    with contextlib.suppress(OSError):
-        file = f"clip_rt-runtimes-{os.getuid()}.lock"
-        return os.open(Path(tempfile.gettempdir()) / file, flags, 0o600)
-    return None
 
 
 def _lock(descriptor: int, timeout_s: float) -> bool:
@@ -283,17 +278,6 @@ def _lock(descriptor: int, timeout_s: float) -> bool:
             return True
 
 
-def _file_name(machine: str, model: str) -> str:
-    return f"{machine}-{model}.json"
-
-
-def _modified_at_ns(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 def _read(file: Path) -> tuple[str, Choice] | None:
     """Return an entry's model and choice; None unless all of it is as `remember` writes it."""
     try:
@@ -301,20 +285,18 @@ def _read(file: Path) -> tuple[str, Choice] | None:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
             entry = json.loads(opened.read(MAX_ENTRY_BYTES))
         name, runtime, times_ms = entry["model"], entry["runtime"], entry["times_ms"]
-        times_ms = {each: float(times_ms[each]) for each in RUNTIMES}
+        choice = Choice(runtime, {each: float(times_ms[each]) for each in RUNTIMES})
+        is_sound = isinstance(name, str) and runtime in RUNTIMES
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    is_sound = all(math.isfinite(each) and each > 0 for each in times_ms.values())
-    if not (isinstance(name, str) and isinstance(runtime, str) and runtime in RUNTIMES):
-        return None
-    return (name, Choice(runtime, times_ms)) if is_sound else None
+    is_sound &= all(math.isfinite(each) and each > 0 for each in choice.times_ms.values())
+    return (name, choice) if is_sound else None
 
 
 def _forget_oldest(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        files = sorted(folder.glob("*.json"), key=_modified_at_ns)
-        for file in files[:-MAX_ENTRIES]:
+        for file in sorted(folder.glob("*.json"), key=os.path.getmtime)[:-MAX_ENTRIES]:
             file.unlink(missing_ok=True)
         for left in folder.glob(".partial-*"):
-            if time.time_ns() - _modified_at_ns(left) > 3600 * 10**9:
+            if time.time() - os.path.getmtime(left) > 3600:
                 left.unlink(missing_ok=True)
