@@ -86,7 +86,7 @@ class ServerError(ClipRTError):
 
 
 class ServerStartError(ServerError):
-    """The embedded server is not installed, cannot start, or died; `log_tail` is its last words."""
+    """The embedded server is not installed, cannot start, or died; `log_tail` is its log's end."""
 
     def __init__(self, message: str, *, url: str | None = None, log_tail: str = "") -> None:
         super().__init__(message, url=url)

@@ -8,7 +8,7 @@ the same repository.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
+import functools
 import logging
 import os
 import signal
@@ -48,21 +48,16 @@ def serve(
         start_timeout_s: Longest wait for the models to be loaded.
 
     Raises:
-        InputError: the address is not one on the loopback interface.
+        InputError: the address is not 127.0.0.1 or localhost with a port.
         ServerStartError: it cannot run here, the port is taken, or it dies again and again.
     """
     find_home()
     names = ", ".join(sorted(find_models(Path(repository))))
     port, listener = take_port(_find_port(url))
 
-    def make_server() -> EmbeddedServer:
-        return EmbeddedServer(
-            repository,
-            start_timeout_s=start_timeout_s,
-            port=port,
-            shows_log=True,
-        )
-
+    make_server = functools.partial(
+        EmbeddedServer, repository, start_timeout_s=start_timeout_s, port=port, shows_log=True
+    )
     with contextlib.closing(listener):
         reloader = Reloader(listener, Path(repository), make_server)
         try:
@@ -121,17 +116,12 @@ def _raising_on_signals() -> Iterator[None]:
 
 def _find_port(url: str) -> int:
     host, _, port = url.rpartition(":")
-    try:
-        is_loopback = host == "localhost" or ipaddress.IPv4Address(host).is_loopback
-        number = int(port)
-    except ValueError as error:
-        raise InputError(f"url {url[:80]!r} is not host:port, like {URL}.") from error
-    if not is_loopback:
+    if host not in ("127.0.0.1", "localhost"):
         raise InputError(
-            f"url {url[:80]!r} is not on the loopback interface. This Triton 2.51 has known "
-            "vulnerabilities and is for this machine only; for others run NVIDIA's container, "
-            "nvcr.io/nvidia/tritonserver, over the same repository."
+            f"url {url[:80]!r} is not 127.0.0.1:PORT, on the loopback interface. This Triton 2.51 "
+            "has known vulnerabilities and is for this machine only; for others run NVIDIA's "
+            "container, nvcr.io/nvidia/tritonserver, over the same repository."
         )
-    if not 0 <= number < 65536:
-        raise InputError(f"port {number} of url {url[:80]!r} is not within 0 and 65535.")
-    return number
+    if not (port.isdecimal() and int(port) < 65536):
+        raise InputError(f"port {port[:40]!r} of url {url[:80]!r} is not within 0 and 65535.")
+    return int(port)

@@ -1,4 +1,4 @@
-"""One process's reference to a server: a connection to its supervisor, from greeting to report.
+"""One process's reference to a server: a connection to its supervisor, from handshake to report.
 
 The kernel closes the connection on any end of the process, and that is all the supervisor goes by.
 """
@@ -28,10 +28,10 @@ from clip_rt.wire.transport import Transport
 _POLL_S = 0.02
 _COLLECT_S = 0.002
 _ANSWER_TIMEOUT_S = 1.0
-_GREETING_TIMEOUT_S = 5.0
-"""How long a supervisor that runs may take to greet another owner."""
+_HANDSHAKE_TIMEOUT_S = 5.0
+"""How long a supervisor that runs may take to answer another owner."""
 _JOIN_SHARE = 0.25
-"""Share of the time for a start after which a supervisor that does not greet is given up."""
+"""Share of the time for a start after which a supervisor that does not answer is given up."""
 _END_TIMEOUT_S = 10.0
 _MESSAGE_CHARS = 600
 _SIGNALS = {
@@ -116,10 +116,11 @@ class Run:
         folder: The server's own.
         process: The supervisor, if this process started it.
         stderr: Open file that holds what the supervisor wrote to standard error.
-        greeting_timeout_s: How long it may take to greet.
+        deadline_s: On the monotonic clock, for its handshake. Who joins a server waits less, and
+            has time left to start another.
 
     Raises:
-        ServerStartError: the supervisor does not greet, or reports that it could not start it.
+        ServerStartError: the supervisor does not answer, or reports that it could not start it.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Run:
         process: _Process | None = None,
         *,
         stderr: int | None = None,
-        greeting_timeout_s: float = _GREETING_TIMEOUT_S,
+        deadline_s: float,
     ) -> None:
         self._folder = folder
         self._process = process
@@ -140,7 +141,10 @@ class Run:
         self._ready_at_s: float | None = None
         self._is_over = False
         _runs.add(self)
-        self.facts = self._greet(link, greeting_timeout_s, stderr)
+        timeout_s = _left_s(deadline_s)
+        if process is None:
+            timeout_s = min(_HANDSHAKE_TIMEOUT_S, _JOIN_SHARE * timeout_s)
+        self.facts = self._handshake(link, timeout_s, stderr)
 
     @property
     def is_joined(self) -> bool:
@@ -180,7 +184,7 @@ class Run:
             if self._is_listening() and self._is_ready():
                 self._ready_at_s = time.monotonic()
                 # From now on the supervisor watches the processes of the models as well.
-                self._say(supervisor.IS_READY)
+                self._send(supervisor.IS_READY)
                 return True
             time.sleep(_POLL_S)
         report = self.end()
@@ -202,7 +206,7 @@ class Run:
 
     def drain(self) -> None:
         """Have it end once its requests have, and return then."""
-        self._say(supervisor.DRAIN)
+        self._send(supervisor.DRAIN)
         self.wait()
 
     def end(self) -> supervisor.Report:
@@ -227,7 +231,7 @@ class Run:
         link, self._link = self._link, None
         return link
 
-    def _greet(self, link: socket.socket, timeout_s: float, stderr: int | None = None) -> Facts:
+    def _handshake(self, link: socket.socket, timeout_s: float, stderr: int | None = None) -> Facts:
         self._link = link
         weakref.finalize(self, link.close)
         message = self._read_message(link, timeout_s)
@@ -256,7 +260,7 @@ class Run:
     def _rejoin(self) -> bool:
         """Become an owner of one's own, in a forked child."""
         try:
-            self.facts = self._greet(sharing.connect(self._folder), _GREETING_TIMEOUT_S)
+            self.facts = self._handshake(sharing.connect(self._folder), _HANDSHAKE_TIMEOUT_S)
         except (OSError, ServerStartError):
             self._is_over = True
             return False
@@ -303,7 +307,7 @@ class Run:
                 link.setblocking(False)
         return message
 
-    def _say(self, word: bytes) -> None:
+    def _send(self, word: bytes) -> None:
         link = self._link
         if link is not None:
             with contextlib.suppress(OSError):
@@ -341,11 +345,11 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
     Args:
         home: What the server is made of.
         job: What the supervisor is to do.
-        deadline_s: On the monotonic clock, for its greeting.
+        deadline_s: On the monotonic clock, for its handshake.
         start_timeout_s: What the deadline was made of, for a message.
 
     Raises:
-        ServerStartError: it does not start, or does not greet in time.
+        ServerStartError: it does not start, or does not answer in time.
     """
     _supervisors[:] = [process for process in _supervisors if not process.has_ended()]
     ours, its = socket.socketpair()
@@ -360,11 +364,10 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
             )
         _supervisors.append(process)
         ours.settimeout(_left_s(deadline_s))
-        # Else it has ended already, and its standard error says why, or it will not greet either.
+        # Else it has ended already, and its standard error says why, or it will not answer either.
         with contextlib.suppress(OSError):
             ours.sendall(json.dumps(job).encode() + b"\n")
-        left_s = _left_s(deadline_s)
-        return Run(ours, Path(job["folder"]), process, stderr=stderr, greeting_timeout_s=left_s)
+        return Run(ours, Path(job["folder"]), process, stderr=stderr, deadline_s=deadline_s)
     except OSError as error:
         ours.close()
         raise ServerStartError(
@@ -379,21 +382,6 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
         ) from error
     finally:
         os.close(stderr)
-
-
-def join(link: socket.socket, folder: Path, deadline_s: float) -> Run:
-    """Become another owner of a server that runs.
-
-    Args:
-        link: A connection to its supervisor.
-        folder: The server's own.
-        deadline_s: On the monotonic clock, for the server to be ready, whichever it is.
-
-    Raises:
-        ServerStartError: its supervisor does not greet, while there is time to start another.
-    """
-    timeout_s = min(_GREETING_TIMEOUT_S, _JOIN_SHARE * _left_s(deadline_s))
-    return Run(link, folder, greeting_timeout_s=timeout_s)
 
 
 def _left_s(deadline_s: float) -> float:

@@ -211,6 +211,6 @@ def _name(port: int) -> str:
 
 def _find_user(link: socket.socket) -> int:
     """Return the user at the other end."""
-    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", credentials)
-    return int(user)
+    user: int
+    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user

@@ -21,7 +21,6 @@ import time
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from clip_rt import fork
 from clip_rt.deadline import START_TIMEOUT_S
@@ -34,7 +33,7 @@ from clip_rt.embedded.installation import (
     find_models,
     find_repository,
 )
-from clip_rt.embedded.ownership import Facts, Run, find_cause, join, launch, make_start_error
+from clip_rt.embedded.ownership import Facts, Run, find_cause, launch, make_start_error
 from clip_rt.errors import ServerStartError
 
 MAX_TRIES = 5
@@ -102,12 +101,7 @@ class EmbeddedServer:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def __repr__(self) -> str:
@@ -256,7 +250,7 @@ class EmbeddedServer:
             if key:
                 for folder, link in sharing.find_servers(parent, key):
                     with contextlib.suppress(ServerStartError):
-                        return join(link, folder, deadline_s)
+                        return Run(link, folder, deadline_s=deadline_s)
             check_shared_memory(models)
             sharing.remove_dead_servers(parent)
             nonce = secrets.token_hex(8)

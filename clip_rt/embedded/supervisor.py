@@ -267,7 +267,7 @@ class _Supervisor:
         for each in (self._listener, self._wakeup, self._output):
             self._selector.register(each, selectors.EVENT_READ)
         for owner in self._owners:
-            self._greet(owner)
+            self._send_handshake(owner)
         while self._drain_deadline_s is None or time.monotonic() < self._drain_deadline_s:
             if not self._is_ready and self._has_lost_a_child():
                 self._read_log()
@@ -294,9 +294,9 @@ class _Supervisor:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 owner, _ = self._listener.accept()
                 self._owners.add(owner)
-                self._greet(owner)
+                self._send_handshake(owner)
         elif isinstance(readable, socket.socket):
-            return self._hear(readable)
+            return self._receive(readable)
         elif self._drain_deadline_s is None:
             self._add_to_log(b"error: a process of the python backend died\n")
             return False
@@ -304,11 +304,11 @@ class _Supervisor:
             self._selector.unregister(readable)  # type: ignore[arg-type]
         return True
 
-    def _greet(self, owner: socket.socket) -> None:
+    def _send_handshake(self, owner: socket.socket) -> None:
         self._selector.register(owner, selectors.EVENT_READ)
         tell(owner, {"server": self._job["for_owners"]})
 
-    def _hear(self, owner: socket.socket) -> bool:
+    def _receive(self, owner: socket.socket) -> bool:
         """Read what an owner says; False when it was the last and has left."""
         try:
             words = owner.recv(4096)
