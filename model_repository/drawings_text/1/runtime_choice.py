@@ -181,39 +181,24 @@ def default_folder(part: str = "runtimes") -> Path | None:
 def recall(folder: Path | None, machine: str, model: str) -> Choice | None:
     """Return what was measured of a model on a machine; None where it was not, or is not legible.
 
-    Args:
-        folder: See `default_folder`.
-        machine: See `digest_machine`.
-        model: See `digest_model`.
+    The arguments are those of `default_folder`, `digest_machine` and `digest_model`.
     """
-    if folder is None:
-        return None
-    found = _read(folder / f"{machine}-{model}.json")
+    found = _read(folder / f"{machine}-{model}.json") if folder else None
     return found[1] if found else None
 
 
 def recall_all(folder: Path | None, machine: str) -> dict[str, Choice]:
     """Return the newest choice on a machine for each name of a model."""
-    if folder is None:
-        return {}
     with contextlib.suppress(OSError):
-        files = sorted(folder.glob(f"{machine}-*.json"), key=os.path.getmtime)
+        files = sorted(folder.glob(f"{machine}-*.json"), key=os.path.getmtime) if folder else ()
         return dict(found for file in files if (found := _read(file)))
     return {}
 
 
 def remember(folder: Path | None, machine: str, model: str, choice: Choice, *, name: str) -> bool:
-    """Keep a choice for later starts.
+    """Keep a choice for `recall`; False where it cannot be kept.
 
-    Args:
-        folder: See `default_folder`; made if it is not there.
-        machine: See `digest_machine`.
-        model: See `digest_model`.
-        choice: What to keep.
-        name: Of the model in the server, for people.
-
-    Returns:
-        False where it cannot be kept.
+    `name` is the model's in the server, for people. The folder is made if it is not there.
     """
     if folder is None:
         return False
