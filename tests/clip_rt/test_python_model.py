@@ -160,10 +160,10 @@ def without_openvino(tmp_path, monkeypatch) -> None:
     """Let the server's Python find an OpenVINO that cannot be imported."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/openvino.py").write_text("raise ImportError('it is hidden')\n")
-    find = installation._find_packages
+    find = installation._find_package
     monkeypatch.setattr(
         installation,
-        "_find_packages",
+        "_find_package",
         # numpy lies beside onnxruntime.
         lambda name: tmp_path / "hidden" if name == "numpy" else find(name),
     )
