@@ -102,11 +102,12 @@ def main() -> None:
     report: Report = {"exit_code": None, "log_tail": "", "problem": ""}
     owners = {first}
     try:
+        supervisor = _Supervisor(job, owners)  # From here on a signal ends us in order.
         folder.mkdir(mode=0o700)
         # Locked while we live: who can lock it knows that we are dead.
         lock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
         _fill_folder(folder, job)
-        _Supervisor(job, owners).run(report)
+        supervisor.run(report)
     except OSError as error:
         report["problem"] = f"{type(error).__name__}: {error}"
     finally:
@@ -280,7 +281,7 @@ class _Supervisor:
                     return
 
     def _handle(self, readable: object) -> bool:
-        """Deal with what is readable; False when the server is to end."""
+        """Handle an event; False when the server is to end."""
         if readable == self._output:
             if not self._read_log():
                 self._selector.unregister(self._output)
