@@ -54,9 +54,9 @@ from benchmarks.report.terminal import show, show_comparison
 from benchmarks.suites.bars import find_bars
 from benchmarks.suites.bench import Bench, Settings
 from benchmarks.suites.cases import Pictures
-from benchmarks.suites.participants import QUICK, Participants, Wishes, describe_all
 from benchmarks.suites.plan import SUITES
 from benchmarks.suites.progress import Progress
+from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import ClipRTError
@@ -97,34 +97,34 @@ def measure(
     with ExitStack() as stack:
         watch = stack.enter_context(Watch())
         progress = stack.enter_context(Progress(console))
-        participants = stack.enter_context(Participants(wishes, cache=cache, say=progress.tell))
+        running = stack.enter_context(RunningContenders(wishes, cache=cache, say=progress.tell))
         progress.say("what this machine can do")
         probe = stack.enter_context(Probe())
-        participants.start()
+        running.start()
         bench = Bench(
-            model=participants.kit.spec.name,
+            model=running.kit.spec.name,
             weights=wishes.weights,
-            spec=participants.kit.spec,
+            spec=running.kit.spec,
             settings=settings,
-            contestants=participants.contestants,
-            baseline=participants.baseline,
+            contenders=running.contenders,
+            baseline=running.baseline,
             probe=probe,
             pictures=Pictures(folder=cache / "pictures"),
             progress=progress,
-            reference=participants.reference,
-            write_items=participants.write_items,
-            served=participants.served,
+            reference=running.reference,
+            write_items=running.write_items,
+            served=running.served,
             # Now, so that there are some whatever happens.
             probe_s=probe.time(NUM_FIRST_PROBES),
         )
         names = [name for name in SUITES if name in suites]
         timed = [name for name in names if SUITES[name].is_timed]
-        is_whole = _measure_starts(timed, bench, participants, console)
+        is_whole = _measure_starts(timed, bench, running, console)
         make_rows(bench)
         others = [name for name in names if name not in timed and name != LAST]
         is_whole = is_whole and _measure_suites(others, bench, console)
         conditions = watch.conditions(bench.probe_s)
-        participants.close()
+        running.close()
         if is_whole and LAST in names:
             _measure_suites([LAST], bench, console)
     conditions.warnings.extend(bench.notes)
@@ -148,7 +148,7 @@ def measure(
         took_s=time.perf_counter() - start_s,
         conditions=conditions,
         peaks=probe.peaks,
-        contenders=participants.facts,
+        contenders=running.facts,
         rows=bench.rows,
         levels=bench.levels,
         stages=bench.stages,
@@ -176,14 +176,14 @@ def _versions() -> dict[str, str]:
 
 
 def _measure_starts(
-    names: Sequence[str], bench: Bench, participants: Participants, console: Console
+    names: Sequence[str], bench: Bench, running: RunningContenders, console: Console
 ) -> bool:
     """Time cases in each start of the contenders; return whether the user let them all end."""
     num_starts = bench.settings.num_starts if names else 1
     for start in range(1, num_starts + 1):
         if start > 1:
             try:
-                bench.failures += participants.start_again()
+                bench.failures += running.start_again()
             except KeyboardInterrupt:
                 bench.failures.append(f"cut short by the user in start {start}")
                 return False

@@ -1,9 +1,9 @@
 """Who takes part in a benchmark: names, how each is made, and why one is absent.
 
     kit = make_kit("ViT-B/32", "random", default_folder(), find_needs(names, spec))
-    with start("openvino int8", kit) as contestant:
-        contestant.load("one", "pixels", save_items(folder / "one", "pixels", pixels))
-        contestant.time("one", 10)
+    with start("openvino int8", kit) as contender:
+        contender.load("one", "pixels", save_items(folder / "one", "pixels", pixels))
+        contender.time("one", 10)
 
 Nothing is imported of a contender until its own process does it.
 """
@@ -21,7 +21,7 @@ from benchmarks.contenders import process
 from benchmarks.contenders.implementation import UnfitError
 from benchmarks.contenders.kit import Kit, Need
 from benchmarks.contenders.plant import Plant
-from benchmarks.contenders.process import ContenderError, Contestant, Order
+from benchmarks.contenders.process import ContenderError, ContenderProcess, Order
 from clip_rt.specs import ModelSpec, ViTSpec
 
 
@@ -240,7 +240,7 @@ def start(
     model: str | None = None,
     start_limit_s: float = process.START_LIMIT_S,
     call_limit_s: float = process.CALL_LIMIT_S,
-) -> Contestant:
+) -> ContenderProcess:
     """Start a contender in a process of its own, and wait until it has answered once.
 
     Args:
@@ -272,7 +272,7 @@ def start(
         options["model"] = model
     order = Order(module=f"{__name__}.{entry.module}", kit=kit, options=options, plant=plant)
     try:
-        return Contestant(
+        return ContenderProcess(
             entry.facts, order, start_limit_s=start_limit_s, call_limit_s=call_limit_s
         )
     except (UnfitError, ContenderError) as error:

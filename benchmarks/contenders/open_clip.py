@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.contenders import torch_peer
+from benchmarks.contenders import torch_based
 from benchmarks.contenders.implementation import TEMPLATES, installed, zero_shot_prompts
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
@@ -27,7 +27,7 @@ class OpenClip:
     )
 
     def __init__(self, kit: Kit) -> None:
-        torch_peer.set_up()
+        torch_based.set_up()
         self._open_clip: Any = importlib.import_module("open_clip")
         name = architecture(kit.spec)
         if name not in self._open_clip.list_models():
@@ -45,7 +45,7 @@ class OpenClip:
     def prepare(self, call: CallKind, items: Any) -> Any:
         """Normalise pixels, pad tokens to the length it demands, embed the labels of zero-shot."""
         if call == "pixels":
-            return torch_peer.normalise(items)
+            return torch_based.normalise(items)
         if call == "tokens":
             padding = self._context_length - items.shape[1]
             return torch.from_numpy(np.pad(items, ((0, 0), (0, padding))).astype(np.int64))
@@ -75,7 +75,7 @@ class OpenClip:
             jpegs, class_CE = prepared
             scale = self._model.logit_scale.exp()
             rows = (scale * self._encode_jpegs(jpegs) @ class_CE.T).softmax(dim=-1)
-        return torch_peer.to_numpy(rows)
+        return torch_based.to_numpy(rows)
 
     def pids(self) -> list[int]:
         """Return none: it is all in this process."""

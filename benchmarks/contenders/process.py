@@ -67,7 +67,7 @@ class Order:
     plant: Plant | None = None
 
 
-class Contestant:
+class ContenderProcess:
     """A contender in its process, started and ready.
 
     Args:
@@ -127,7 +127,7 @@ class Contestant:
             self.close()
             raise
 
-    def __enter__(self) -> Contestant:
+    def __enter__(self) -> ContenderProcess:
         return self
 
     def __exit__(

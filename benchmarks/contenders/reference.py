@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.contenders.bare import Bare
 from benchmarks.contenders.implementation import count_cores, installed
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.torch_peer import normalise, normalised, to_numpy
+from benchmarks.contenders.torch_based import normalise, normalised, to_numpy
 from training.weights.load import load_clip
 
 

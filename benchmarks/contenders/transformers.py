@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.contenders import torch_peer
+from benchmarks.contenders import torch_based
 from benchmarks.contenders.implementation import installed, prompts_of, zero_shot_prompts
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
@@ -28,7 +28,7 @@ class Transformers:
     )
 
     def __init__(self, kit: Kit) -> None:
-        torch_peer.set_up()
+        torch_based.set_up()
         transformers: Any = importlib.import_module("transformers")
         self._model = transformers.CLIPModel.from_pretrained(kit.hub).eval()
         self._process = transformers.CLIPProcessor.from_pretrained(kit.hub)
@@ -38,7 +38,7 @@ class Transformers:
     def prepare(self, call: CallKind, items: Any) -> Any:
         """Normalise pixels, embed the labels of zero-shot."""
         if call == "pixels":
-            return torch_peer.normalise(items)
+            return torch_based.normalise(items)
         if call == "tokens":
             return torch.from_numpy(items.astype(np.int64))
         if call == "zero_shot":
@@ -65,7 +65,7 @@ class Transformers:
             jpegs, class_CE = prepared
             scale = self._model.logit_scale.exp()
             rows = (scale * self._encode_jpegs(jpegs) @ class_CE.T).softmax(dim=-1)
-        return torch_peer.to_numpy(rows)
+        return torch_based.to_numpy(rows)
 
     def pids(self) -> list[int]:
         """Return none: it is all in this process."""
@@ -85,13 +85,13 @@ class Transformers:
 
     def _encode_classes(self, labels: list[str]) -> torch.Tensor:
         rows = self._encode_texts(prompts_of(labels))
-        return torch_peer.normalised(rows.reshape(len(labels), -1, rows.shape[1]).mean(dim=1))
+        return torch_based.normalised(rows.reshape(len(labels), -1, rows.shape[1]).mean(dim=1))
 
 
 def _features(found: Any) -> torch.Tensor:
     # Version 5 wraps them.
     rows: torch.Tensor = found if isinstance(found, torch.Tensor) else found.pooler_output
-    return torch_peer.normalised(rows)
+    return torch_based.normalised(rows)
 
 
 def make(kit: Kit) -> Transformers:

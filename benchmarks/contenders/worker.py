@@ -1,6 +1,6 @@
 """The process of one contender: `python -m benchmarks.contenders.worker DESCRIPTOR`.
 
-`process.Contestant` starts it, with one end of a pipe as DESCRIPTOR. The main thread does what it
+`process.ContenderProcess` starts it, with one end of a pipe as DESCRIPTOR. The main thread does what it
 is ordered to; another one reads the orders, so that the end of the pipe is noticed at any time:
 then this process ends, with all that it started.
 """
@@ -58,7 +58,7 @@ class Loaded:
 
 
 class Worker:
-    """What can be ordered; each public method is an order of `process.Contestant`."""
+    """What can be ordered; each public method is an order of `process.ContenderProcess`."""
 
     def __init__(self, implementation: Implementation) -> None:
         self._implementation = implementation

@@ -44,13 +44,13 @@ def measure_accuracy(bench: Bench, pixels: Case, jpegs: Case) -> None:
         except Exception as error:  # The cosines are still worth something.
             bench.failures.append(f"accuracy on drawings: {error!r}")
         bench.progress.done()
-    for name in bench.contestants:
+    for name in bench.contenders:
         source = TOP1_OF.get(name, name)
         if name in cosines:
             bench.accuracy.append(
                 Accuracy(
                     contender=name,
-                    precision=bench.contestants[name].facts.precision,
+                    precision=bench.contenders[name].facts.precision,
                     top1=top1.get(source),
                     num_images=num_drawings if source in top1 else len(cosines[name]),
                     min_cosine=float(cosines[name].min()),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contenders.process import Contestant
+from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
 from benchmarks.machine import Probe
 from benchmarks.suites.cases import Case, Pictures
@@ -65,7 +65,7 @@ class Bench:
     weights: str
     spec: ModelSpec
     settings: Settings
-    contestants: Mapping[str, Contestant]
+    contenders: Mapping[str, ContenderProcess]
     """In the order in which they are shown."""
     baseline: str
     """Whose times are the measure of `Row.speed`."""
@@ -121,24 +121,24 @@ class Bench:
                 self._reference[case.key] = self.reference(case)
             expected = self._reference[case.key]
             self._admitted[case.key] = {}
-            for name, contestant in self.contestants.items():
-                if case.call not in contestant.calls:
+            for name, contender in self.contenders.items():
+                if case.call not in contender.calls:
                     continue
                 self.progress.say(f"{case.key}: answers of {name}")
                 try:
-                    contestant.load(case.key, case.call, file)
-                    cosines = row_cosines(contestant.answer(case.key), expected)
+                    contender.load(case.key, case.call, file)
+                    cosines = row_cosines(contender.answer(case.key), expected)
                 except Exception as error:  # The others are still worth their time.
                     self._tell(self.failures, case, name, f"{case.key}: {name} raised {error!r}")
                     continue
-                limit = MIN_COSINE[contestant.facts.precision]
+                limit = MIN_COSINE[contender.facts.precision]
                 worst = float(cosines.min())
                 if worst >= limit:
                     self._admitted[case.key][name] = worst
                 else:
                     self.refused.add((case.key, name))
                     # What is wrong with somebody else's is worth knowing, and no fault of the run.
-                    is_peer = contestant.facts.kind == "peer"
+                    is_peer = contender.facts.kind == "peer"
                     remarks = self.notes if is_peer else self.failures
                     remark = (
                         f"{case.key}: the answers of {name} are wrong and have no speed: the "
@@ -154,7 +154,7 @@ class Bench:
 
     def cosines(self, case: Case, name: str) -> NDArray[np.float64]:
         """Return the cosine of each answer to an admitted case with the reference."""
-        return row_cosines(self.contestants[name].answer(case.key), self._reference[case.key])
+        return row_cosines(self.contenders[name].answer(case.key), self._reference[case.key])
 
 
 def row_cosines(found: Embeddings, expected: Embeddings) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.contenders.process import Contestant, LoadResult
+from benchmarks.contenders.process import ContenderProcess, LoadResult
 from benchmarks.findings import Level
 from benchmarks.suites.bars import INFINITY
 from benchmarks.suites.bench import Bench
@@ -66,13 +66,13 @@ def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
             bench.progress.step(what)
 
             def load(
-                contestant: Contestant,
+                contender: ContenderProcess,
                 duration_s: float,
                 key: str = case.key,
                 num_clients: int = num_clients,
                 items: int = items,
             ) -> LoadResult:
-                return contestant.run_clients(key, num_clients, duration_s, items_per_call=items)
+                return contender.run_clients(key, num_clients, duration_s, items_per_call=items)
 
             for name, seen in _by_turns(bench, takers, load, what).items():
                 bench.levels.append(
@@ -84,18 +84,18 @@ def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
 def _by_turns(
     bench: Bench,
     names: Sequence[str],
-    load: Callable[[Contestant, float], LoadResult],
+    load: Callable[[ContenderProcess, float], LoadResult],
     what: str,
 ) -> dict[str, _Seen]:
     """Load each in turn, in rounds that begin with another each time."""
     seen = {name: _Seen() for name in names}
     for name in names:
-        load(bench.contestants[name], WARM_UP_S)
+        load(bench.contenders[name], WARM_UP_S)
     for round_ in range(bench.settings.level_rounds):
         first = round_ % max(1, len(names))
         for name in [*names[first:], *names[:first]]:
             bench.progress.say(f"{what}: round {round_ + 1}, {name}")
-            seen[name].add(load(bench.contestants[name], bench.settings.level_s))
+            seen[name].add(load(bench.contenders[name], bench.settings.level_s))
     return {name: each for name, each in seen.items() if _is_usable(bench, name, each, what)}
 
 
@@ -118,7 +118,7 @@ def measure_arrivals(bench: Bench, case: Case) -> None:
             offered_per_s = share * capacity_per_s[name]
             due_at_s = arrival_times(offered_per_s, bench.settings.arrivals_s, seed=number)
             seen = _Seen()
-            seen.add(bench.contestants[name].run_arrivals(case.key, due_at_s))
+            seen.add(bench.contenders[name].run_arrivals(case.key, due_at_s))
             if _is_usable(bench, name, seen, f"arrivals at {offered_per_s:.1f}/s"):
                 found[name].append(
                     _level(name, case, 1, seen, num_clients=None, offered_per_s=offered_per_s)
@@ -164,7 +164,7 @@ def served(bench: Bench, case: Case) -> list[str]:
     return [
         name
         for name in bench.admit(case)
-        if bench.contestants[name].facts.kind == "served" or name == INFINITY
+        if bench.contenders[name].facts.kind == "served" or name == INFINITY
     ]
 
 
@@ -177,7 +177,7 @@ def _capacity(bench: Bench, name: str, case: Case) -> float:
         and level.num_clients is not None
     ]
     if not seen_per_s:
-        result = bench.contestants[name].run_clients(case.key, 8, bench.settings.level_s)
+        result = bench.contenders[name].run_clients(case.key, 8, bench.settings.level_s)
         seen_per_s = [len(result.latencies_s) / result.elapsed_s]
     return max(seen_per_s)
 

@@ -26,11 +26,11 @@ def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
     for case in cases:
         bench.progress.step(f"stages of {case.key}")
         for name in bench.admit(case):
-            if bench.contestants[name].facts.kind != "served":
+            if bench.contenders[name].facts.kind != "served":
                 continue
             is_single = case.num_items == 1
             num_calls = bench.settings.num_stage_calls if is_single else NUM_CALLS_OF_MANY
-            calls = bench.contestants[name].stages(case.key, num_calls)
+            calls = bench.contenders[name].stages(case.key, num_calls)
             bench.stages.append(
                 summarise(calls, contender=name, what=case.key, is_single=is_single)
             )
@@ -39,12 +39,12 @@ def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
 
 def measure_inside(bench: Bench, case: Case) -> None:
     """Note which operators of the engine take the time of a case of pixels, where it takes part."""
-    if ENGINE not in bench.contestants:
+    if ENGINE not in bench.contenders:
         return
     bench.progress.plan(1)
     bench.progress.step(f"inside the engine: {case.key}")
     if ENGINE in bench.admit(case):
-        calls = bench.contestants[ENGINE].stages(case.key, NUM_INSIDE_CALLS)
+        calls = bench.contenders[ENGINE].stages(case.key, NUM_INSIDE_CALLS)
         what = f"inside the engine: {case.suite}, {case.name}"
         bench.stages.append(summarise_inside(calls, contender=ENGINE, what=what))
     bench.progress.done()

@@ -98,7 +98,7 @@ def make_rows(bench: Bench) -> None:
 def _way(bench: Bench, case: Case, name: str) -> Way:
     def take(num_calls: int) -> list[float]:
         try:
-            return bench.contestants[name].time(case.key, num_calls)
+            return bench.contenders[name].time(case.key, num_calls)
         except Exception as error:
             raise ContenderError(f"{name} raised {error!r}") from error
 
@@ -171,7 +171,7 @@ def _measure_whole(bench: Bench, name: str, labels: Sequence[str], known: Case) 
         if not worst >= 0.9999:
             raise ContenderError(f"{name}, {what}: other class embeddings, cosine {worst:.5f}")
 
-    expected = bench.contestants[name].answer(known.key)
+    expected = bench.contenders[name].answer(known.key)
     repository, model = bench.served[name]
     with tempfile.TemporaryDirectory() as folder:
         ask = partial(_ask, Path(folder), repository, model, labels)

@@ -28,7 +28,7 @@ from benchmarks.contenders.infinity import find_executable
 from benchmarks.contenders.items import count_items, read_items, save_items, split_items
 from benchmarks.contenders.kit import Kit, make_kit
 from benchmarks.contenders.plant import Plant, Planted, parse_plant
-from benchmarks.contenders.process import Contestant, Order
+from benchmarks.contenders.process import ContenderProcess, Order
 from clip_rt import tokenize
 from clip_rt.errors import InputError, UnknownModelError
 from clip_rt.specs import END_OF_TEXT, MODELS, find_spec
@@ -63,10 +63,10 @@ def make_items(side_px: int) -> dict[str, object]:
     }
 
 
-def load_all(contestant: Contestant, items: dict[str, object], folder: Path) -> None:
+def load_all(contender: ContenderProcess, items: dict[str, object], folder: Path) -> None:
     folder.mkdir()
-    for call in sorted(contestant.calls):
-        contestant.load(call, call, save_items(folder / call, call, items[call]))
+    for call in sorted(contender.calls):
+        contender.load(call, call, save_items(folder / call, call, items[call]))
 
 
 def min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
@@ -222,50 +222,50 @@ def drawings(tmp_path_factory) -> Kit:
 
 @pytest.fixture(scope="module")
 def expected(drawings, tmp_path_factory) -> dict[str, np.ndarray]:
-    with start("onnxruntime", drawings) as contestant:
+    with start("onnxruntime", drawings) as contender:
         items = make_items(drawings.spec.side_px)
-        load_all(contestant, items, tmp_path_factory.mktemp("items") / "all")
-        return {call: contestant.answer(call) for call in contestant.calls}
+        load_all(contender, items, tmp_path_factory.mktemp("items") / "all")
+        return {call: contender.answer(call) for call in contender.calls}
 
 
 def test_a_contender_says_what_it_is(drawings, tmp_path):
-    with start("onnxruntime", drawings) as contestant:
-        facts = contestant.facts
-        assert facts.name == contestant.name == "onnxruntime"
+    with start("onnxruntime", drawings) as contender:
+        facts = contender.facts
+        assert facts.name == contender.name == "onnxruntime"
         assert set(facts.versions) == {"onnxruntime"}
         assert facts.startup is not None
         assert facts.startup.ready_s > 0.1
         assert 0 < facts.startup.first_answer_s < 30
-        now, peak = contestant.memory_mib()
+        now, peak = contender.memory_mib()
         assert 30 < now <= peak < 2000
-        load_all(contestant, make_items(64), tmp_path / "items")
-        times_s = contestant.time("pixels", 3)
+        load_all(contender, make_items(64), tmp_path / "items")
+        times_s = contender.time("pixels", 3)
         assert len(times_s) == 3
         assert min(times_s) > 1e-4
-        contestant.forget("pixels")
+        contender.forget("pixels")
         with pytest.raises(ContenderError, match="KeyError"):
-            contestant.answer("pixels")
+            contender.answer("pixels")
         with pytest.raises(ContenderError, match="no client"):
-            contestant.stages("jpegs", 1)
+            contender.stages("jpegs", 1)
         with pytest.raises(ContenderError, match="no accelerator"):
-            contestant.time_on_device("jpegs", 1)
+            contender.time_on_device("jpegs", 1)
         # It is as good as before.
-        assert contestant.answer("texts").shape == (3, 256)
-    assert contestant.facts.startup.peak_rss_mib >= peak
+        assert contender.answer("texts").shape == (3, 256)
+    assert contender.facts.startup.peak_rss_mib >= peak
 
 
 def test_openvino_says_which_operators_take_the_time(drawings, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), dtype=np.uint8)
-    with start("openvino", drawings) as contestant:
-        contestant.load("many", "pixels", save_items(tmp_path / "many", "pixels", pixels))
-        _, peak_before = contestant.memory_mib()
-        calls = contestant.stages("many", 3)
-        _, peak = contestant.memory_mib()
+    with start("openvino", drawings) as contender:
+        contender.load("many", "pixels", save_items(tmp_path / "many", "pixels", pixels))
+        _, peak_before = contender.memory_mib()
+        calls = contender.stages("many", 3)
+        _, peak = contender.memory_mib()
         assert peak - peak_before < 40  # The second copy was elsewhere.
-        contestant.load("texts", "texts", save_items(tmp_path / "texts", "texts", TEXTS))
+        contender.load("texts", "texts", save_items(tmp_path / "texts", "texts", TEXTS))
         with pytest.raises(ContenderError, match="only the image tower"):
-            contestant.stages("texts", 1)
-        assert contestant.answer("many").shape == (32, 256)
+            contender.stages("texts", 1)
+        assert contender.answer("many").shape == (32, 256)
     assert len(calls) == 3
     for call in calls:
         total_s = call.pop("total")
@@ -276,25 +276,25 @@ def test_openvino_says_which_operators_take_the_time(drawings, tmp_path):
 
 
 def test_an_idle_contender_burns_nothing(drawings, tmp_path):
-    with start("openvino", drawings) as contestant:
-        load_all(contestant, make_items(64), tmp_path / "items")
-        contestant.time("pixels", 20)
-        process = psutil.Process(contestant._process.pid)
+    with start("openvino", drawings) as contender:
+        load_all(contender, make_items(64), tmp_path / "items")
+        contender.time("pixels", 20)
+        process = psutil.Process(contender._process.pid)
         time.sleep(0.3)
         before = sum(process.cpu_times()[:2])
         time.sleep(0.5)
         assert sum(process.cpu_times()[:2]) - before < 0.05
 
 
-def check_answers(contestant: Contestant, expected: dict[str, np.ndarray]) -> None:
-    assert {"pixels", "jpegs", "texts", "classifier", "zero_shot"} <= contestant.calls
-    for call in contestant.calls:
-        assert min_cosine(contestant.answer(call), expected[call]) > 0.99999, call
+def check_answers(contender: ContenderProcess, expected: dict[str, np.ndarray]) -> None:
+    assert {"pixels", "jpegs", "texts", "classifier", "zero_shot"} <= contender.calls
+    for call in contender.calls:
+        assert min_cosine(contender.answer(call), expected[call]) > 0.99999, call
 
 
-def find_runtimes(contestant: Contestant) -> set[str]:
+def find_runtimes(contender: ContenderProcess) -> set[str]:
     """What the processes of a server's models have loaded, whatever anyone says."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in contestant._ask("pids"))
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in contender._ask("pids"))
     return {name for name in ("libopenvino", "onnxruntime_pybind") if name in maps}
 
 
@@ -303,11 +303,11 @@ def test_all_answer_the_same(name, drawings, expected, tmp_path):
     if name == "triton openvino":
         shutil.copytree(drawings.repository("onnxruntime"), drawings.repository("openvino"))
         configure(drawings.repository("openvino"), "drawings", runtime="openvino")
-    with start(name, drawings) as contestant:
-        load_all(contestant, make_items(64), tmp_path / "items")
-        check_answers(contestant, expected)
+    with start(name, drawings) as contender:
+        load_all(contender, make_items(64), tmp_path / "items")
+        check_answers(contender, expected)
         if name == "triton openvino":
-            assert find_runtimes(contestant) == {"libopenvino"}
+            assert find_runtimes(contender) == {"libopenvino"}
 
 
 def test_the_int8_model_is_the_one_that_is_run(drawings, expected, tmp_path):
@@ -317,35 +317,35 @@ def test_the_int8_model_is_the_one_that_is_run(drawings, expected, tmp_path):
         file.parent.mkdir(parents=True)
         model = openvino.Core().read_model(drawings.tower("onnxruntime", tower))
         openvino.save_model(model, file, compress_to_fp16=True)
-    with start("openvino int8", drawings) as contestant:
-        assert contestant.facts.precision == "int8"
-        load_all(contestant, make_items(64), tmp_path / "items")
-        assert min_cosine(contestant.answer("pixels"), expected["pixels"]) > 0.999
+    with start("openvino int8", drawings) as contender:
+        assert contender.facts.precision == "int8"
+        load_all(contender, make_items(64), tmp_path / "items")
+        assert min_cosine(contender.answer("pixels"), expected["pixels"]) > 0.999
 
 
 def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expected, tmp_path):
-    with start("triton onnxruntime", drawings) as contestant:
-        load_all(contestant, make_items(64), tmp_path / "items")
-        check_answers(contestant, expected)
-        assert find_runtimes(contestant) == {"onnxruntime_pybind"}
-        pids = contestant._ask("pids")
+    with start("triton onnxruntime", drawings) as contender:
+        load_all(contender, make_items(64), tmp_path / "items")
+        check_answers(contender, expected)
+        assert find_runtimes(contender) == {"onnxruntime_pybind"}
+        pids = contender._ask("pids")
         names = [psutil.Process(pid).name() for pid in pids]
         assert any("triton" in name for name in names), names
         # Triton, two models, and the client.
-        assert contestant.memory_mib()[0] > 150
+        assert contender.memory_mib()[0] > 150
 
-        load = contestant.run_clients("jpegs", 3, 0.5)
+        load = contender.run_clients("jpegs", 3, 0.5)
         assert load.num_failed == 0
         assert len(load.latencies_s) >= 3
         assert 0.5 <= load.elapsed_s < 10
         assert sum(load.latencies_s) <= 3 * load.elapsed_s + 0.1
 
         due_at_s = [0.0, 0.0, 0.1, 0.4]
-        arrivals = contestant.run_arrivals("texts", due_at_s, items_per_call=3)
+        arrivals = contender.run_arrivals("texts", due_at_s, items_per_call=3)
         assert (len(arrivals.latencies_s), arrivals.num_failed) == (4, 0)
         assert arrivals.elapsed_s >= 0.4
 
-        for stages in contestant.stages("jpegs", 2):
+        for stages in contender.stages("jpegs", 2):
             assert {"decode", "server_compute", "total"} <= set(stages)
             assert 0 < stages["server_compute"] < stages["total"]
     wait_for_end(pids)
@@ -360,19 +360,19 @@ def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
     ):
         # A client tries for seconds; meanwhile the other one answers.
         nowhere = pool.submit(start, "triton localhost:1", drawings)
-        with start(f"triton {server.url}", drawings, model="drawings") as contestant:
-            assert contestant._ask("pids") == []
-            load_all(contestant, make_items(64), tmp_path / "items")
-            assert min_cosine(contestant.answer("jpegs"), expected["jpegs"]) > 0.99999
+        with start(f"triton {server.url}", drawings, model="drawings") as contender:
+            assert contender._ask("pids") == []
+            load_all(contender, make_items(64), tmp_path / "items")
+            assert min_cosine(contender.answer("jpegs"), expected["jpegs"]) > 0.99999
         with pytest.raises(AbsentError, match=r"triton localhost:1:"):
             nowhere.result(60)
 
 
 def test_a_planted_fault_is_there_in_the_process(drawings, expected, tmp_path):
-    with start("onnxruntime", drawings, plant=Plant(is_wrong=True)) as contestant:
-        load_all(contestant, make_items(64), tmp_path / "items")
-        assert min_cosine(contestant.answer("pixels"), expected["pixels"]) < 0.99
-        assert min_cosine(contestant.answer("pixels"), np.roll(expected["pixels"], 1, 0)) > 0.9999
+    with start("onnxruntime", drawings, plant=Plant(is_wrong=True)) as contender:
+        load_all(contender, make_items(64), tmp_path / "items")
+        assert min_cosine(contender.answer("pixels"), expected["pixels"]) < 0.99
+        assert min_cosine(contender.answer("pixels"), np.roll(expected["pixels"], 1, 0)) > 0.9999
 
 
 # Peers, on a small random model
@@ -388,7 +388,7 @@ def tiny(tmp_path_factory) -> Kit:
 
 
 @pytest.fixture(scope="module")
-def peers(tiny) -> Iterator[dict[str, Contestant]]:
+def peers(tiny) -> Iterator[dict[str, ContenderProcess]]:
     """Started all at once, because most of that is one processor that imports."""
     names = ["torch", "open_clip", "transformers"]
     if find_executable() is not None:
@@ -404,29 +404,29 @@ def peers(tiny) -> Iterator[dict[str, Contestant]]:
 
 @pytest.fixture(scope="module")
 def of_torch(tiny, peers, tmp_path_factory) -> dict[str, np.ndarray]:
-    with peers["torch"] as contestant:
+    with peers["torch"] as contender:
         items = make_items(tiny.spec.side_px)
-        load_all(contestant, items, tmp_path_factory.mktemp("items") / "all")
-        return {call: contestant.answer(call) for call in contestant.calls}
+        load_all(contender, items, tmp_path_factory.mktemp("items") / "all")
+        return {call: contender.answer(call) for call in contender.calls}
 
 
 @pytest.mark.parametrize("name", ["open_clip", "transformers", "infinity"])
 def test_peers_answer_as_our_own_model(name, tiny, peers, of_torch, tmp_path):
     if name not in peers:
         pytest.skip("infinity is not installed; $CLIP_RT_INFINITY may name its environment")
-    with peers[name] as contestant:
-        assert contestant.calls >= {"jpegs", "texts"}
-        load_all(contestant, make_items(tiny.spec.side_px), tmp_path / "items")
-        for call in contestant.calls:
-            assert min_cosine(contestant.answer(call), of_torch[call]) > 0.9999, call
-        pids = contestant._ask("pids")
+    with peers[name] as contender:
+        assert contender.calls >= {"jpegs", "texts"}
+        load_all(contender, make_items(tiny.spec.side_px), tmp_path / "items")
+        for call in contender.calls:
+            assert min_cosine(contender.answer(call), of_torch[call]) > 0.9999, call
+        pids = contender._ask("pids")
         if name == "infinity":
             assert pids
-            assert contestant.run_clients("jpegs", 4, 0.5).num_failed == 0
+            assert contender.run_clients("jpegs", 4, 0.5).num_failed == 0
             failing = save_items(tmp_path / "bad", "jpegs", [b"no picture"])
-            contestant.load("bad", "jpegs", failing)
+            contender.load("bad", "jpegs", failing)
             with pytest.raises(ContenderError, match="HTTP 4"):
-                contestant.answer("bad")
+                contender.answer("bad")
     wait_for_end(pids)
 
 
@@ -539,42 +539,42 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     kit = Kit(folder=tmp_path, spec=tiny_clip.VIT)
 
-    def make(what: str = "nothing", **limits: float) -> Contestant:
+    def make(what: str = "nothing", **limits: float) -> ContenderProcess:
         order = Order(module="fake_contender", kit=kit, options={"what": what})
-        return Contestant(UNKNOWN, order, **limits)
+        return ContenderProcess(UNKNOWN, order, **limits)
 
     return make
 
 
-def pids_of(contestant: Contestant) -> list[int]:
-    return [contestant._process.pid, *contestant._ask("pids")]
+def pids_of(contender: ContenderProcess) -> list[int]:
+    return [contender._process.pid, *contender._ask("pids")]
 
 
 def test_whatever_it_started_ends_with_it(fake):
-    with fake() as contestant:
-        pids = pids_of(contestant)
+    with fake() as contender:
+        pids = pids_of(contender)
         assert not any(map(has_ended, pids))
     wait_for_end(pids, 5)
-    contestant.close()
+    contender.close()
 
 
 def test_a_contender_that_dies_is_told_with_its_last_words(fake, tmp_path):
-    with fake() as contestant:
-        pids = pids_of(contestant)
-        contestant.load("x", "texts", save_items(tmp_path / "x", "texts", ["die"]))
+    with fake() as contender:
+        pids = pids_of(contender)
+        contender.load("x", "texts", save_items(tmp_path / "x", "texts", ["die"]))
         with pytest.raises(ContenderError, match=r"exit code 3.*\n?.*\n?the last words"):
-            contestant.answer("x")
+            contender.answer("x")
     wait_for_end(pids, 5)
 
 
 def test_a_contender_that_hangs_is_given_up(fake, tmp_path):
-    with fake(call_limit_s=0.5) as contestant:
-        pids = pids_of(contestant)
-        contestant.load("x", "texts", save_items(tmp_path / "x", "texts", ["hang"]))
+    with fake(call_limit_s=0.5) as contender:
+        pids = pids_of(contender)
+        contender.load("x", "texts", save_items(tmp_path / "x", "texts", ["hang"]))
         with pytest.raises(ContenderError, match=r"more than 0\.5 s to answer"):
-            contestant.answer("x")
+            contender.answer("x")
         with pytest.raises(ContenderError, match="given up on"):
-            contestant.time("x", 1)
+            contender.time("x", 1)
         start_s = time.monotonic()
     assert time.monotonic() - start_s < 5
     wait_for_end(pids, 5)
@@ -597,15 +597,15 @@ from pathlib import Path
 from benchmarks import findings
 from benchmarks.contenders.kit import Kit
 from benchmarks.contenders.items import save_items
-from benchmarks.contenders.process import Contestant, Order
+from benchmarks.contenders.process import ContenderProcess, Order
 from clip_rt.specs import find_spec
 folder = Path({str(tmp_path)!r})
 facts = findings.Contender(name="fake", what="a test", kind="runtime", precision="fp32")
 order = Order(module="fake_contender", kit=Kit(folder=folder, spec=find_spec("RN50")), options={{}})
-with Contestant(facts, order) as contestant:
-    contestant.load("x", "texts", save_items(folder / "x", "texts", ["hang"]))
-    print(contestant._process.pid, *contestant._ask("pids"), flush=True)
-    contestant.answer("x")
+with ContenderProcess(facts, order) as contender:
+    contender.load("x", "texts", save_items(folder / "x", "texts", ["hang"]))
+    print(contender._process.pid, *contender._ask("pids"), flush=True)
+    contender.answer("x")
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     with running(

@@ -13,13 +13,13 @@ from findings_made_up import exactly, peaks
 from rich.console import Console
 
 from benchmarks.contenders import AbsentError
-from benchmarks.contenders.process import Contestant, LoadResult
+from benchmarks.contenders.process import ContenderProcess, LoadResult
 from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
 from benchmarks.suites.bench import Bench, Settings, Taken, row_cosines
 from benchmarks.suites.cases import Case, Pictures
-from benchmarks.suites.participants import Participants, Wishes
 from benchmarks.suites.progress import Progress
+from benchmarks.suites.running import RunningContenders, Wishes
 from benchmarks.suites.shares import find_share
 from benchmarks.suites.timed import make_rows
 from benchmarks.turns import PROBE
@@ -97,14 +97,14 @@ class Answering:
         return LoadResult([0.1] * len(due_at_s), 0, elapsed_s)
 
 
-def make_bench(tmp_path: Path, **contestants: Answering) -> Bench:
+def make_bench(tmp_path: Path, **contenders: Answering) -> Bench:
     expected = np.eye(3, 8, dtype=np.float32)
     return Bench(
         model="ViT-B/32",
         weights="random",
         spec=find_spec("ViT-B/32"),
         settings=Settings(is_full=True, target=0.03, budget_s=1.0, level_s=1.0, arrivals_s=50.0),
-        contestants=cast(dict[str, Contestant], contestants),
+        contenders=cast(dict[str, ContenderProcess], contenders),
         baseline="open_clip",
         probe=cast(Any, None),
         pictures=Pictures(folder=tmp_path),
@@ -208,7 +208,7 @@ def test_who_does_not_start_again_fails_the_run_and_keeps_what_it_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wishes = Wishes(contenders=("onnxruntime", "openvino"), model="ViT-B/32", weights="random")
-    participants = Participants(wishes, cache=tmp_path, say=lambda _: None)
+    running = RunningContenders(wishes, cache=tmp_path, say=lambda _: None)
     num_starts: Counter[str] = Counter()
 
     def start(name: str, plant: object) -> Any:
@@ -218,16 +218,16 @@ def test_who_does_not_start_again_fails_the_run_and_keeps_what_it_told(
             raise AbsentError(replace(facts, absent="no memory"))
         return SimpleNamespace(facts=replace(facts, versions={name: "1.0"}), close=lambda: None)
 
-    monkeypatch.setattr(participants, "_start", start)
-    participants.start()
-    assert participants.start_again() == ["openvino did not start again: no memory"]
-    assert list(participants.contestants) == ["onnxruntime"]
-    told = [(each.name, each.absent, each.versions) for each in participants.facts]
+    monkeypatch.setattr(running, "_start", start)
+    running.start()
+    assert running.start_again() == ["openvino did not start again: no memory"]
+    assert list(running.contenders) == ["onnxruntime"]
+    told = [(each.name, each.absent, each.versions) for each in running.facts]
     assert told == [
         ("onnxruntime", None, {"onnxruntime": "1.0"}),
         ("openvino", None, {"openvino": "1.0"}),
     ]
-    assert participants.start_again() == []
+    assert running.start_again() == []
     assert num_starts == {"onnxruntime": 3, "openvino": 2}
 
 

@@ -18,8 +18,8 @@ from benchmarks.findings import Run
 from benchmarks.machine import Probe
 from benchmarks.record import read_run
 from benchmarks.suites.bench import Bench
-from benchmarks.suites.participants import Participants
 from benchmarks.suites.plan import Suite
+from benchmarks.suites.running import RunningContenders
 from clip_rt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,10 +208,10 @@ def test_what_the_first_start_gave_is_kept_when_the_second_fails(
         settings=SimpleNamespace(num_starts=2),
         begin_start=lambda *, is_last: starts.append(is_last),
     )
-    participants = SimpleNamespace(start_again=start_again)
+    running = SimpleNamespace(start_again=start_again)
     monkeypatch.setattr(run, "SUITES", {"good": Suite(what="", measure=lambda bench: None)})
     is_whole = run._measure_starts(
-        ["good"], cast(Bench, bench), cast(Participants, participants), Console(quiet=True)
+        ["good"], cast(Bench, bench), cast(RunningContenders, running), Console(quiet=True)
     )
     assert is_whole is not isinstance(error, KeyboardInterrupt)
     assert starts == [False]

@@ -25,7 +25,7 @@ from benchmarks.contenders import REFERENCE, AbsentError
 from benchmarks.contenders.items import save_items
 from benchmarks.contenders.kit import Form, Kit, Need, make_kit
 from benchmarks.contenders.plant import Plant
-from benchmarks.contenders.process import Contestant
+from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
 from clip_rt.specs import Tower, find_spec, image_model, text_model
@@ -80,7 +80,7 @@ class ExportedKit(Kit):
         return _served_folder(self.repository(form) / name) / file
 
 
-class Participants:
+class RunningContenders:
     """Those who take part; a context manager, which ends them.
 
     Args:
@@ -90,7 +90,7 @@ class Participants:
 
     Attributes:
         kit: The forms of the model.
-        contestants: Those who started, by name.
+        contenders: Those who started, by name.
 
     Raises:
         InputError: the model or the weights cannot be used.
@@ -99,17 +99,17 @@ class Participants:
     kit: Kit
 
     def __init__(self, wishes: Wishes, *, cache: Path, say: Callable[[str], None]) -> None:
-        self.contestants: dict[str, Contestant] = {}
+        self.contenders: dict[str, ContenderProcess] = {}
         self._wishes = wishes
         self._cache = cache
         self._say = say
         self._absent: dict[str, findings.Contender] = {}
         self._lost: dict[str, findings.Contender] = {}
         """Those who started once and then no more."""
-        self._reference: Contestant | None = None
+        self._reference: ContenderProcess | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> Participants:
+    def __enter__(self) -> RunningContenders:
         with self._stack:
             self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             self.kit = self._make_kit()
@@ -130,12 +130,12 @@ class Participants:
         Raises:
             InputError: as `start` does.
         """
-        before = dict(self.contestants)
-        for contestant in before.values():
-            contestant.close()
-        self.contestants.clear()
+        before = dict(self.contenders)
+        for contender in before.values():
+            contender.close()
+        self.contenders.clear()
         self.start()
-        lost = [name for name in before if name not in self.contestants]
+        lost = [name for name in before if name not in self.contenders]
         # What they told of themselves the first time goes with their rows.
         reasons = {name: self._absent.pop(name).absent for name in lost}
         self._lost |= {name: before[name].facts for name in lost}
@@ -150,22 +150,22 @@ class Participants:
         for name in [each for each in self._wishes.names if each not in self._absent | self._lost]:
             self._say(f"start {name}")
             try:
-                self.contestants[name] = self._start(name, self._wishes.plants.get(name))
+                self.contenders[name] = self._start(name, self._wishes.plants.get(name))
             except AbsentError as error:
                 self._absent[name] = error.contender
-        if not self.contestants:
+        if not self.contenders:
             reasons = "; ".join(f"{name}: {each.absent}" for name, each in self._absent.items())
             raise InputError(f"nobody can take part: {reasons}.")
 
     @property
     def baseline(self) -> str:
         """Whose times are the measure of the others."""
-        return next(name for name in (*BASELINES, *self.contestants) if name in self.contestants)
+        return next(name for name in (*BASELINES, *self.contenders) if name in self.contenders)
 
     @property
     def facts(self) -> list[findings.Contender]:
         """All who were to take part, the absent among them; after `close` with their memory."""
-        started = {name: each.facts for name, each in self.contestants.items()}
+        started = {name: each.facts for name, each in self.contenders.items()}
         found = started | self._absent | self._lost
         return [found[name] for name in self._wishes.names if name in found]
 
@@ -175,7 +175,7 @@ class Participants:
         return {
             name: (self.kit.repository(form), self.kit.name)
             for name, form in SERVED_FORMS.items()
-            if name in self.contestants
+            if name in self.contenders
         }
 
     def reference(self, case: Case) -> NDArray[np.float32]:
@@ -204,7 +204,7 @@ class Participants:
         """End everyone."""
         self._stack.close()
 
-    def _start(self, name: str, plant: Plant | None) -> Contestant:
+    def _start(self, name: str, plant: Plant | None) -> ContenderProcess:
         return self._stack.enter_context(
             contenders.start(
                 name,
