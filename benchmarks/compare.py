@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Interval, Row, Run
-from benchmarks.intervals import inverse
+from benchmarks.timing import inverse
 
 MIN_CHANGE = 0.05
 """Medians that are closer are the same, however narrow their intervals are."""

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import onnxruntime, openvino
-from benchmarks.intervals import median_interval
 from benchmarks.record import save
+from benchmarks.timing import median_interval
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec

@@ -10,12 +10,12 @@ from typing import Literal
 
 Kind = Literal["runtime", "served", "peer"]
 """An engine called directly; the whole road from client to engine; what people use instead."""
-CallKind = Literal["pixels", "tokens", "jpegs", "texts", "classifier", "zero_shot"]
+CallKind = Literal["pixels", "jpegs", "texts", "classifier", "zero_shot"]
 """What goes into a call.
 
 pixels: uint8 (N, S, S, 3), resized and cropped; float and normalised beforehand for those that
-read it so. tokens: int32 (N, L). jpegs: N encoded files. texts: N strings. classifier: labels, of
-which each has 80 prompts. zero_shot: N encoded files against labels that are known already.
+read it so. jpegs: N encoded files. texts: N strings. classifier: labels, of which each has 80
+prompts. zero_shot: N encoded files against labels that are known already.
 All but the last answer float32 (N, D) of length 1, zero_shot answers (N, C) probabilities.
 """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Ceiling, Interval, Peaks
-from benchmarks.intervals import median_interval, ratios
+from benchmarks.timing import median_interval, ratios
 from clip_rt.specs import CONTEXT_LENGTH, MODELS, ModelSpec, ResNetSpec, Tower, ViTSpec
 
 Precision = Literal["fp32", "fp16", "int8"]

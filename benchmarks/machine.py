@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.findings import Conditions, Interval, Peaks
-from benchmarks.intervals import median_interval, scaled
+from benchmarks.timing import median_interval, scaled
 from clip_rt import processor
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +231,7 @@ class Probe:
         )
 
     def time(self, num_calls: int) -> list[float]:
-        """Return the seconds of each of so many probes; a way for `turns.take_turns`."""
+        """Return the seconds of each of so many probes; a way for `timing.take_turns`."""
         times_s: list[float] = self._ask(num_calls)
         return times_s
 

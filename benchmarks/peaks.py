@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.findings import Interval
-from benchmarks.intervals import inverse, median_interval, ratios
-from benchmarks.turns import Way, take_turns
+from benchmarks.timing import Way, inverse, median_interval, ratios, take_turns
 from clip_rt.specs import MODELS, ViTSpec
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import importlib.metadata
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
 
 from benchmarks.findings import Bar, Run
 from benchmarks.machine import describe
@@ -24,8 +28,12 @@ VERSION = Run.version
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Look up the installed version of each package."""
-    return {package: importlib.metadata.version(package) for package in packages}
+    """Return the version of each package that is installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def commit(root: Path = ROOT) -> str:
@@ -48,7 +56,7 @@ def commit(root: Path = ROOT) -> str:
 
 
 def describe_bar(bar: Bar) -> dict[str, Any]:
-    """Return what the result of `save` keeps of a bar."""
+    """Return what a result keeps of a bar."""
     return {
         "what": bar.what,
         "value": round(bar.value, 4),
@@ -57,28 +65,53 @@ def describe_bar(bar: Bar) -> dict[str, Any]:
     }
 
 
-def save(name: str, results: dict[str, Any], *, packages: tuple[str, ...], part: str = "") -> Path:
-    """Write `results/<date>_<name>.json` and return its path; a part of a run has its own file."""
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    document = {
-        "date": today,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+def describe_result(command: str, packages: Sequence[str]) -> dict[str, Any]:
+    """Return what every result begins with: when, by which code, where, and with what.
+
+    Args:
+        command: What is run, without the arguments of this process, such as
+            "python -m benchmarks.soak".
+        packages: Whose versions matter.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": shlex.join([*command.split(), *sys.argv[1:]]),
+        "commit": commit(),
         "machine": describe(),
         "versions": versions(*packages),
-        **results,
     }
-    path = RESULTS_DIR / f"{today}_{'_'.join(filter(None, (name, part)))}.json"
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def write(path: Path, result: Mapping[str, Any] | Run) -> None:
+    """Write a result as JSON; figures that are no number are `NaN`."""
+    document = asdict(result) if isinstance(result, Run) else result
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def save(
+    module: str, results: Mapping[str, Any], *, packages: Sequence[str], part: str = ""
+) -> Path:
+    """Write `results/<date>_<name>.json`, and say where.
+
+    Args:
+        module: The command, below `benchmarks`; its last part is the name.
+        results: What was found.
+        packages: Whose versions matter.
+        part: Of a run that has its own file.
+
+    Returns:
+        The path.
+    """
+    result = describe_result(f"python -m benchmarks.{module}", packages)
+    name = module.rpartition(".")[2]
+    path = RESULTS_DIR / f"{result['date']}_{'_'.join(filter(None, (name, part)))}.json"
+    write(path, result | dict(results))
+    Console().print(f"written to {path}", highlight=False, soft_wrap=True)
     return path
 
 
-def write_run(run: Run, path: Path) -> None:
-    """Write all of a run as JSON that `read_run` reads; figures that are no number are `NaN`."""
-    path.write_text(json.dumps(dataclasses.asdict(run), indent=1) + "\n", encoding="utf-8")
-
-
 def read_run(path: Path) -> Run:
-    """Read what `write_run` wrote.
+    """Read what `write` wrote of a run.
 
     Raises:
         InputError: no such file, no JSON, of another version, or a field that is not as `findings`
@@ -89,12 +122,12 @@ def read_run(path: Path) -> Run:
         document = json.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as the JSON of a run: {error}.") from error
-    version = document.get("version") if isinstance(document, dict) else None
-    if version is None:
+    found = document.get("version") if isinstance(document, dict) else None
+    if found is None:
         raise InputError(f"{path} is no run of benchmarks/run.py: it has no version.")
-    if version != VERSION:
+    if found != VERSION:
         raise InputError(
-            f"{path} is a run of version {version}; this code reads version {VERSION}. "
+            f"{path} is a run of version {found}; this code reads version {VERSION}. "
             "Read it with the commit that wrote it, or run again."
         )
     try:

@@ -16,15 +16,12 @@ code is 1 when the run is not to be believed, 3 when `--compare` finds something
 
 from __future__ import annotations
 
-import datetime
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
-from importlib import metadata
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,18 +33,20 @@ if __name__ == "__main__" and sys.path[0] != str(ROOT):
     sys.path[0] = str(ROOT)
     import benchmarks  # noqa: F401 - from here on, a missing package is named in one sentence.
 
-import typer
+import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from benchmarks import contenders
+from benchmarks.command import command
 from benchmarks.compare import compare
+from benchmarks.contenders.implementation import parse_plant
 from benchmarks.contenders.kit import default_folder
-from benchmarks.contenders.plant import parse_plant
 from benchmarks.findings import Run
 from benchmarks.limits import ceilings
-from benchmarks.machine import Probe, Watch, describe
-from benchmarks.record import RESULTS_DIR, commit, read_run, write_run
+from benchmarks.machine import Probe, Watch
+from benchmarks.record import RESULTS_DIR, describe_result, read_run, write
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import render_png
 from benchmarks.report.terminal import show, show_comparison
@@ -59,18 +58,119 @@ from benchmarks.suites.progress import Progress
 from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
-from clip_rt.errors import ClipRTError
+from clip_rt.errors import InputError
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 8.0, 60.0
 NUM_FIRST_PROBES = 3
-NOT_BELIEVED, REGRESSION = 1, 3
+NOT_BELIEVED, UNUSABLE, REGRESSION = 1, 2, 3
 """Exit codes."""
 LAST = "durations"
 """The suite that wants all the memory, when everyone has gone."""
 PACKAGES = (
-    *("clip-rt", "numpy", "nvidia-pytriton", "onnxruntime", "openvino", "pillow"),
-    *("scikit-image", "torch", "tritonclient"),
-)
+    "clip-rt numpy nvidia-pytriton onnxruntime openvino pillow scikit-image torch tritonclient"
+).split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Measure, show what was found, and write it as JSON, HTML and PNG."""
+
+    suite: UseAppendAction[tuple[str, ...]] = ()
+    """Suites, with commas between them or one at a time."""
+    contender: UseAppendAction[tuple[str, ...]] = ()
+    """Contenders, in the same way."""
+    full: FlagCreatePairsOff[bool] = False
+    """Everything."""
+    quick: FlagCreatePairsOff[bool] = False
+    """What takes minutes, as without --full."""
+    model: str = "ViT-B/32"
+    """Architecture."""
+    weights: str = "random"
+    """As export.onnx takes them; speed does not depend on them."""
+    repository: Path | None = None
+    """A model repository; measures a model that is in it."""
+    name: str = "drawings"
+    """The model in --repository."""
+    url: str | None = None
+    """host:port of a Triton somewhere."""
+    remote_model: str | None = None
+    """The model of the server at --url."""
+    infinity: Path | None = None
+    """infinity_emb of its own virtual environment."""
+    target: float = 0.03
+    """Share to which a median is to be known."""
+    budget_s: float | None = None
+    """Seconds for the turns of a case."""
+    starts: int = Settings.num_starts
+    """How often everyone is started anew to be timed again."""
+    out: Path = RESULTS_DIR
+    """Folder of the results."""
+    cache: Path | None = None
+    """Folder of what is made once; else below ~/.cache."""
+    compare: Path | None = None
+    """JSON of a run to compare with."""
+    against: Path | None = None
+    """JSON of the later run, instead of a new one."""
+    judge: Path | None = None
+    """JSON to hold to the bars and to draw anew, without a run."""
+    plant: UseAppendAction[tuple[str, ...]] = ()
+    """slow:NAME:1.2 or wrong:NAME, to see that it is noticed."""
+    list_: Annotated[FlagCreatePairsOff[bool], tyro.conf.arg(name="list")] = False
+    """Only say which suites and contenders there are."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if not 0.001 <= self.target <= 1.0:
+            raise InputError(f"--target is {self.target}; it must be from 0.001 to 1.")
+        if self.budget_s is not None and self.budget_s < 0.1:
+            raise InputError(f"--budget-s is {self.budget_s}; it must be at least 0.1.")
+        if self.starts < 1:
+            raise InputError(f"--starts is {self.starts}; it must be at least 1.")
+        if self.against is not None and self.compare is None:
+            raise InputError("--against needs --compare, the earlier run.")
+
+    @property
+    def suites(self) -> list[str]:
+        """Names of the suites that are measured.
+
+        Raises:
+            InputError: one is not known.
+        """
+        quick = [name for name in SUITES if self.full or SUITES[name].is_quick]
+        return _split(self.suite, list(SUITES), "suite") or quick
+
+    @property
+    def wishes(self) -> Wishes:
+        """Who takes part, with which model.
+
+        Raises:
+            InputError: a contender is not known, or a plant none.
+        """
+        names = _split(self.contender, contenders.NAMES, "contender")
+        try:
+            plants = dict(map(parse_plant, self.plant))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        _split(list(plants), contenders.NAMES, "contender")
+        return Wishes(
+            contenders=tuple(names or (contenders.NAMES if self.full else QUICK)),
+            model=self.model,
+            weights=self.weights,
+            repository=self.repository,
+            name=self.name,
+            url=self.url,
+            remote_model=self.remote_model,
+            infinity=str(self.infinity) if self.infinity else None,
+            plants=plants,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """How much is measured."""
+        budget_s = self.budget_s or (FULL_BUDGET_S if self.full else QUICK_BUDGET_S)
+        return Settings(
+            is_full=self.full, target=self.target, budget_s=budget_s, num_starts=self.starts
+        )
 
 
 def measure(
@@ -129,11 +229,7 @@ def measure(
             _measure_suites([LAST], bench, console)
     conditions.warnings.extend(bench.notes)
     return Run(
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        command=shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-        commit=commit(),
-        machine=describe(),
-        versions=_versions(),
+        **describe_result("python benchmarks/run.py", PACKAGES),
         settings={
             "suites": [name for name in SUITES if name in suites],
             "is_full": settings.is_full,
@@ -155,24 +251,9 @@ def measure(
         accuracy=bench.accuracy,
         durations=bench.durations,
         ceilings=ceilings(),
-        bars=find_bars(
-            model=bench.model,
-            baseline=bench.baseline,
-            peaks=probe.peaks,
-            rows=bench.rows,
-            levels=bench.levels,
-        ),
+        bars=find_bars(bench.model, bench.baseline, probe.peaks, bench.rows, bench.levels),
         failures=bench.failures + _above_limit(bench),
     )
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of `PACKAGES`, as far as they are installed."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _measure_starts(
@@ -225,7 +306,7 @@ def report(run: Run, folder: Path, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{run.date}_run" + ("" if run.settings["is_full"] else "_quick")
     paths = [folder / f"{stem}.{suffix}" for suffix in ("json", "html", "png")]
-    write_run(run, paths[0])
+    write(paths[0], run)
     show(run, console)
     write_page(run, paths[1])
     # Of a run that timed nothing there is no picture, and that of an earlier one is not of this.
@@ -252,133 +333,51 @@ def _split(values: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     """Return names that are given once each or with commas between them.
 
     Raises:
-        typer.BadParameter: one is not known.
+        InputError: one is not known.
     """
     names = [name.strip() for value in values for name in value.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise typer.BadParameter(f"no {what} is called {name!r}; there are {', '.join(known)}.")
+            raise InputError(f"no {what} is called {name!r}; there are {', '.join(known)}.")
     return list(dict.fromkeys(names))
 
 
 def _judged(run: Run) -> Run:
     """Return a run as it is judged today; what was measured stays as it is."""
-    bars = find_bars(
-        model=run.model, baseline=run.baseline, peaks=run.peaks, rows=run.rows, levels=run.levels
-    )
-    return replace(run, bars=bars)
+    return replace(run, bars=find_bars(run.model, run.baseline, run.peaks, run.rows, run.levels))
 
 
-def _compare(old: Run, new: Run, console: Console) -> bool:
-    """Show what changed and return whether something became slower."""
+def _compare(old: Run, new: Run, console: Console) -> int:
+    """Show what changed and return the exit code: whether something became slower."""
     comparison = compare(old, new)
     show_comparison(comparison, console)
-    return bool(comparison.regressions)
+    return REGRESSION if comparison.regressions else 0
 
 
-def main(
-    suite: Annotated[
-        list[str], typer.Option(help="Suites, with commas between them or one at a time.")
-    ] = [],  # noqa: B006
-    contender: Annotated[list[str], typer.Option(help="Contenders, in the same way.")] = [],  # noqa: B006
-    full: Annotated[
-        bool, typer.Option("--full/--quick", help="Everything, or what takes minutes.")
-    ] = False,
-    model: Annotated[str, typer.Option(help="Architecture.")] = "ViT-B/32",
-    weights: Annotated[
-        str, typer.Option(help="As export.onnx takes them; speed does not depend on them.")
-    ] = "random",
-    repository: Annotated[
-        Path | None, typer.Option(help="A model repository; measures a model that is in it.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="The model in --repository.")] = "drawings",
-    url: Annotated[str, typer.Option(help="host:port of a Triton somewhere.")] = "",
-    remote_model: Annotated[str, typer.Option(help="The model of the server at --url.")] = "",
-    infinity: Annotated[
-        Path | None, typer.Option(help="infinity_emb of its own virtual environment.")
-    ] = None,
-    target: Annotated[
-        float, typer.Option(help="Share to which a median is to be known.", min=0.001, max=1.0)
-    ] = 0.03,
-    budget_s: Annotated[
-        float | None, typer.Option(help="Seconds for the turns of a case.", min=0.1)
-    ] = None,
-    starts: Annotated[
-        int, typer.Option(help="How often everyone is started anew to be timed again.", min=1)
-    ] = Settings.num_starts,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS_DIR,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of what is made once; else below ~/.cache.")
-    ] = None,
-    compare_with: Annotated[
-        Path | None, typer.Option("--compare", help="JSON of a run to compare with.")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="JSON of the later run, instead of a new one.")
-    ] = None,
-    judge: Annotated[
-        Path | None, typer.Option(help="JSON to hold to the bars and to draw anew, without a run.")
-    ] = None,
-    plant: Annotated[
-        list[str], typer.Option(help="slow:NAME:1.2 or wrong:NAME, to see that it is noticed.")
-    ] = [],  # noqa: B006
-    list_: Annotated[
-        bool, typer.Option("--list", help="Only say which suites and contenders there are.")
-    ] = False,
-) -> None:
-    """Measure, show what was found, and write it as JSON, HTML and PNG."""
-    console = Console()
-    wanted_suites = _split(suite, list(SUITES), "suite")
-    wanted = _split(contender, contenders.NAMES, "contender")
-    try:
-        plants = dict(map(parse_plant, plant))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    try:
-        _split(list(plants), contenders.NAMES, "contender")
-        wishes = Wishes(
-            contenders=tuple(wanted or (contenders.NAMES if full else QUICK)),
-            model=model,
-            weights=weights,
-            repository=repository,
-            name=name,
-            url=url or None,
-            remote_model=remote_model or None,
-            infinity=str(infinity) if infinity else None,
-            plants=plants,
-        )
-        old = None if compare_with is None else read_run(compare_with)
-        if list_:
-            list_all(console, wishes)
-            return
-        if judge is not None:
-            report(_judged(read_run(judge)), out, console)
-            return
-        if against is not None:
-            if old is None:
-                raise typer.BadParameter("--against needs --compare, the earlier run.")
-            raise typer.Exit(REGRESSION if _compare(old, read_run(against), console) else 0)
-        run = measure(
-            wanted_suites or [name for name in SUITES if full or SUITES[name].is_quick],
-            wishes,
-            Settings(
-                is_full=full,
-                target=target,
-                budget_s=budget_s or (FULL_BUDGET_S if full else QUICK_BUDGET_S),
-                num_starts=starts,
-            ),
-            cache=cache or default_folder(),
-            console=console,
-        )
-    except ClipRTError as error:  # Something that was given cannot be used.
-        raise typer.BadParameter(str(error)) from error
-    report(run, out, console)
-    is_slower = old is not None and _compare(old, run, console)
-    if run.failures:
-        raise typer.Exit(NOT_BELIEVED)
-    if is_slower:
-        raise typer.Exit(REGRESSION)
+def main(config: RunConfig) -> int:
+    """Do what was asked for and return the exit code.
+
+    Raises:
+        ClipRTError: something that was given cannot be used.
+    """
+    console, suites, wishes = Console(), config.suites, config.wishes
+    old = None if config.compare is None else read_run(config.compare)
+    if config.list_:
+        list_all(console, wishes)
+        return 0
+    if config.judge is not None:
+        report(_judged(read_run(config.judge)), config.out, console)
+        return 0
+    if old is not None and config.against is not None:
+        return _compare(old, read_run(config.against), console)
+    run = measure(
+        suites, wishes, config.settings, cache=config.cache or default_folder(), console=console
+    )
+    report(run, config.out, console)
+    code = 0 if old is None else _compare(old, run, console)
+    return NOT_BELIEVED if run.failures else code
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command(UNUSABLE):
+        sys.exit(main(tyro.cli(RunConfig, description=__doc__)))

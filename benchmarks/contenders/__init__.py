@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from benchmarks import findings
 from benchmarks.contenders import process
-from benchmarks.contenders.implementation import UnfitError
+from benchmarks.contenders.implementation import Plant, UnfitError
 from benchmarks.contenders.kit import Kit, Need
-from benchmarks.contenders.plant import Plant
 from benchmarks.contenders.process import ContenderError, ContenderProcess, Order
 from clip_rt.specs import ModelSpec, ViTSpec
 
@@ -127,7 +126,8 @@ _ENTRIES = (
         name="open_clip",
         what="open_clip, eager torch in FP32, with its own transform and tokenizer",
         kind="peer",
-        module="open_clip",
+        module="torch_based",
+        options={"package": "open_clip"},
         needs=("checkpoint",),
         imports=("open_clip",),
     ),
@@ -135,7 +135,8 @@ _ENTRIES = (
         name="transformers",
         what="transformers' CLIPModel and CLIPProcessor, eager torch in FP32",
         kind="peer",
-        module="transformers",
+        module="torch_based",
+        options={"package": "transformers"},
         needs=("hub",),
         imports=("transformers",),
     ),
@@ -164,7 +165,8 @@ REFERENCE = Entry(
     name="torch",
     what="the project's own model in FP32 torch, what answers are held against",
     kind="runtime",
-    module="reference",
+    module="torch_based",
+    options={"package": "clip_rt"},
     needs=("checkpoint",),
 )
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 import clip_rt
 from benchmarks.contenders.implementation import (
+    Implementation,
     count_cores,
     prompts_of,
     zero_shot_prompts,
@@ -23,7 +24,7 @@ Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 """uint8 (N, S, S, 3) or int32 (N, L) in, float32 (N, D) of length 1 out."""
 
 
-class Bare:
+class Bare(Implementation):
     """The towers in an engine that is called directly.
 
     Args:
@@ -32,10 +33,6 @@ class Bare:
         encode_tokens: The text tower.
         versions: Of what runs them.
     """
-
-    calls: frozenset[CallKind] = frozenset(
-        {"pixels", "tokens", "jpegs", "texts", "classifier", "zero_shot"}
-    )
 
     def __init__(
         self, kit: Kit, encode_pixels: Encode, encode_tokens: Encode, versions: dict[str, str]
@@ -50,14 +47,12 @@ class Bare:
         if call == "zero_shot":
             jpegs, labels = items
             return jpegs, labels, self._encode_texts(zero_shot_prompts(labels))
-        return np.ascontiguousarray(items) if call in ("pixels", "tokens") else items
+        return np.ascontiguousarray(items) if call == "pixels" else items
 
     def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
         """Embed; batches of at most what the server would make of them."""
         if call == "pixels":
             return self._in_batches(self._encode_pixels, prepared)
-        if call == "tokens":
-            return self._in_batches(self._encode_tokens, prepared)
         if call == "jpegs":
             return self._encode_jpegs(prepared)
         if call == "texts":
@@ -73,13 +68,6 @@ class Bare:
             logit_scale=self._kit.logit_scale,
             logit_bias=self._kit.logit_bias,
         ).probabilities
-
-    def pids(self) -> list[int]:
-        """Return none: it is all in this process."""
-        return []
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def _encode_jpegs(self, jpegs: list[bytes]) -> NDArray[np.float32]:
         side_px = self._kit.spec.side_px
@@ -98,9 +86,7 @@ class Bare:
 
     @staticmethod
     def _in_batches(encode: Encode, rows: NDArray[Any]) -> NDArray[np.float32]:
-        parts = [
-            # A copy: some engines write the next answer into the same memory.
-            encode(rows[start : start + MAX_BATCH_SIZE]).copy()
-            for start in range(0, len(rows), MAX_BATCH_SIZE)
-        ]
+        starts = range(0, len(rows), MAX_BATCH_SIZE)
+        # A copy: some engines write the next answer into the same memory.
+        parts = [encode(rows[start : start + MAX_BATCH_SIZE]).copy() for start in starts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

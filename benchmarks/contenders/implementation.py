@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,69 +17,100 @@ import clip_rt
 from benchmarks.findings import CallKind
 from clip_rt.classification.zero_shot import MIN_NORM
 from clip_rt.inputs.prompts import fill, find_templates
+from clip_rt.specs import CLIP_MEAN, CLIP_STD
 
 TEMPLATES = "openai_imagenet"
 """The 80 prompts that each class has in a "classifier" call; "zero_shot" has one for each label."""
+ALL_CALLS: frozenset[CallKind] = frozenset({"pixels", "jpegs", "texts", "classifier", "zero_shot"})
 
 
 class UnfitError(Exception):
     """A contender cannot take part here; the message says why."""
 
 
-class Implementation(Protocol):
-    """One way to embed images and texts.
+class Implementation(ABC):
+    """One way to embed images and texts; only the served ones need allow `run` from many threads.
 
-    Only the served ones need allow `run` from several threads at once.
+    One whose engine counts how long each of its operators takes also has a method
+    `profile(call, prepared, num_calls)`, which returns for each of some runs the seconds by kind of
+    operator, and `total`.
     """
 
-    calls: frozenset[CallKind]
+    calls: frozenset[CallKind] = ALL_CALLS
     """What it can do."""
     versions: dict[str, str]
     """Of the packages that decide its speed."""
+    client: clip_rt.Client | None = None
+    """What makes the calls, where that is a client, which can tell where the time goes."""
 
     def prepare(self, call: CallKind, items: Any) -> Any:
         """Bring items, as `items.read_items` returns them, to the form its call takes; untimed."""
-        ...
+        return items
 
+    @abstractmethod
     def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
         """Do what is timed; see `findings.CallKind` for what comes back."""
-        ...
 
     def pids(self) -> list[int]:
         """Return the processes beside its own that work for it."""
-        ...
+        return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have started nothing.
         """End what it started."""
-        ...
 
 
-@runtime_checkable
-class Staged(Protocol):
-    """A contender whose client can tell where the time of a call goes."""
+@dataclass(frozen=True, kw_only=True)
+class Plant:
+    """What is wrong with a contender on purpose, so that the alarms of a run can be seen."""
 
-    @property
-    def client(self) -> clip_rt.Client:
-        """What makes the calls."""
-        ...
-
-
-@runtime_checkable
-class Profiled(Protocol):
-    """A contender whose engine counts how long each of its operators takes."""
-
-    def profile(self, call: CallKind, prepared: Any, num_calls: int) -> list[dict[str, float]]:
-        """Return for each of some runs the seconds by kind of operator, and `total`."""
-        ...
+    slow_down: float = 1.0
+    """Times as long as it would take, at least 1."""
+    is_wrong: bool = False
+    """Whether its answers are those of other items."""
 
 
-@runtime_checkable
-class OnDevice(Protocol):
-    """A contender on an accelerator that can be timed without the transfers."""
+def parse_plant(text: str) -> tuple[str, Plant]:
+    """Read `slow:NAME:1.2` or `wrong:NAME`.
 
-    def time_on_device(self, call: CallKind, prepared: Any, num_calls: int) -> list[float]:
-        """Return the seconds of each of some runs, by the accelerator's own clock."""
-        ...
+    Returns:
+        The name of the contender, and what is planted.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    what, _, rest = text.partition(":")
+    if what == "wrong" and rest:
+        return rest, Plant(is_wrong=True)
+    name, _, factor = rest.rpartition(":")
+    if what == "slow" and name:
+        try:
+            slow_down = float(factor)
+        except ValueError:
+            slow_down = 0.0
+        if 1.0 <= slow_down < 1e3:
+            return name, Plant(slow_down=slow_down)
+    raise ValueError(f"{text[:80]!r} is no fault to plant; write slow:NAME:1.2 or wrong:NAME.")
+
+
+class Planted:
+    """An implementation with a fault; otherwise it is the one inside."""
+
+    def __init__(self, inside: Implementation, plant: Plant) -> None:
+        self._inside = inside
+        self._plant = plant
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inside, name)
+
+    def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
+        """Run, and do what is planted."""
+        start_s = time.perf_counter()
+        answer = self._inside.run(call, prepared)
+        if self._plant.is_wrong:
+            # The answers of the neighbours; where there are none, one turned elsewhere.
+            answer = np.roll(answer, 1, axis=0 if len(answer) > 1 else 1)
+        time.sleep((self._plant.slow_down - 1.0) * (time.perf_counter() - start_s))
+        return answer
 
 
 def count_cores() -> int:
@@ -98,6 +132,13 @@ def zero_shot_prompts(labels: Sequence[str]) -> list[str]:
     """Return the one prompt that each label has in "zero_shot"."""
     (template,) = find_templates(None)
     return [fill(template, label) for label in labels]
+
+
+def normalise(pixels_NSSC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return float32 (N, 3, S, S) with CLIP's mean and deviation applied, as its towers read it."""
+    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
+    scaled = (pixels_NSSC.astype(np.float32) / 255 - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 def unit(rows: NDArray[Any]) -> NDArray[np.float32]:

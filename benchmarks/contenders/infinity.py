@@ -41,7 +41,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from benchmarks.contenders.implementation import UnfitError, count_cores
+from benchmarks.contenders.implementation import Implementation, UnfitError, count_cores
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
 
@@ -54,7 +54,7 @@ IMAGES_PER_REQUEST, TEXTS_PER_REQUEST = 32, 2048
 """The most that it takes in one request."""
 
 
-class Infinity:
+class Infinity(Implementation):
     """A server process of infinity, and HTTP clients, one for each thread, that keep alive.
 
     Images go as base64 in data URIs, made beforehand; embeddings come back as base64, which is

@@ -1,7 +1,7 @@
 """What goes into a call, written to a file for the process of a contender, and read back there.
 
-pixels and tokens are one .npy; the others a folder with the encoded files and a JSON of the
-strings. Nothing of it is unpickled.
+Pixels are one .npy; the others a folder with the encoded files and a JSON of the strings. Nothing
+of it is unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.findings import CallKind
 
@@ -19,29 +18,22 @@ STRINGS = "strings.json"
 
 
 def save_items(path: Path, call: CallKind, items: Any) -> Path:
-    """Write the items of a call.
+    """Write the items of a call, as `suites.cases.Case.items` has them.
 
     Args:
         path: To write to; a file or folder of this name must not be there yet.
         call: Which kind.
-        items: uint8 (N, S, S, 3) pixels or int32 (N, L) tokens; a list of encoded files for
-            "jpegs"; of strings for "texts" and "classifier"; both lists, as a pair, for
-            "zero_shot".
+        items: Of that kind.
 
     Returns:
         What `read_items` reads.
     """
-    if call in ("pixels", "tokens"):
+    if call == "pixels":
         path = path.with_name(f"{path.name}.npy")
         with path.open("xb") as file:
             np.save(file, np.asarray(items), allow_pickle=False)
         return path
-    files, strings = {
-        "jpegs": lambda: (items, []),
-        "texts": lambda: ([], items),
-        "classifier": lambda: ([], items),
-        "zero_shot": lambda: items,
-    }[call]()
+    files, strings = {"jpegs": (items, []), "zero_shot": items}.get(call, ([], items))
     path.mkdir(parents=True)
     for index, encoded in enumerate(files):
         (path / f"{index:06}.image").write_bytes(encoded)
@@ -51,14 +43,11 @@ def save_items(path: Path, call: CallKind, items: Any) -> Path:
 
 def read_items(path: Path, call: CallKind) -> Any:
     """Read what `save_items` wrote; lists come back as lists."""
-    if call in ("pixels", "tokens"):
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-        return array
+    if call == "pixels":
+        return np.load(path, allow_pickle=False)
     files = [file.read_bytes() for file in sorted(path.glob("*.image"))]
     strings: list[str] = json.loads((path / STRINGS).read_text("utf-8"))
-    if call == "zero_shot":
-        return files, strings
-    return files if call == "jpegs" else strings
+    return {"jpegs": files, "zero_shot": (files, strings)}.get(call, strings)
 
 
 def count_items(call: CallKind, items: Any) -> int:

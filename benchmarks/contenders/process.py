@@ -26,9 +26,8 @@ import psutil
 from numpy.typing import NDArray
 
 from benchmarks import findings
-from benchmarks.contenders.implementation import UnfitError
+from benchmarks.contenders.implementation import Plant, UnfitError
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.plant import Plant
 from benchmarks.findings import CallKind
 
 ROOT = Path(__file__).parents[2]
@@ -170,15 +169,6 @@ class ContenderProcess:
     def time(self, key: str, num_calls: int) -> list[float]:
         """Run with all items of a key, one call after another; return the seconds of each."""
         times_s: list[float] = self._ask("time", key, num_calls)
-        return times_s
-
-    def time_on_device(self, key: str, num_calls: int) -> list[float]:
-        """Do as `time` does, by the accelerator's clock and without the transfers.
-
-        Raises:
-            ContenderError: it is on no accelerator.
-        """
-        times_s: list[float] = self._ask("time_on_device", key, num_calls)
         return times_s
 
     def run_clients(

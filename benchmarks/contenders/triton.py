@@ -10,7 +10,7 @@ import psutil
 from numpy.typing import NDArray
 
 import clip_rt
-from benchmarks.contenders.implementation import TEMPLATES, installed
+from benchmarks.contenders.implementation import TEMPLATES, Implementation, installed
 from benchmarks.contenders.kit import Form, Kit
 from benchmarks.findings import CallKind
 from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
@@ -19,7 +19,7 @@ TIMEOUT_S = 1800.0
 START_TIMEOUT_S = 240.0
 
 
-class Triton:
+class Triton(Implementation):
     """A client, and the embedded server where it has one.
 
     It may be called from any number of threads.
@@ -31,8 +31,6 @@ class Triton:
         versions: Of what runs the model.
     """
 
-    calls: frozenset[CallKind] = frozenset({"pixels", "jpegs", "texts", "classifier", "zero_shot"})
-
     def __init__(
         self,
         client: clip_rt.Client,
@@ -40,7 +38,7 @@ class Triton:
         server: EmbeddedServer | None,
         versions: dict[str, str],
     ) -> None:
-        self.client = client
+        self.client: clip_rt.Client = client
         self._cold = cold
         self._server = server
         self.versions = {"clip_rt": clip_rt.__version__, **versions}

@@ -1,8 +1,8 @@
 """The process of one contender: `python -m benchmarks.contenders.worker DESCRIPTOR`.
 
-`process.ContenderProcess` starts it, with one end of a pipe as DESCRIPTOR. The main thread does what it
-is ordered to; another one reads the orders, so that the end of the pipe is noticed at any time:
-then this process ends, with all that it started.
+`process.ContenderProcess` starts it, with one end of a pipe as DESCRIPTOR. The main thread does
+what it is ordered to; another one reads the orders, so that the end of the pipe is noticed at any
+time: then this process ends, with all that it started.
 """
 
 from __future__ import annotations
@@ -21,21 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
-from benchmarks.contenders.implementation import (
-    Implementation,
-    OnDevice,
-    Profiled,
-    Staged,
-    UnfitError,
-)
+from benchmarks.contenders.implementation import Implementation, Planted, UnfitError
 from benchmarks.contenders.items import read_items, split_items
-from benchmarks.contenders.plant import Planted
 from benchmarks.contenders.process import LoadResult, Order
 from benchmarks.findings import CallKind
 from clip_rt.wire.canary import TEXT, draw_image
@@ -99,24 +92,18 @@ class Worker:
             times_s.append(time.perf_counter() - start_s)
         return times_s
 
-    def time_on_device(self, key: str, num_calls: int) -> list[float]:
-        """Time some runs by the clock of the accelerator."""
-        loaded, implementation = self._loaded[key], self._inside()
-        if not isinstance(implementation, OnDevice):
-            raise TypeError("it is on no accelerator.")
-        return implementation.time_on_device(loaded.call, loaded.prepared, num_calls)
-
     def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
         """Take some runs apart."""
-        loaded, implementation = self._loaded[key], self._inside()
-        if isinstance(implementation, Profiled):
-            return implementation.profile(loaded.call, loaded.prepared, num_calls)
-        if not isinstance(implementation, Staged):
+        loaded, implementation = self._loaded[key], self._implementation
+        if profile := getattr(implementation, "profile", None):
+            profiled: list[dict[str, float]] = profile(loaded.call, loaded.prepared, num_calls)
+            return profiled
+        if implementation.client is None:
             raise TypeError("it has no client that could tell its stages.")
         found = []
         for _ in range(num_calls):
             with clip_rt.measure(server=implementation.client) as timings:
-                self._implementation.run(loaded.call, loaded.prepared)
+                implementation.run(loaded.call, loaded.prepared)
             found.append(timings.seconds)
         return found
 
@@ -165,10 +152,6 @@ class Worker:
     def pids(self) -> list[int]:
         """Return the processes beside this one."""
         return self._implementation.pids()
-
-    def _inside(self) -> Implementation:
-        planted = self._implementation
-        return planted.inside if isinstance(planted, Planted) else planted
 
     def _make_call(
         self, key: str, items_per_call: int
@@ -229,7 +212,7 @@ def main(descriptor: int) -> None:
             order.kit, **order.options
         )
         if order.plant is not None:
-            implementation = Planted(implementation, order.plant)
+            implementation = cast(Implementation, Planted(implementation, order.plant))
         made.append(implementation)
     except UnfitError as error:
         pipe.send(("unfit", str(error)))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.findings import Contender, Level, Row, Run
-from benchmarks.intervals import half_width
 from benchmarks.report import words
+from benchmarks.timing import half_width
 from clip_rt.processor import in_brackets
 
 KEY_CASES: tuple[tuple[str, int | None], ...] = (

@@ -568,4 +568,4 @@ def _ticks(low: float, high: float, min_gap: float) -> list[float]:
 
 
 def _unit(level: Level) -> str:
-    return "texts" if level.call in ("texts", "tokens") else "images"
+    return "texts" if level.call == "texts" else "images"

@@ -10,11 +10,13 @@ name of the result without its date. It links to its result, which is how `--che
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
+from rich.console import Console
 
+from benchmarks.command import command
 from benchmarks.findings import Row, Run
 from benchmarks.record import read_run
 from benchmarks.report import answers, words
@@ -23,6 +25,18 @@ from clip_rt_commands.errors import command
 
 README = Path(__file__).parents[2] / "README.md"
 MAX_CASES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadmeConfig:
+    """Write the README's block of a result, or check it; --check alone checks all blocks."""
+
+    result: tyro.conf.Positional[Path | None] = None
+    """JSON of benchmarks/run.py."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write nothing; exit with 1 where a block is stale."""
+    readme: Path = README
+    """File with the blocks."""
 
 
 def update(readme: Path, run: Run, result_path: Path) -> bool:
@@ -159,29 +173,26 @@ def _replaced(text: str, readme: Path, run: Run, result_path: Path) -> str:
     return f"{before}{begin}\n{block(run, links)}\n{after}"
 
 
-def main(
-    result: Annotated[Path | None, typer.Argument(help="JSON of benchmarks/run.py.")] = None,
-    is_check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit with 1 where a block is stale.")
-    ] = False,
-    readme: Annotated[Path, typer.Option(help="File with the blocks.")] = README,
-) -> None:
-    """Write the README's block of RESULT, or check it; --check alone checks all blocks."""
-    paths = [result] if result else results_of(readme)
-    if not (result or is_check):
+def main(config: ReadmeConfig) -> None:
+    """Write the block of a result, or check it; --check alone checks all blocks.
+
+    Raises:
+        InputError: a block is stale or cannot be written.
+    """
+    if config.result is None and not config.check:
         raise InputError("Name the result to write from, or --check.")
-    for path in paths:
+    for path in [config.result] if config.result else results_of(config.readme):
         run = read_run(path)
-        if not is_check:
-            changed = "updated" if update(readme, run, path) else "already says so"
-            typer.echo(f"{readme}: {changed}")
-        elif not check(readme, run, path):
+        if not config.check:
+            changed = "updated" if update(config.readme, run, path) else "already says so"
+            Console().print(f"{config.readme}: {changed}", highlight=False, soft_wrap=True)
+        elif not check(config.readme, run, path):
             raise InputError(
-                f"{readme} does not say what {path} found. "
+                f"{config.readme} does not say what {path} found. "
                 f"Run python -m benchmarks.report.readme {path}."
             )
 
 
 if __name__ == "__main__":
     with command():
-        typer.run(main)
+        main(tyro.cli(ReadmeConfig, description=__doc__))

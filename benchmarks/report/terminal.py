@@ -13,9 +13,9 @@ from rich.text import Text
 
 from benchmarks.compare import Change, Comparison
 from benchmarks.findings import Bar, Level, Row, Run
-from benchmarks.intervals import half_width
 from benchmarks.report import answers, words
 from benchmarks.report.answers import CaseRows
+from benchmarks.timing import half_width
 
 _LEFT = (
     "suite",

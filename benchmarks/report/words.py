@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.findings import Interval
-from benchmarks.intervals import half_width
+from benchmarks.timing import half_width
 
 
 def number(value: float) -> str:
@@ -52,7 +52,7 @@ def cosine(value: float) -> str:
 
 def load(call: str, items: int) -> str:
     """Return what each call under load brings: "1 JPEG a call"."""
-    plural = {"jpegs": "JPEGs", "pixels": "images", "tokens": "texts"}.get(call, call)
+    plural = {"jpegs": "JPEGs", "pixels": "images"}.get(call, call)
     return f"{items} {plural.removesuffix('s') if items == 1 else plural} a call"
 
 

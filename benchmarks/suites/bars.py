@@ -43,7 +43,7 @@ SHARE_OF_LIMIT = 0.90
 
 
 def find_bars(
-    *, model: str, baseline: str, peaks: Peaks, rows: Iterable[Row], levels: Iterable[Level]
+    model: str, baseline: str, peaks: Peaks, rows: Iterable[Row], levels: Iterable[Level]
 ) -> list[Bar]:
     """Hold a run to the bars whose figures it has.
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 
@@ -22,9 +20,9 @@ from numpy.typing import NDArray
 import clip_rt
 from benchmarks import contenders, findings
 from benchmarks.contenders import REFERENCE, AbsentError
+from benchmarks.contenders.implementation import Plant
 from benchmarks.contenders.items import save_items
-from benchmarks.contenders.kit import Form, Kit, Need, make_kit
-from benchmarks.contenders.plant import Plant
+from benchmarks.contenders.kit import Form, Kit, make_kit
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
@@ -43,7 +41,6 @@ SERVED_FORMS: Mapping[str, Form] = {
 OF_A_REPOSITORY = ("onnxruntime", "openvino", "triton onnxruntime", "triton openvino")
 """Who can run a model that is exported already: its ONNX files are all there is."""
 START_TIMEOUT_S = 240.0
-END_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +218,7 @@ class RunningContenders:
             return self._copy_repository(wishes.repository, wishes.name)
         spec = find_spec(wishes.model)
         needs = contenders.find_needs(wishes.names, spec, infinity=wishes.infinity)
-        return _make_elsewhere(wishes.model, wishes.weights, self._cache, needs, self._say)
+        return make_kit(wishes.model, wishes.weights, self._cache, needs, say=self._say)
 
     def _copy_repository(self, source: Path, name: str) -> Kit:
         """Make a kit of a model that is exported, without changing the repository it is in."""
@@ -276,54 +273,6 @@ class RunningContenders:
         )
         if done.returncode:
             raise InputError(f"{name!r} cannot be served by {runtime}: {done.stderr[-500:]}")
-
-
-def _make_elsewhere(
-    model: str, weights: str, cache: Path, needs: Sequence[Need], say: Callable[[str], None]
-) -> Kit:
-    """Do as `make_kit` does in a process of its own, since that imports torch.
-
-    Raises:
-        InputError: the weights cannot be used.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_make, args=(theirs, model, weights, cache, needs))
-    process.start()
-    theirs.close()
-    is_first = True
-    try:
-        while True:
-            what, value = ours.recv()
-            if what == "kit":
-                kit: Kit = value
-                return kit
-            if what == "error":
-                raise InputError(value)
-            if is_first:
-                say("What is measured has to be made once, which takes some minutes.")
-                is_first = False
-            say(value)
-    except EOFError:
-        process.join()
-        raise InputError(
-            f"making the forms of {model} ended with exit code {process.exitcode}."
-        ) from None
-    finally:
-        ours.close()
-        process.join(END_TIMEOUT_S)
-        process.terminate()
-        process.join()
-
-
-def _make(pipe: Connection, model: str, weights: str, cache: Path, needs: Sequence[Need]) -> None:
-    """Be the other process of `_make_elsewhere`."""
-    try:
-        kit = make_kit(model, weights, cache, needs, say=lambda line: pipe.send(("line", line)))
-    except InputError as error:
-        pipe.send(("error", str(error)))
-    else:
-        pipe.send(("kit", kit))
 
 
 def describe_all(wishes: Wishes) -> list[findings.Contender]:

@@ -20,19 +20,21 @@ import clip_rt
 from benchmarks.contenders.implementation import TEMPLATES
 from benchmarks.contenders.process import ContenderError
 from benchmarks.findings import Duration, Row
-from benchmarks.intervals import (
+from benchmarks.suites.bench import Bench, Taken, row_cosines
+from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case
+from benchmarks.suites.shares import find_share
+from benchmarks.timing import (
     MIN_SAMPLES,
+    PROBE,
+    Way,
     half_width,
     inverse,
     is_narrow,
     median_interval,
     ratios,
     scaled,
+    take_turns,
 )
-from benchmarks.suites.bench import Bench, Taken, row_cosines
-from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case
-from benchmarks.suites.shares import find_share
-from benchmarks.turns import PROBE, Way, take_turns
 
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9

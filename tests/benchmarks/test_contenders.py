@@ -24,10 +24,10 @@ from processes import running
 
 from benchmarks import contenders, findings
 from benchmarks.contenders import AbsentError, ContenderError, forms, start
+from benchmarks.contenders.implementation import Plant, Planted, parse_plant
 from benchmarks.contenders.infinity import find_executable
 from benchmarks.contenders.items import count_items, read_items, save_items, split_items
 from benchmarks.contenders.kit import Kit, make_kit
-from benchmarks.contenders.plant import Plant, Planted, parse_plant
 from benchmarks.contenders.process import ContenderProcess, Order
 from clip_rt import tokenize
 from clip_rt.errors import InputError, UnknownModelError
@@ -55,7 +55,6 @@ def make_items(side_px: int) -> dict[str, object]:
     rng = np.random.default_rng(0)
     return {
         "pixels": rng.integers(0, 256, (5, side_px, side_px, 3), dtype=np.uint8),
-        "tokens": tokenize(TEXTS)[:, :24],
         "jpegs": jpegs,
         "texts": TEXTS,
         "classifier": LABELS,
@@ -93,7 +92,7 @@ def wait_for_end(pids: list[int], limit_s: float = 20.0) -> None:
 # Items
 
 
-@pytest.mark.parametrize("call", ["pixels", "tokens", "jpegs", "texts", "classifier", "zero_shot"])
+@pytest.mark.parametrize("call", ["pixels", "jpegs", "texts", "classifier", "zero_shot"])
 def test_items_come_back_as_they_were(call, tmp_path):
     items = make_items(32)[call]
     back = read_items(save_items(tmp_path / "items", call, items), call)
@@ -247,8 +246,6 @@ def test_a_contender_says_what_it_is(drawings, tmp_path):
             contender.answer("pixels")
         with pytest.raises(ContenderError, match="no client"):
             contender.stages("jpegs", 1)
-        with pytest.raises(ContenderError, match="no accelerator"):
-            contender.time_on_device("jpegs", 1)
         # It is as good as before.
         assert contender.answer("texts").shape == (3, 256)
     assert contender.facts.startup.peak_rss_mib >= peak
@@ -451,7 +448,7 @@ def test_their_tokenizer_gives_our_ids(tiny):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_open_clip_knows_the_architectures_as_we_describe_them(name, open_clip):
-    from benchmarks.contenders.open_clip import architecture
+    from benchmarks.contenders.torch_based import architecture
 
     spec = MODELS[name]
     if architecture(spec) not in open_clip.list_models():

@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks.intervals import (
+from benchmarks.timing import (
     MIN_SAMPLES,
     half_width,
     inverse,

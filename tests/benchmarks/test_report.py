@@ -36,7 +36,7 @@ from benchmarks.findings import (
     Stages,
     StartUp,
 )
-from benchmarks.record import RESULTS_DIR, read_run, write_run
+from benchmarks.record import RESULTS_DIR, read_run, write
 from benchmarks.report import answers, page, plots, readme, style, terminal, words
 from clip_rt.errors import InputError
 
@@ -620,7 +620,7 @@ def page_of_readme(run: Run, tmp_path: Path) -> tuple[Path, Path]:
     """A README with an empty block, and the result that belongs into it."""
     result = tmp_path / "results/2026-11-28_run.json"
     result.parent.mkdir()
-    write_run(run, result)
+    write(result, run)
     result.with_suffix(".html").write_text("page", encoding="utf-8")
     page = tmp_path / "README.md"
     page.write_text("# a\n<!-- benchmarks:run -->\n<!-- /benchmarks:run -->\nb\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from benchmarks.suites.progress import Progress
 from benchmarks.suites.running import RunningContenders, Wishes
 from benchmarks.suites.shares import find_share
 from benchmarks.suites.timed import make_rows
-from benchmarks.turns import PROBE
+from benchmarks.timing import PROBE
 from clip_rt.specs import find_spec
 
 
@@ -361,9 +361,7 @@ def test_bars_are_of_what_was_measured() -> None:
         replace(level(0, rate), contender=name, num_clients=8, offered_per_s=None)
         for name, rate in (("triton openvino", 17.0), ("infinity", 10.0))
     ]
-    found = bars.find_bars(
-        model="ViT-B/32", baseline="open_clip", peaks=PEAKS, rows=rows, levels=clients
-    )
+    found = bars.find_bars("ViT-B/32", "open_clip", PEAKS, rows, clients)
     assert [(bar.value, bar.limit, bar.is_met) for bar in found] == [
         (1.5, 1.4, True),
         (1.06, 1.05, True),
@@ -372,12 +370,8 @@ def test_bars_are_of_what_was_measured() -> None:
         (pytest.approx(0.88), 0.90, False),
     ]
     assert len({bar.what for bar in found}) == len(found)
-    assert not bars.find_bars(
-        model="ViT-L/14", baseline="open_clip", peaks=PEAKS, rows=rows, levels=clients
-    )
-    others = bars.find_bars(
-        model="ViT-B/32", baseline="onnxruntime", peaks=PEAKS, rows=rows, levels=[]
-    )
+    assert not bars.find_bars("ViT-L/14", "open_clip", PEAKS, rows, clients)
+    others = bars.find_bars("ViT-B/32", "onnxruntime", PEAKS, rows, [])
     assert [bar.value for bar in others] == [pytest.approx(0.88)]
     assert others[0].what.endswith("at its own shapes")
 

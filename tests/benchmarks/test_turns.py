@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from benchmarks.intervals import MIN_SAMPLES
-from benchmarks.turns import MAX_WARM_UP_TURNS, PROBE, Way, take_turns
+from benchmarks.timing import MAX_WARM_UP_TURNS, MIN_SAMPLES, PROBE, Way, take_turns
 from clip_rt.errors import InputError
 
 

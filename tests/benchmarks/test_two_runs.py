@@ -13,7 +13,7 @@ from findings_made_up import around, row, run
 from benchmarks import record
 from benchmarks.compare import compare
 from benchmarks.findings import Bar, Interval, Level, Row, StartUp
-from benchmarks.intervals import median_interval, ratios
+from benchmarks.timing import median_interval, ratios
 from clip_rt.errors import InputError
 
 OLD = around(18.0, 0.02)
@@ -160,14 +160,14 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         bars=[Bar(what="x", value=2.0, limit=1.0, side="at least")],
     )
     path = tmp_path / "run.json"
-    record.write_run(made, path)
+    record.write(path, made)
     assert record.read_run(path) == made
 
 
 def test_a_bar_that_is_no_number_stays_unmet(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     bar = Bar(what="x", value=math.nan, limit=1.0, side="at most")
-    record.write_run(run(bars=[bar]), path)
+    record.write(path, run(bars=[bar]))
     (found,) = record.read_run(path).bars
     assert math.isnan(found.value)
     assert not found.is_met
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_run_is_refused(text: str, said: str, tmp_path: Path) 
 
 def test_a_field_of_another_type_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    record.write_run(run(row()), path)
+    record.write(path, run(row()))
     text = json.loads(path.read_text())
     text["rows"][0]["time_ms"]["median"] = "900"
     path.write_text(json.dumps(text))

@@ -1,19 +1,21 @@
 """The command from end to end, on the bundled model: what it writes, and that its alarms go off."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from click.testing import Result
+import tyro
 from rich.console import Console
-from typer import Typer
-from typer.testing import CliRunner
 
 from benchmarks import run
+from benchmarks.command import command
 from benchmarks.findings import Run
 from benchmarks.machine import Probe
 from benchmarks.record import read_run
@@ -51,10 +53,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
 
 
+@dataclass
+class Result:
+    """What came of a command."""
+
+    exit_code: int
+    output: str
+
+
 def invoke(*arguments: str) -> Result:
-    app = Typer()
-    app.command()(run.main)
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    output = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        patch.setenv("COLUMNS", "200")
+        try:
+            with command(run.UNUSABLE):
+                exit_code = run.main(tyro.cli(run.RunConfig, args=arguments))
+        except SystemExit as end:
+            exit_code = int(end.code or 0)
+    return Result(exit_code, output.getvalue())
 
 
 def measure(probe: Probe, folder: Path, out: str, *arguments: str) -> tuple[Result, Run]:
