@@ -47,6 +47,14 @@ def rss_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def peak_mib(pid: int) -> float:
+    """Return the most memory a process has held (VmHWM), which psutil does not tell; 0 if none."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    return 0.0
+
+
 def idle_mib() -> dict[str, float]:
     """Return what is left when nothing is going on, and malloc has given back what it kept."""
     gc.collect()

@@ -39,7 +39,6 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from benchmarks import contenders
-from benchmarks.command import command
 from benchmarks.compare import compare
 from benchmarks.contenders.implementation import parse_plant
 from benchmarks.contenders.kit import default_folder
@@ -58,7 +57,7 @@ from benchmarks.suites.progress import Progress
 from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
-from clip_rt.errors import InputError
+from clip_rt.errors import ClipRTError, InputError
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 8.0, 60.0
 NUM_FIRST_PROBES = 3
@@ -378,6 +377,14 @@ def main(config: RunConfig) -> int:
     return NOT_BELIEVED if run.failures else code
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Do what arguments ask for, of this process unless some are given; return the exit code."""
+    try:
+        return main(tyro.cli(RunConfig, description=__doc__, args=arguments))
+    except ClipRTError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
+        return UNUSABLE
+
+
 if __name__ == "__main__":
-    with command(UNUSABLE):
-        sys.exit(main(tyro.cli(RunConfig, description=__doc__)))
+    sys.exit(command())

@@ -97,7 +97,7 @@ class Processor:
     def has_fast_int8(self) -> bool:
         """Whether INT8 is faster than FP32 in OpenVINO; with AVX2 alone it is a little slower.
 
-        AVX-512 without VNNI halves the time. Source: `python -m benchmarks.defaults`.
+        AVX-512 without VNNI halves the time. Source: `python -m benchmarks.studies.defaults`.
         """
         fast = {"avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
         return bool(self.usable_flags & fast)

@@ -146,9 +146,9 @@ def without(tmp_path):
         ("webdataset", ("-m", "export.compare", "a", "b"), "server,export"),
         ("rich", ("-m", "export.repository"), "export"),
         ("tyro", ("-m", "training.run", "--help"), "train"),
-        ("typer", ("benchmarks/run.py", "--list"), "server,export,int8,bench"),
-        # Met while the command runs, where typer has a hook of its own.
-        ("skimage", ("-m", "benchmarks.decoding"), "server,export,int8,train,bench"),
+        ("tyro", ("benchmarks/run.py", "--list"), "server,export,int8,bench"),
+        # Met while the command runs.
+        ("skimage", ("-m", "benchmarks.studies.decoding"), "server,export,int8,train,bench"),
     ],
 )
 def test_what_is_missing_is_one_sentence(without, gone, command, extra):
@@ -161,7 +161,7 @@ def test_what_is_missing_is_one_sentence(without, gone, command, extra):
 
 
 def test_a_module_of_ours_that_is_missing_keeps_its_traceback(without):
-    done = without("export", "-m", "benchmarks.decoding")
+    done = without("export", "-m", "benchmarks.studies.decoding")
     assert "Traceback" in done.stderr
 
 

@@ -19,15 +19,16 @@ def make(kit: Kit) -> Bare:
     return Bare(kit, image, text, installed("onnxruntime"))
 
 
-def load(file: Path, *, is_default: bool = False) -> Encode:
+def load(file: Path, *, is_default: bool = False, num_threads: int | None = None) -> Encode:
     """Load a tower with the options of export/python_model.py.
 
     Args:
         file: ONNX.
         is_default: Its threads spin while they wait as ONNX Runtime has it by default, for long.
+        num_threads: Without it, one for each core.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = count_cores()
+    options.intra_op_num_threads = num_threads or count_cores()
     options.inter_op_num_threads = 1
     if not is_default:
         options.add_session_config_entry("session.intra_op.spin_duration_us", "50")

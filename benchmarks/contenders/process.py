@@ -29,6 +29,7 @@ from benchmarks import findings
 from benchmarks.contenders.implementation import Plant, UnfitError
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
+from benchmarks.resources import peak_mib
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 300.0
@@ -114,12 +115,12 @@ class ContenderProcess:
             self.calls: frozenset[CallKind]
             self.calls, versions = self._receive(start_limit_s, "to start")
             ready_s = time.perf_counter() - start_s
-            rss_mib, peak_mib = self.memory_mib()
+            rss_mib, most_mib = self.memory_mib()
             startup = findings.StartUp(
                 ready_s=ready_s,
                 first_answer_s=self._ask("first_answer", limit_s=start_limit_s),
                 rss_mib=rss_mib,
-                peak_rss_mib=peak_mib,
+                peak_rss_mib=most_mib,
             )
             self._facts = replace(facts, versions=versions, startup=startup)
         except BaseException:
@@ -218,7 +219,7 @@ class ContenderProcess:
         for pid in (self._process.pid, *self._ask("pids", limit_s=END_LIMIT_S)):
             with contextlib.suppress(psutil.NoSuchProcess, OSError):
                 now += psutil.Process(pid).memory_info().rss / 2**20
-                peak += _read_peak_mib(pid)
+                peak += peak_mib(pid)
         return now, peak
 
     def close(self) -> None:
@@ -228,8 +229,8 @@ class ContenderProcess:
         if self._facts.startup is not None and self._process.poll() is None:
             # Not worth an error: it may be in the middle of what it was interrupted in.
             with contextlib.suppress(ContenderError, OSError):
-                _, peak_mib = self.memory_mib()
-                startup = replace(self._facts.startup, peak_rss_mib=peak_mib)
+                _, most_mib = self.memory_mib()
+                startup = replace(self._facts.startup, peak_rss_mib=most_mib)
                 self._facts = replace(self._facts, startup=startup)
         self._pipe.close()
         try:
@@ -280,11 +281,3 @@ class ContenderProcess:
         last = [line for line in lines if line.strip()][-LOG_LINES:]
         self._log.seek(0, os.SEEK_END)
         return "Its log ends so:\n" + "\n".join(last) if last else ""
-
-
-def _read_peak_mib(pid: int) -> float:
-    """Return the most memory a process has held (VmHWM), which psutil does not tell."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**10
-    return 0.0

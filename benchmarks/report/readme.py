@@ -16,7 +16,6 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from benchmarks.command import command
 from benchmarks.findings import Row, Run
 from benchmarks.record import read_run
 from benchmarks.report import answers, words

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.findings import Duration
+from benchmarks.resources import peak_mib
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 1800.0
@@ -121,12 +121,11 @@ def _time_training_steps() -> tuple[dict[str, float], float]:
     """Be the process that trains."""
     import torch
 
-    from benchmarks.training_step import measure
+    from benchmarks.studies.training_step import measure
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found = measure("fp32", PAIRS, STEPS)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {name: row["median_s"] for name, row in found.items()}, peak_mib
+    return {name: row["median_s"] for name, row in found.items()}, peak_mib(os.getpid())
 
 
 def _has(*modules: str) -> bool:

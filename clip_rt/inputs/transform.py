@@ -49,7 +49,7 @@ FAST_OVERSAMPLING = 1.5
 
 The filter of the resize, not libjpeg's coarser one, must have the last word. At 1 it has not, and
 pixels are up to four times as far from the exact ones; at 2, photographs of 12 megapixels take a
-quarter longer. `benchmarks.decoding` measures all three.
+quarter longer. `benchmarks.studies.decoding` measures all three.
 """
 
 # Held while a Pillow image of the caller's is loaded, which one it is by its address. Reentrant,
@@ -104,7 +104,7 @@ def prepare(
     With `decode="fast"`, JPEG files that are large are decoded at 1/2, 1/4 or 1/8 of their size,
     whichever leaves the shortest side at least 1.5 x `side_px`, and then resized the same way. It
     takes a fifth of the time for a photograph of 12 megapixels and is no longer exact; see
-    `benchmarks.decoding` for what that does to pixels, embeddings and accuracy. Smaller JPEGs,
+    `benchmarks.studies.decoding` for what that does to pixels, embeddings and accuracy. Smaller JPEGs,
     other formats and images opened by the caller come out as with "exact".
 
     Args:

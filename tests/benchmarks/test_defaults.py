@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.defaults import judge
+from benchmarks.studies.defaults import judge
 
 FOUND: dict[str, Any] = {
     "int8_is_fast": True,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import emoji, robustness
+from benchmarks.studies import emoji, robustness
 
 
 def test_kinds_are_the_ranges_of_the_table_and_do_not_overlap() -> None:

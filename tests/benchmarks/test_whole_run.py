@@ -11,11 +11,9 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-import tyro
 from rich.console import Console
 
 from benchmarks import run
-from benchmarks.command import command
 from benchmarks.findings import Run
 from benchmarks.machine import Probe
 from benchmarks.record import read_run
@@ -70,8 +68,7 @@ def invoke(*arguments: str) -> Result:
     ):
         patch.setenv("COLUMNS", "200")
         try:
-            with command(run.UNUSABLE):
-                exit_code = run.main(tyro.cli(run.RunConfig, args=arguments))
+            exit_code = run.command(arguments)
         except SystemExit as end:
             exit_code = int(end.code or 0)
     return Result(exit_code, output.getvalue())

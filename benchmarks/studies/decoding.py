@@ -1,6 +1,6 @@
 """What `decode="fast"` saves and what it changes, and what threads bring, for large JPEGs.
 
-    python -m benchmarks.decoding
+    python -m benchmarks.studies.decoding
 
 Speed: photographs of 12 megapixels, made as `benchmarks.photos` says, exact and fast, on one and on
 two threads, by turns. Difference: pixels, embeddings of the bundled model, and embeddings of
@@ -14,35 +14,36 @@ from __future__ import annotations
 import io
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
+import tyro
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 import clip_rt
 from benchmarks import photos
-from benchmarks.drawings import TEMPLATES, names
-from benchmarks.emoji import STYLES_DIR, load_style
 from benchmarks.record import save
+from benchmarks.studies.common import show, write_towers
+from benchmarks.studies.drawings import TEMPLATES
+from benchmarks.studies.emoji import STYLES_DIR, load_style, names
+from benchmarks.timing import scaled, speeds, take_rounds, time_each
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.inputs import transform
 from clip_rt.inputs.decoding import Decode
 from clip_rt.inputs.images import preprocess
 from clip_rt.inputs.transform import FAST_OVERSAMPLING
 from clip_rt.specs import find_spec
-from export.graphs import ImageGraph
-from export.onnx_writer import write_onnx
 from export.parity import Encoder, onnx_encoder
 from export.road import random_clip
+from training.command import command
 from training.evaluation.embed import on_white
 
 OTHER_OVERSAMPLINGS = (1.0, 2.0)
@@ -54,6 +55,18 @@ DRAWING_PX = 1024
 DECODES: tuple[Decode, ...] = ("exact", "fast")
 ENCODERS = {"drawings": 64, "ViT-B/32, random weights": SIDE_PX}
 """Side that each encoder reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """Measure, print tables, and write a dated JSON."""
+
+    num_photos: int = 12
+    """Of each size."""
+    num_rounds: int = 7
+    """Timed rounds of each way."""
+    max_drawings: int = 10_000
+    """Of each style."""
 
 
 @contextmanager
@@ -69,37 +82,35 @@ def oversampling(factor: float) -> Iterator[None]:
 def load_encoders(folder: Path) -> dict[str, Encoder]:
     """Load both, the random one through a file in `folder`."""
     clip = random_clip(find_spec("ViT-B/32"))
-    write_onnx(ImageGraph(clip), clip.spec, folder / "image.onnx")
+    file = write_towers(clip, folder, ["image"])["image"]
     bundled = find_model_repository() / "drawings_image/1/model.onnx"
-    return dict(zip(ENCODERS, map(onnx_encoder, (bundled, folder / "image.onnx")), strict=True))
+    return dict(zip(ENCODERS, map(onnx_encoder, (bundled, file)), strict=True))
 
 
 def measure_speed(files: list[bytes], num_rounds: int) -> dict[str, Any]:
     """Prepare all files in each way, by turns."""
-    ways: dict[str, tuple[Decode, int, float]] = {
+    settings: dict[str, tuple[Decode, int, float]] = {
         f"{decode}, {num_threads} thread{'s' * (num_threads > 1)}": (
             decode,
             num_threads,
             FAST_OVERSAMPLING,
         )
-        for decode in DECODES
-        for num_threads in (1, 2)
+        for decode, num_threads in product(DECODES, (1, 2))
     }
-    ways |= {f"fast at {factor:g}, 1 thread": ("fast", 1, factor) for factor in OTHER_OVERSAMPLINGS}
-    times_ms: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(num_rounds):
-        for name, (decode, num_threads, factor) in ways.items():
-            with oversampling(factor):
-                start_s = time.perf_counter()
-                preprocess(files, side_px=SIDE_PX, decode=decode, num_threads=num_threads)
-                times_ms[name].append(1e3 * (time.perf_counter() - start_s) / len(files))
-    exact = times_ms[next(iter(ways))]
+    settings |= {f"fast at {each:g}, 1 thread": ("fast", 1, each) for each in OTHER_OVERSAMPLINGS}
+
+    def prepare(decode: Decode, num_threads: int, factor: float) -> None:
+        with oversampling(factor):
+            preprocess(files, side_px=SIDE_PX, decode=decode, num_threads=num_threads)
+
+    ways = {name: time_each(partial(prepare, *each)) for name, each in settings.items()}
+    times_s = take_rounds(ways, num_rounds)
     return {
         name: {
-            "median_ms_per_image": round(statistics.median(times), 2),
-            "speed": round(statistics.median(a / b for a, b in zip(exact, times, strict=True)), 2),
+            "median_ms_per_image": round(scaled(time_s, 1e3 / len(files)).median, 2),
+            "speed": round(speed.median, 2),
         }
-        for name, times in times_ms.items()
+        for name, (time_s, speed) in speeds(times_s, next(iter(ways))).items()
     }
 
 
@@ -177,49 +188,25 @@ def measure_accuracy(max_drawings: int) -> dict[str, Any]:
     return results
 
 
-def show(*columns: str, rows: list[tuple[object, ...]]) -> None:
-    """Print a table."""
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
-
-
-def main(
-    num_photos: Annotated[int, typer.Option(help="Of each size.")] = 12,
-    num_rounds: Annotated[int, typer.Option(help="Timed rounds of each way.")] = 7,
-    max_drawings: Annotated[int, typer.Option(help="Of each style.")] = 10_000,
-) -> None:
-    """Measure, print tables, and write a dated JSON."""
+def main(config: DecodingConfig) -> None:
+    """Measure speed, difference and accuracy."""
     torch.set_num_threads(2)
-    files = [photos.jpeg(SIZES[0], index) for index in range(num_photos)]
-    speed = measure_speed(files, num_rounds)
-    show("way", "ms", "speed", rows=[(name, *row.values()) for name, row in speed.items()])
-    difference = measure_difference(num_photos)
+    files = [photos.jpeg(SIZES[0], index) for index in range(config.num_photos)]
+    speed = measure_speed(files, config.num_rounds)
+    show(("way", "ms", "speed"), [(name, *row.values()) for name, row in speed.items()])
+    difference = measure_difference(config.num_photos)
+    figures = ("side_px", "oversampling", "mean_levels", "min_cosine")
     show(
-        "photograph",
-        "side",
-        "oversampling",
-        "levels",
-        "cosine, least",
-        rows=[
-            (
-                "x".join(map(str, row["size_px"])),
-                row["side_px"],
-                row["oversampling"],
-                row["mean_levels"],
-                row["min_cosine"],
-            )
+        ("photograph", "side", "oversampling", "levels", "cosine, least"),
+        [
+            ("x".join(map(str, row["size_px"])), *(row[each] for each in figures))
             for row in difference
         ],
     )
-    accuracy = measure_accuracy(max_drawings)
+    accuracy = measure_accuracy(config.max_drawings)
     show(
-        "style",
-        "top-1 exact",
-        "top-1 fast",
-        "same guess",
-        rows=[
+        ("style", "top-1 exact", "top-1 fast", "same guess"),
+        [
             (name, row["top1_exact"], row["top1_fast"], row["same_guess"])
             for name, row in accuracy.items()
         ],
@@ -227,7 +214,7 @@ def main(
     document = {
         "photos": photos.describe(),
         "mean_megabytes": round(statistics.mean(map(len, files)) / 1e6, 2),
-        "num_photos": num_photos,
+        "num_photos": config.num_photos,
         "oversampling": FAST_OVERSAMPLING,
         "side_px": SIDE_PX,
         "speed": speed,
@@ -235,9 +222,10 @@ def main(
         "drawing_px": DRAWING_PX,
         "accuracy": accuracy,
     }
-    path = save("decoding", document, packages=("numpy", "onnxruntime", "pillow", "scikit-image"))
-    Console().print(f"written to {path}")
+    packages = ("numpy", "onnxruntime", "pillow", "scikit-image")
+    save("studies.decoding", document, packages=packages)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        main(tyro.cli(DecodingConfig, description=__doc__))

@@ -13,14 +13,25 @@ from numpy.typing import NDArray
 
 from training.data.drawing_batches import Drawings, load_drawings
 
-ROOT = Path(__file__).resolve().parents[1]
-STYLES_DIR = ROOT / "training/sample/styles"
+ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT_DIR = ROOT / "training/sample"
+STYLES_DIR = HELD_OUT_DIR / "styles"
 _TABLE = Path(__file__).with_name("emoji_subgroups.json")
+
+
+def load(path: Path) -> Drawings:
+    """Read one shard."""
+    return load_drawings([path], progress=False)
 
 
 def load_style(name: str) -> Drawings:
     """Read a hand that is held out of training, from the drawings that come with the code."""
-    return load_drawings([STYLES_DIR / f"{name}.tar"], progress=False)
+    return load(STYLES_DIR / f"{name}.tar")
+
+
+def names(drawings: Drawings) -> list[str]:
+    """Return what each drawing is called."""
+    return [record["name"] for record in drawings.records]
 
 
 def kind_by_hexcode() -> tuple[tuple[str, ...], dict[str, int]]:

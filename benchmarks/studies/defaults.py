@@ -1,7 +1,7 @@
 """Is what is chosen by default the fastest that was measured, with and without instruction sets?
 
-    python -m benchmarks.defaults                     # this processor, and held to AVX2: 3 minutes
-    python -m benchmarks.defaults --cap AVX512_CORE   # held to AVX-512 without VNNI and BF16
+    python -m benchmarks.studies.defaults      # this processor, and held to AVX2: 3 minutes
+    python -m benchmarks.studies.defaults --cap AVX512_CORE    # without VNNI and BF16
 
 For each cap a process of its own loads the towers of ViT-B/32 in FP32 by both runtimes and in INT8,
 times them by turns, and asks what `runtime: auto`, the export's advice on INT8 and the training's
@@ -17,61 +17,78 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import typer
+import tyro
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from benchmarks.contenders import onnxruntime, openvino
 from benchmarks.record import save
-from benchmarks.timing import median_interval
+from benchmarks.studies.common import PRECISIONS, console, make_step, show, write_towers
+from benchmarks.timing import median_interval, take_rounds, take_turns, time_each
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec
 from export import int8, probes
-from export.graphs import ImageGraph, TextGraph
-from export.onnx_writer import write_onnx
 from export.road import random_clip
 from training import precision
-from training.accumulate import cached_backward
+from training.command import command
 from training.data.batches import Batch
-from training.loss import contrastive_loss
 from training.model import CLIP
-from training.optimizer import adamw
 
 NO_CAP = "none"
+CAPS = (NO_CAP, "AVX2")
 SIZES = {"image": (1, 8), "text": (1, 32)}
 TEXT_LENGTH_TOKENS = 16
+NUM_ROUNDS = 3
+"""Of training steps."""
 TRAINED = "RN26@64px"
 """The bundled model's architecture, whose step is timed."""
-console = Console()
 
 
-def write_towers(spec: ModelSpec, folder: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DefaultsConfig:
+    """Measure, print tables, write a dated JSON, and judge."""
+
+    cap: UseAppendAction[tuple[str, ...]] = ()
+    """ISA of ONEDNN_MAX_CPU_ISA, or none; without it, none and AVX2."""
+    model: str = "ViT-B/32"
+    """Architecture that is served."""
+    budget_s: float = 4.0
+    """For the calls of each case."""
+    num_pairs: int = 16
+    """Of a training step."""
+    tolerance: float = 0.1
+    """Share that is no difference."""
+    folder: Path | None = None
+    """Keeps the towers for later runs."""
+    is_part: Annotated[FlagCreatePairsOff[tyro.conf.Suppress[bool]], tyro.conf.arg(name="part")] = (
+        False
+    )
+    """Whether this process measures under one cap, for the one that started it."""
+
+
+def write_all(spec: ModelSpec, folder: Path) -> None:
     """Write both towers of random weights, as model.onnx and model.xml in a folder each.
 
     Those that are there are left as they are.
     """
     if all((folder / tower / "model.xml").is_file() for tower in SIZES):
         return
-    clip = random_clip(spec)
-    for tower, graph, rows in (
-        ("image", ImageGraph(clip), probes.images(spec.side_px)),
-        ("text", TextGraph(clip), probes.tokens(spec.text.context_length)),
-    ):
-        (folder / tower).mkdir(parents=True, exist_ok=True)
-        write_onnx(graph, spec, folder / tower / "model.onnx")
-        calibration: list[NDArray[Any]] = [row[None] for row in rows]
-        int8.write_int8(folder / tower / "model.onnx", calibration, folder / tower / "model.xml")
+    rows: dict[str, NDArray[Any]] = {
+        "image": probes.images(spec.side_px),
+        "text": probes.tokens(spec.text.context_length),
+    }
+    for tower, file in write_towers(random_clip(spec), folder).items():
+        calibration: list[NDArray[Any]] = [row[None] for row in rows[tower]]
+        int8.write_int8(file, calibration, file.with_suffix(".xml"))
 
 
 def time_towers(spec: ModelSpec, folder: Path, budget_s: float) -> dict[str, Any]:
@@ -95,36 +112,22 @@ def time_towers(spec: ModelSpec, folder: Path, budget_s: float) -> dict[str, Any
             batch: NDArray[Any] = rng.integers(0, 256, shape, np.uint8)
             if tower == "text":
                 batch = np.tile(probes.tokens(TEXT_LENGTH_TOKENS)[:1], (rows, 1))
-            times_s = runtime_choice.time_by_turns(
-                {name: partial(encode, batch) for name, encode in encoders.items()},
+            turns = take_turns(
+                {name: time_each(partial(encode, batch)) for name, encode in encoders.items()},
                 budget_s=budget_s,
             )
             if not auto:  # As the server does it: by both runtimes alone, on one row of zeros.
                 row = np.zeros_like(batch[:1])
                 ways = {name: partial(encoders[name], row) for name in runtime_choice.RUNTIMES}
                 auto = runtime_choice.choose(runtime_choice.time_by_turns(ways)).runtime
-            times_ms = {name: round(1e3 * each, 2) for name, each in times_s.items()}
+            times_ms = {
+                name: round(1e3 * each.interval_s.median, 2) for name, each in turns.items()
+            }
             found[f"{tower}, batch {rows}"] = {"times_ms": times_ms, "auto": auto}
     return found
 
 
-def make_step(clip: CLIP, batch: Batch, dtype: torch.dtype | None) -> Callable[[], object]:
-    """Prepare a training step in a precision; None is FP32."""
-    optimizer = adamw(clip, peak_lr=1e-4, weight_decay=0.2)
-    autocast = partial(torch.autocast, "cpu", dtype) if dtype else nullcontext
-
-    def objective(image_BE: Any, text_BE: Any, group_B: Any) -> Any:
-        return contrastive_loss(image_BE, text_BE, clip.logit_scale.exp(), group_B=group_B)
-
-    def step() -> None:
-        cached_backward(clip, [batch], objective, autocast=autocast)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def time_steps(num_pairs: int, num_rounds: int) -> dict[str, Any]:
+def time_steps(num_pairs: int) -> dict[str, Any]:
     """Time training steps by turns, and say what the precision auto would be."""
     spec = find_spec(TRAINED)
     torch.manual_seed(0)
@@ -132,17 +135,11 @@ def time_steps(num_pairs: int, num_rounds: int) -> dict[str, Any]:
     image_BCSS = image_BCSS.contiguous(memory_format=torch.channels_last)
     tokens_BL = torch.from_numpy(probes.tokens(TEXT_LENGTH_TOKENS)[:1]).long()
     batch = Batch(image_BCSS, tokens_BL.repeat(num_pairs, 1), torch.arange(num_pairs))
-    steps = {}
-    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+    ways = {}
+    for name, autocast in PRECISIONS.items():
         clip = CLIP(spec).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        steps[name] = make_step(clip, batch, dtype)
-    times_s: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(num_rounds + 1):
-        for name, step in steps.items():
-            start_s = time.perf_counter()
-            step()
-            if number:
-                times_s[name].append(time.perf_counter() - start_s)
+        ways[name] = time_each(make_step(clip, [batch], autocast))
+    times_s = take_rounds(ways, NUM_ROUNDS)
     cpu = torch.device("cpu")
     settled = precision.choose(
         "auto", has_fast_bf16=precision.has_fast_bf16(cpu), device=precision.describe(cpu)
@@ -158,7 +155,7 @@ def measure(model: str, folder: Path, budget_s: float, num_pairs: int) -> dict[s
         "processor": found.label,
         "int8_is_fast": found.has_fast_int8,
         "served": time_towers(find_spec(model), folder, budget_s),
-        "training": time_steps(num_pairs, 3),
+        "training": time_steps(num_pairs),
     }
 
 
@@ -191,67 +188,52 @@ def judge(results: Mapping[str, Any], tolerance: float) -> list[str]:
     return faults
 
 
-def show(results: Mapping[str, Any]) -> None:
-    """Print a table for each cap."""
-    for cap, found in results.items():
-        table = Table(
-            f"cap {cap}: {found['processor']}", "ONNX Runtime", "OpenVINO", "INT8", "auto"
-        )
-        for case, row in found["served"].items():
-            table.add_row(
-                case, *(f"{each:.1f} ms" for each in row["times_ms"].values()), row["auto"]
-            )
-        console.print(table)
-        steps = found["training"]
-        console.print(f"a training step: {steps['times_s']} s, auto is {steps['auto']}")
+def measure_capped(config: DefaultsConfig, cap: str, folder: Path) -> dict[str, Any]:
+    """Measure in a process of its own that is started with a cap."""
+    caps = {} if cap == NO_CAP else {"ONEDNN_MAX_CPU_ISA": cap, "OV_CPU_MAX_ISA": cap}
+    command = [sys.executable, "-m", "benchmarks.studies.defaults", "--part"]
+    command += ["--folder", str(folder), "--model", config.model]
+    command += ["--budget-s", str(config.budget_s), "--num-pairs", str(config.num_pairs)]
+    done = subprocess.run(
+        command, env=os.environ | caps, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def main(
-    cap: Annotated[list[str], typer.Option(help="ISA of ONEDNN_MAX_CPU_ISA, or none.")] = [  # noqa: B006
-        NO_CAP,
-        "AVX2",
-    ],
-    model: Annotated[str, typer.Option(help="Architecture that is served.")] = "ViT-B/32",
-    budget_s: Annotated[float, typer.Option(help="For the calls of each case.")] = 4.0,
-    num_pairs: Annotated[int, typer.Option(help="Of a training step.")] = 16,
-    tolerance: Annotated[float, typer.Option(help="Share that is no difference.")] = 0.1,
-    folder: Annotated[Path | None, typer.Option(help="Keeps the towers for later runs.")] = None,
-    is_part: Annotated[bool, typer.Option("--part", hidden=True)] = False,
-) -> None:
-    """Measure, print tables, write a dated JSON, and judge."""
-    if is_part:
-        assert folder is not None
-        typer.echo(json.dumps(measure(model, folder, budget_s, num_pairs)))
-        return
+def main(config: DefaultsConfig) -> int:
+    """Measure under each cap; return 1 where a default is not the fastest."""
+    if config.is_part:
+        assert config.folder is not None
+        found = measure(config.model, config.folder, config.budget_s, config.num_pairs)
+        print(json.dumps(found))  # noqa: T201 - for the process that started this one.
+        return 0
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
-        place = folder or Path(scratch)
+        folder = config.folder or Path(scratch)
         with console.status("make the towers"):
-            write_towers(find_spec(model), place)
-        for each in cap:
-            caps = {} if each == NO_CAP else {"ONEDNN_MAX_CPU_ISA": each, "OV_CPU_MAX_ISA": each}
-            command = [sys.executable, "-m", "benchmarks.defaults", "--part"]
-            command += ["--folder", str(place)]
-            command += ["--model", model, "--budget-s", str(budget_s)]
-            command += ["--num-pairs", str(num_pairs)]
-            with console.status(f"measure, cap {each}"):
-                done = subprocess.run(
-                    command, env=os.environ | caps, stdout=subprocess.PIPE, text=True, check=True
-                )
-            results[each] = json.loads(done.stdout.splitlines()[-1])
-    show(results)
-    faults = judge(results, tolerance)
-    document = {"model": model, "trained": TRAINED, "num_pairs": num_pairs, "caps": results}
-    path = save(
-        "defaults",
-        document | {"tolerance": tolerance, "faults": faults},
-        packages=("onnxruntime", "openvino", "torch"),
-    )
-    console.print(f"written to {path}")
+            write_all(find_spec(config.model), folder)
+        for cap in config.cap or CAPS:
+            with console.status(f"measure, cap {cap}"):
+                results[cap] = found = measure_capped(config, cap, folder)
+            show(
+                (f"cap {cap}: {found['processor']}", "ONNX Runtime", "OpenVINO", "INT8", "auto"),
+                [
+                    (case, *(f"{each:.1f} ms" for each in row["times_ms"].values()), row["auto"])
+                    for case, row in found["served"].items()
+                ],
+            )
+            steps = found["training"]
+            console.print(f"a training step: {steps['times_s']} s, auto is {steps['auto']}")
+    faults = judge(results, config.tolerance)
+    document = {"model": config.model, "trained": TRAINED, "num_pairs": config.num_pairs}
+    document |= {"caps": results, "tolerance": config.tolerance, "faults": faults}
+    save("studies.defaults", document, packages=("onnxruntime", "openvino", "torch"))
     for fault in faults:
         console.print(f"not the fastest: {fault}", style="red", markup=False)
-    raise typer.Exit(1 if faults else 0)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        sys.exit(main(tyro.cli(DefaultsConfig, description=__doc__)))

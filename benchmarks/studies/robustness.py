@@ -1,11 +1,11 @@
 """What a change of hand costs each way of naming drawings: the paper's section 3.3 in small.
 
-    python -m benchmarks.robustness --checkpoint runs/drawings/checkpoint.safetensors \
+    python -m benchmarks.studies.robustness --checkpoint runs/drawings/checkpoint.safetensors \
         --drawings data/drawings
 
-The task is to say of which kind an emoji is (`benchmarks.emoji`). Classifiers are fitted on one
-hand, Noto's, and tested on emoji they were not fitted on, drawn by Noto, by hands the model learned
-from, and by hands it never saw. The same emoji are tested in every hand: only the hand differs.
+The task is to say of which kind an emoji is (`studies.emoji`). Classifiers are fitted on one hand,
+Noto's, and tested on emoji they were not fitted on, drawn by Noto, by hands the model learned from,
+and by hands it never saw. The same emoji are tested in every hand: only the hand differs.
 
 Effective robustness (Taori et al. 2020) is the accuracy on other hands above what accuracy on Noto
 would have led to expect: a line, on logit axes, through classifiers on pixels and on HOG features
@@ -19,18 +19,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
+import tyro
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
+from scipy.special import expit, logit
 
-from benchmarks.drawings import hog_features, small_pixels
-from benchmarks.emoji import kind_by_hexcode, load_style, with_kinds
+from benchmarks.contenders.implementation import unit
 from benchmarks.record import save
+from benchmarks.studies.common import show
+from benchmarks.studies.drawings import hog_features, small_pixels
+from benchmarks.studies.emoji import kind_by_hexcode, load_style, with_kinds
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
+from training.command import command
 from training.data.drawing_batches import Drawings, load_drawings
 from training.evaluation.embed import embed_images, on_white, open_model
 from training.evaluation.metrics import accuracy
@@ -50,6 +52,18 @@ BASELINE_SHARES = (0.125, 0.25, 0.5, 1.0)
 
 Features = dict[str, NDArray[np.float32]]
 """One row for each emoji, by hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig:
+    """Measure, print a table, and write a dated JSON."""
+
+    checkpoint: Path
+    """Weights of the bundled model."""
+    drawings: Path = Path("data/drawings")
+    """Folder with train/*.tar."""
+    seed: int = 0
+    """Of the halves to fit and to test on."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +148,6 @@ def score(logits_NC: NDArray[np.float32], task: Task) -> float:
     return accuracy(logits_NC, task.right_N[task.test_rows]).mean_per_class
 
 
-def unit_rows(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale rows to length 1, as embeddings are, so that one range of penalties suits all."""
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = (features / np.maximum(norms, 1e-6)).astype(np.float32)
-    return unit
-
-
 def shifted(scores: dict[str, float], hands: tuple[str, ...]) -> float:
     """Average over some hands."""
     return float(np.mean([scores[hand] for hand in hands]))
@@ -148,15 +155,9 @@ def shifted(scores: dict[str, float], hands: tuple[str, ...]) -> float:
 
 def expect(points: list[tuple[float, float]]) -> Callable[[float], float]:
     """Fit a line on logit axes through (accuracy on the reference, on a shift)."""
-    x, y = (
-        np.log(np.array(values) / (1 - np.array(values))) for values in zip(*points, strict=True)
-    )
+    x, y = logit(np.array(points)).T
     slope, offset = np.polyfit(x, y, 1)
-
-    def expected(reference: float) -> float:
-        return float(1 / (1 + np.exp(-(slope * np.log(reference / (1 - reference)) + offset))))
-
-    return expected
+    return lambda reference: float(expit(slope * logit(reference) + offset))
 
 
 def measure_once(
@@ -174,7 +175,7 @@ def measure_once(
     }
     line = []
     for name, make in (("HOG", hog_features), ("16x16 pixels", small_pixels)):
-        features = {hand: unit_rows(make(list(task.pixels_by_hand[hand]))) for hand in HANDS}
+        features = {hand: unit(make(list(task.pixels_by_hand[hand]))) for hand in HANDS}
         for share in BASELINE_SHARES:
             line.append(probe_accuracy(features, task, share=share, seed=seed))
         found[f"{name}, linear"] = line[-1]
@@ -196,50 +197,43 @@ def summarise(
     return rows
 
 
-def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print the accuracies, and the effective robustness in points."""
-    table = Table("mean recall, %", *rows)
+def main(config: RobustnessConfig) -> None:
+    """Measure every classifier on every hand, and draw the line through the baselines."""
+    task = make_task(config.drawings, seed=config.seed)
+    found, line = measure_once(open_model(config.checkpoint), task, seed=config.seed)
+    results = summarise(found, line)
     notes = {REFERENCE: "fitted on"} | dict.fromkeys(HELD_OUT_HANDS, "held out")
-    for hand in HANDS:
-        cells = (f"{100 * row['accuracy'][hand]:.1f}" for row in rows.values())
-        table.add_row(f"{hand}, {notes.get(hand, 'seen')}", *cells)
-    table.add_section()
-    for group in GROUPS:
-        gains = (f"{100 * row[f'effective_robustness_{group}']:+.1f}" for row in rows.values())
-        table.add_row(f"robustness, {group.replace('_', ' ')}", *gains)
-    console.print(table)
-
-
-def main(
-    checkpoint: Annotated[Path, typer.Option(help="Weights of the bundled model.")],
-    drawings: Annotated[Path, typer.Option(help="Folder with train/*.tar.")] = Path(
-        "data/drawings"
-    ),
-    seed: Annotated[int, typer.Option(help="Of the halves to fit and to test on.")] = 0,
-) -> None:
-    """Measure, print a table, and write a dated JSON."""
-    task = make_task(drawings, seed=seed)
-    found, line = measure_once(open_model(checkpoint), task, seed=seed)
-    rows = summarise(found, line)
-    show(rows, Console())
-    path = save(
-        "robustness",
-        {
-            "reference": REFERENCE,
-            "seen_hands": SEEN_HANDS,
-            "held_out_hands": HELD_OUT_HANDS,
-            "classes": task.labels,
-            "fitted_emoji": len(task.fit_rows),
-            "tested_emoji": len(task.test_rows),
-            "templates": [DEFAULT_TEMPLATE],
-            "metric": "mean recall over classes",
-            "results": rows,
-            "line": line,
-        },
-        packages=("numpy", "scikit-image", "scikit-learn", "torch"),
-    )
-    Console().print(f"written to {path}")
+    rows = [
+        (
+            f"{hand}, {notes.get(hand, 'seen')}",
+            *(f"{100 * row['accuracy'][hand]:.1f}" for row in results.values()),
+        )
+        for hand in HANDS
+    ]
+    rows += [
+        (
+            f"robustness, {group.replace('_', ' ')}",
+            *(f"{100 * row[f'effective_robustness_{group}']:+.1f}" for row in results.values()),
+        )
+        for group in GROUPS
+    ]
+    show(("mean recall, %", *results), rows)
+    document = {
+        "reference": REFERENCE,
+        "seen_hands": SEEN_HANDS,
+        "held_out_hands": HELD_OUT_HANDS,
+        "classes": task.labels,
+        "fitted_emoji": len(task.fit_rows),
+        "tested_emoji": len(task.test_rows),
+        "templates": [DEFAULT_TEMPLATE],
+        "metric": "mean recall over classes",
+        "results": results,
+        "line": line,
+    }
+    packages = ("numpy", "scikit-image", "scikit-learn", "torch")
+    save("studies.robustness", document, packages=packages)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        main(tyro.cli(RobustnessConfig, description=__doc__))
