@@ -191,6 +191,16 @@ class Bar:
         return self.value >= self.limit if self.side == "at least" else self.value <= self.limit
 
 
+def at_least(what: str, value: float, limit: float) -> Bar:
+    """Hold a figure to a lower limit."""
+    return Bar(what=what, value=value, limit=limit, side="at least")
+
+
+def at_most(what: str, value: float, limit: float) -> Bar:
+    """Hold a figure to an upper limit."""
+    return Bar(what=what, value=value, limit=limit, side="at most")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
     """What else the machine did; a run on a busy machine says so."""

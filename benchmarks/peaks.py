@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.findings import Interval
-from benchmarks.timing import Way, inverse, median_interval, ratios, take_turns
+from benchmarks.timing import Way, inverse, median_interval, ratios, take_turns, time_each
 from clip_rt.specs import MODELS, ViTSpec
 
 
@@ -205,8 +204,7 @@ def _int8_products(shapes: Sequence[Shape], num_threads: int) -> dict[tuple[str,
 
 def _fastest_s(call: Call) -> float:
     """Return the seconds of the fastest of a few calls."""
-    time_calls = _way(call)
-    return min(time_calls(TRIAL_CALLS))
+    return min(time_each(call)(TRIAL_CALLS))
 
 
 def _reader(num_bytes: int, num_threads: int) -> Call:
@@ -215,18 +213,6 @@ def _reader(num_bytes: int, num_threads: int) -> Call:
     parts = [part, *(part.copy() for _ in range(num_threads - 1))]
     pool = ThreadPoolExecutor(num_threads)
     return lambda: list(pool.map(np.max, parts))
-
-
-def _way(call: Call) -> Way:
-    def time_calls(num_calls: int) -> list[float]:
-        times_s = []
-        for _ in range(num_calls):
-            start_s = time.perf_counter()
-            call()
-            times_s.append(time.perf_counter() - start_s)
-        return times_s
-
-    return time_calls
 
 
 class Peaks:
@@ -254,9 +240,9 @@ class Peaks:
                 continue
         choice_ways = {}
         for library, calls in by_library.items():
-            choice_ways[f"probe {library}"] = _way(calls[self._probe_shape])
+            choice_ways[f"probe {library}"] = time_each(calls[self._probe_shape])
             model_calls = [calls[each] for each in self._model_shapes]
-            choice_ways[f"model {library}"] = _way(_all_of(model_calls))
+            choice_ways[f"model {library}"] = time_each(_all_of(model_calls))
         choice = take_turns(
             choice_ways,
             budget_s=CHOICE_SHARE * self._budget_s,
@@ -276,10 +262,10 @@ class Peaks:
         }
         by_library.clear()
         int8_products = _int8_products(shapes, self._num_threads)
-        self._probe = _way(products[library, self._probe_shape])
-        ways = {_name("fp32", *key): _way(call) for key, call in products.items()}
-        ways |= {_name("int8", *key): _way(call) for key, call in int8_products.items()}
-        ways["read"] = _way(_reader(self._read_bytes, self._num_threads))
+        self._probe = time_each(products[library, self._probe_shape])
+        ways = {_name("fp32", *key): time_each(call) for key, call in products.items()}
+        ways |= {_name("int8", *key): time_each(call) for key, call in int8_products.items()}
+        ways["read"] = time_each(_reader(self._read_bytes, self._num_threads))
         turns = take_turns(
             ways,
             budget_s=(1 - CHOICE_SHARE) * self._budget_s,

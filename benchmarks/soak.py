@@ -33,10 +33,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
+import tyro
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
@@ -44,7 +44,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import clip_rt
 from benchmarks import photos
-from benchmarks.findings import Bar
+from benchmarks.findings import Bar, at_least, at_most
 from benchmarks.record import describe_bar, save
 from benchmarks.replicas import Replica, find_children, find_server, kill, port_of, replicas
 from benchmarks.report.terminal import bar_table
@@ -53,6 +53,7 @@ from benchmarks.serving.bench import MAX_DIFFERENCE, acquired
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerError, ServerStartError
+from training.command import command
 
 MODEL = "drawings"
 NUM_THREADS = 16
@@ -76,6 +77,20 @@ LABELS = tuple(
 
 console = Console()
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakConfig:
+    """Measure, print a table, and write a dated JSON and a plot beside it."""
+
+    minutes: float = 10.0
+    """With one server; 0 leaves it out."""
+    replica_minutes: float = 5.0
+    """With two; 0 leaves it out."""
+    num_calls: int = 100_000
+    """In the first part, at least."""
+    every_s: float = 30.0
+    """Between what is done to servers."""
 
 
 @dataclass(frozen=True)
@@ -335,13 +350,9 @@ def bars_of(name: str, found: Mapping[str, Any], *, may_fail: bool) -> list[Bar]
     }
     if not may_fail:
         limits["failed calls"] = sum(found["server_errors"].values())
-    bars = [
-        Bar(what=f"{name}: {what}", value=value, limit=0, side="at most")
-        for what, value in limits.items()
-    ]
+    bars = [at_most(f"{name}: {what}", value, 0) for what, value in limits.items()]
     for what, value in found["growth"].items():
-        what = f"{name}: growth of {what}"
-        bars.append(Bar(what=what, value=abs(value), limit=MAX_GROWTH, side="at most"))
+        bars.append(at_most(f"{name}: growth of {what}", abs(value), MAX_GROWTH))
     return bars
 
 
@@ -375,52 +386,43 @@ def plot(parts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(
-    minutes: Annotated[float, typer.Option(help="With one server; 0 leaves it out.")] = 10.0,
-    replica_minutes: Annotated[float, typer.Option(help="With two; 0 leaves it out.")] = 5.0,
-    num_calls: Annotated[int, typer.Option(help="In the first part, at least.")] = 100_000,
-    every_s: Annotated[float, typer.Option(help="Between what is done to servers.")] = 30.0,
-) -> None:
+def main(config: SoakConfig) -> None:
     """Measure, print a table, and write a dated JSON and a plot beside it."""
     parts: dict[str, dict[str, Any]] = {}
     bars: list[Bar] = []
-    if minutes:
+    if config.minutes:
+        repository = find_model_repository()
         with (
-            acquired(find_model_repository()) as server,
-            clip_rt.Client(
-                repository=find_model_repository(), model=MODEL, timeout_s=TIMEOUT_S
-            ) as client,
+            borrowed(repository) as server,
+            clip_rt.Client(repository=repository, model=MODEL, timeout_s=TIMEOUT_S) as client,
         ):
-            steps = one_server_steps(server)
-            parts["one server"] = soak(
+            parts["one server"] = found = soak(
                 client,
-                steps,
+                one_server_steps(server),
                 what="one server",
-                minutes=minutes,
-                num_calls=num_calls,
-                every_s=every_s,
+                minutes=config.minutes,
+                num_calls=config.num_calls,
+                every_s=config.every_s,
             )
-        num_answered = parts["one server"]["num_answered"]
         what = "one server: answered calls"
-        bars.append(Bar(what=what, value=num_answered, limit=num_calls, side="at least"))
-        bars += bars_of("one server", parts["one server"], may_fail=True)
-    if replica_minutes:
+        bars.append(at_least(what, found["num_answered"], config.num_calls))
+        bars += bars_of("one server", found, may_fail=True)
+    if config.replica_minutes:
         with (
             tempfile.TemporaryDirectory() as folder,
             replicas(Path(folder)) as (one, other),
             clip_rt.Client([one.url, other.url], model=MODEL, timeout_s=TIMEOUT_S) as client,
         ):
-            parts["two replicas"] = soak(
+            parts["two replicas"] = found = soak(
                 client,
                 replica_steps(one, other),
                 what="two replicas",
-                minutes=replica_minutes,
+                minutes=config.replica_minutes,
                 num_calls=0,
-                every_s=every_s / 2,
+                every_s=config.every_s / 2,
             )
-            codes = one.exit_codes + other.exit_codes
-            parts["two replicas"]["exit_codes_of_drains"] = codes
-        bars += bars_of("two replicas", parts["two replicas"], may_fail=False)
+            found["exit_codes_of_drains"] = one.exit_codes + other.exit_codes
+        bars += bars_of("two replicas", found, may_fail=False)
     console.print(bar_table(bars))
     malloc = {name: os.environ[name] for name in MALLOC_VARIABLES if name in os.environ}
     results = {
@@ -436,11 +438,12 @@ def main(
     part = "_".join(name.lower().rstrip("_") for name in malloc)
     path = save("soak", results, packages=packages, part=part)
     plot(parts, path.with_suffix(".png"))
-    console.print(f"written to {path} and {path.with_suffix('.png').name}")
+    console.print(f"drawn to {path.with_suffix('.png')}")
     if any(found["num_hanging"] for found in parts.values()):
         # Python would wait for them.
         os._exit(1)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        main(tyro.cli(SoakConfig, description=__doc__))

@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from scipy.stats import binom
 
@@ -137,18 +138,21 @@ def take_turns(
     return turns
 
 
+def way_of(measure: Callable[[], float]) -> Way:
+    """Make a way of a call that returns the seconds it took."""
+    return lambda num_calls: [measure() for _ in range(num_calls)]
+
+
 def time_each(call: Callable[[], object]) -> Way:
     """Make of a call a way that times each of its calls."""
+    return way_of(partial(time_once, call))
 
-    def way(num_calls: int) -> list[float]:
-        times_s = []
-        for _ in range(num_calls):
-            start_s = time.perf_counter()
-            call()
-            times_s.append(time.perf_counter() - start_s)
-        return times_s
 
-    return way
+def time_once(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
 
 
 def take_rounds(

@@ -53,7 +53,8 @@ TEXT_RECIPE = Recipe(num_steps=60, peak_lr=3e-4, batch_size=512)
 IMAGE_RECIPE = Recipe(num_steps=40, peak_lr=1e-4, batch_size=32)
 """For many examples; few are learned from for `STEPS_PER_SHOT` each, or they would be overlearned.
 
-Chosen on one draw of OpenMoji's black drawings; see `benchmarks.studies.few_shot` for what that is worth.
+Chosen on one draw of OpenMoji's black drawings; `benchmarks.studies.few_shot` says what that is
+worth.
 """
 STEPS_PER_SHOT = 10
 COOP_WORDS = "a photo of a"

@@ -12,11 +12,12 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, Literal, cast
 
 import torch
-import typer
+import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,6 +66,19 @@ _HUGGING_FACE = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormConfig:
+    """Make one form of the weights."""
+
+    form: tyro.conf.Positional[Literal["checkpoint", "hub", "onnx_clip"]]
+    folder: Path
+    """Of the kit."""
+    model: str
+    """Architecture."""
+    weights: str
+    """As export.onnx takes them."""
 
 
 def write_checkpoint(clip: CLIP, kit: Kit) -> None:
@@ -312,24 +326,20 @@ class _TextOnly(nn.Module):
         return self.clip.encode_text(tokens_BL)
 
 
-def main(
-    form: Annotated[str, typer.Argument(help="checkpoint, hub or onnx_clip.")],
-    folder: Annotated[Path, typer.Option(help="Of the kit.")],
-    model: Annotated[str, typer.Option(help="Architecture.")],
-    weights: Annotated[str, typer.Option(help="As export.onnx takes them.")],
-) -> None:
+def main(config: FormConfig) -> None:
     """Make one form of the weights."""
-    with command():
-        kit = Kit(folder=folder, spec=find_spec(model))
-        if form == "checkpoint":
-            write_checkpoint(load_weights(ExportConfig(model=model, weights=weights)), kit)
-        elif form == "hub":
-            write_hub(load_clip(kit.spec, kit.checkpoint), kit.hub)
-        elif form == "onnx_clip":
-            write_onnx_clip(load_clip(kit.spec, kit.checkpoint), kit.onnx_clip)
-        else:
-            raise InputError(f"there is no form {form!r}.")
+    kit = Kit(folder=config.folder, spec=find_spec(config.model))
+    if config.form == "checkpoint":
+        export = ExportConfig(model=config.model, weights=config.weights)
+        write_checkpoint(load_weights(export), kit)
+        return
+    clip = load_clip(kit.spec, kit.checkpoint)
+    if config.form == "hub":
+        write_hub(clip, kit.hub)
+    else:
+        write_onnx_clip(clip, kit.onnx_clip)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        main(tyro.cli(FormConfig, description=__doc__))

@@ -24,26 +24,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import tyro
 
 from benchmarks.findings import Bar
 from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
-from benchmarks.serving.bare_runtime import BATCH_ROWS
-from benchmarks.serving.bench import INT8, Bench, acquired
+from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, borrowed, console
 from benchmarks.serving.classifier import measure_cache, measure_classifier
 from benchmarks.serving.images import (
     measure_jpeg,
     measure_large_jpeg,
+    measure_merging,
     measure_overhead,
     measure_threads,
 )
-from benchmarks.serving.merging import measure_merging
-from benchmarks.serving.timing import Found, console
 from clip_rt.client import CACHE_VARIABLE
+from clip_rt.errors import InputError
+from training.command import command
 
 MODEL = "ViT-B/32"
 PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
@@ -69,40 +69,51 @@ def export(repository: Path, model: str, cache_folder: Path) -> None:
         subprocess.run(command, cwd=ROOT, check=True)
 
 
-def main(
-    only: Annotated[str, typer.Option(help="Parts, with commas between them.")] = ",".join(PARTS),
-    model: Annotated[str, typer.Option(help="Architecture.")] = MODEL,
-    num_images: Annotated[int, typer.Option(help="In bulk.")] = 512,
-    num_rounds: Annotated[int, typer.Option(help="Timed rounds of each comparison.")] = 3,
-    num_classes: Annotated[int, typer.Option(help="Of the classifier, 1,000 at most.")] = 1000,
-    repository: Annotated[
-        Path | None, typer.Option(help="Has the models already; otherwise they are exported.")
-    ] = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
     """Measure, print a table, and write a dated JSON."""
-    names = only.split(",")
-    if unknown := set(names) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(unknown)}; known are {', '.join(PARTS)}")
+
+    only: str = ",".join(PARTS)
+    """Parts, with commas between them."""
+    model: str = MODEL
+    """Architecture."""
+    num_images: int = 512
+    """In bulk."""
+    num_rounds: int = 3
+    """Timed rounds of each comparison."""
+    num_classes: int = 1000
+    """Of the classifier, 1,000 at most."""
+    repository: Path | None = None
+    """Has the models already; otherwise they are exported."""
+
+    def __post_init__(self) -> None:
+        """Refuse parts that there are not."""
+        if unknown := set(self.only.split(",")) - set(PARTS):
+            raise InputError(f"--only names {', '.join(unknown)}; known are {', '.join(PARTS)}.")
+
+
+def main(config: ServingConfig) -> int:
+    """Measure each part; return 1 where one failed."""
     # No client shall find what another run has cached.
     os.environ.pop(CACHE_VARIABLE, None)
     load_before = os.getloadavg()[0]
     parts: dict[str, Found] = {}
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory() as folder:
-        if repository is None:
-            repository = Path(folder, "models")
-            export(repository, model, Path(folder, "exports"))
+        repository = config.repository or Path(folder, "models")
+        if config.repository is None:
+            export(repository, config.model, Path(folder, "exports"))
         bench = Bench(
             repository=repository,
             scratch=Path(folder),
-            model=model,
-            num_images=num_images,
-            num_rounds=num_rounds,
-            num_classes=num_classes,
+            model=config.model,
+            num_images=config.num_images,
+            num_rounds=config.num_rounds,
+            num_classes=config.num_classes,
         )
         # Held until the end, so that one server serves all.
-        with acquired(repository):
-            for name in names:
+        with borrowed(repository):
+            for name in config.only.split(","):
                 start_s = time.perf_counter()
                 try:
                     parts[name], found = PARTS[name](bench)
@@ -114,19 +125,19 @@ def main(
                 console.print(f"{name}: {parts[name]['took_s']} s")
     console.print(bar_table(bars))
     results = {
-        "model": model,
+        "model": config.model,
         "num_threads": len(os.sched_getaffinity(0)),
-        "num_rounds": num_rounds,
+        "num_rounds": config.num_rounds,
         "load_before": round(load_before, 2),
         "bars": [describe_bar(bar) for bar in bars],
         "parts": parts,
     }
     packages = ("nvidia-pytriton", "onnxruntime", "openvino", "pillow", "tritonclient")
     part = "" if set(parts) == set(PARTS) else "_".join(parts)
-    console.print(f"written to {save('serving', results, packages=packages, part=part)}")
-    if any("failed" in part for part in parts.values()):
-        raise typer.Exit(1)
+    save("serving", results, packages=packages, part=part)
+    return int(any("failed" in part for part in parts.values()))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with command():
+        sys.exit(main(tyro.cli(ServingConfig, description=__doc__)))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 
 import clip_rt
 from benchmarks import photos
-from benchmarks.serving.timing import console, run_threads
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from benchmarks.timing import take_rounds, time_once, way_of
+from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
 INT8 = "int8"
 """Name under which the INT8 form of the model is served."""
@@ -26,7 +34,14 @@ START_TIMEOUT_S = 300.0
 MAX_DIFFERENCE = 1e-4
 """Between embeddings of the same picture in batches of other sizes: sums in another order."""
 
+BATCH_ROWS = 32
+SINGLES_A_TURN = 10
 Array = NDArray[Any]
+Found = dict[str, Any]
+"""Part of a result, as JSON has it."""
+Runtime = Literal["onnxruntime", "onnxruntime, its default", "openvino"]
+"""What `BareRuntime` can be; the second is ONNX Runtime whose threads spin as it likes best."""
+console = Console()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +134,162 @@ def preprocessed(bench: Bench, client: clip_rt.Client) -> list[Array]:
     """Return the small pictures as the model reads them, uint8 (S, S, 3) each."""
     encoded = pictures(SMALL_PX, bench.num_images)
     return list(clip_rt.preprocess(encoded, side_px=client.manifest.side_px))
+
+
+def by_turns(
+    ways: Mapping[str, Callable[[], float]], num_rounds: int, what: str
+) -> dict[str, list[float]]:
+    """Time ways that were called already, once in each round.
+
+    Args:
+        ways: Each returns its time in seconds.
+        num_rounds: How often.
+        what: Said meanwhile.
+    """
+    with console.status(what):
+        each = {name: way_of(way) for name, way in ways.items()}
+        return take_rounds(each, num_rounds, is_warm=True)
+
+
+def one_by_one(
+    call: Callable[[int], float], num_items: int, latencies_s: list[float]
+) -> Callable[[], float]:
+    """Make of a call for one item a turn of `SINGLES_A_TURN`, each going on where the last ended.
+
+    Args:
+        call: Gets the number of an item, and returns its time in seconds.
+        num_items: After the last comes the first again.
+        latencies_s: Gets the seconds of each call.
+    """
+    numbers = itertools.cycle(range(num_items))
+
+    def turn() -> float:
+        each_s = [call(n) for n in itertools.islice(numbers, SINGLES_A_TURN)]
+        latencies_s.extend(each_s)
+        return sum(each_s)
+
+    return turn
+
+
+def rates(times_s: Mapping[str, Sequence[float]], num_items: int, unit: str) -> Found:
+    """Return the median throughput of each way, and all its rounds."""
+    return {
+        name: {
+            f"{unit}_per_s": round(num_items / statistics.median(times), 2),
+            "rounds_s": [round(each, 4) for each in times],
+        }
+        for name, times in times_s.items()
+    }
+
+
+def run_threads(
+    call: Callable[[int], object], num_calls: int, num_threads: int
+) -> tuple[float, list[float]]:
+    """Make calls from threads that begin together, each thread one after another.
+
+    Args:
+        call: Gets the number of the call, 0 to `num_calls` - 1, each once.
+        num_calls: Of all threads.
+        num_threads: How many.
+
+    Returns:
+        Seconds from the common start to the last end, and the seconds of each call. What a call
+        raises is raised.
+    """
+    barrier = threading.Barrier(num_threads + 1)
+
+    def work(first: int) -> list[float]:
+        calls = [partial(call, n) for n in range(first, num_calls, num_threads)]
+        barrier.wait()
+        return [time_once(each) for each in calls]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(work, first) for first in range(num_threads)]
+        barrier.wait()
+        elapsed_s = time_once(partial(wait, futures))
+        return elapsed_s, [each for future in futures for each in future.result()]
+
+
+def describe_latencies(latencies_s: Sequence[float]) -> dict[str, float]:
+    """Return percentiles in milliseconds."""
+    return {
+        f"p{percent}_ms": round(1e3 * float(np.percentile(latencies_s, percent)), 2)
+        for percent in (50, 90, 99)
+    }
+
+
+class BareRuntime:
+    """A runtime on one tower in a process of its own, which works only when it is asked to.
+
+    Args:
+        file: The tower, ONNX.
+        inputs: Rows it may be asked for; saved to `scratch`.
+        scratch: Folder.
+        runtime: What runs it.
+    """
+
+    def __init__(
+        self, file: Path, inputs: Array, scratch: Path, *, runtime: Runtime = "onnxruntime"
+    ) -> None:
+        rows_file = scratch / f"{file.parents[1].name}_inputs.npy"
+        np.save(rows_file, inputs)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_run_bare, args=(theirs, file, rows_file, runtime), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def __enter__(self) -> BareRuntime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def encode(self, start: int, stop: int) -> tuple[list[float], NDArray[np.float32]]:
+        """Embed some rows, `BATCH_ROWS` at a time.
+
+        Returns:
+            Seconds of each batch, measured over there, and float32 (stop - start, D).
+        """
+        return self._ask(start, stop, BATCH_ROWS)
+
+    def encode_one(self, row: int) -> float:
+        """Embed one row alone, and return the seconds it took over there."""
+        (time_s,), _ = self._ask(row, row + 1, 1)
+        return time_s
+
+    def _ask(self, *order: int) -> tuple[list[float], NDArray[np.float32]]:
+        self._pipe.send(order)
+        answer: tuple[list[float], NDArray[np.float32]] = self._pipe.recv()
+        return answer
+
+
+def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:
+    """Be the other process of `BareRuntime`, until its end of the pipe is closed."""
+    # Here, so that each is loaded only where it is run. Both have the options that
+    # export/python_model.py gives them.
+    if runtime == "openvino":
+        from benchmarks.contenders import openvino
+
+        encode = openvino.load(file)
+    else:
+        from benchmarks.contenders import onnxruntime
+
+        encode = onnxruntime.load(file, is_default=runtime != "onnxruntime")
+    rows = np.load(rows_file)
+    pipe.send("ready")
+    while True:
+        try:
+            start, stop, batch_rows = pipe.recv()
+        except EOFError:
+            return
+        times_s, found = [], []
+        for first in range(start, stop, batch_rows):
+            start_s = time.perf_counter()
+            found.append(encode(rows[first : min(first + batch_rows, stop)]))
+            times_s.append(time.perf_counter() - start_s)
+        pipe.send((times_s, np.concatenate(found)))

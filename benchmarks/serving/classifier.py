@@ -5,9 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,22 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 import clip_rt
-from benchmarks.findings import Bar
-from benchmarks.serving.bare_runtime import BATCH_ROWS, BareRuntime
-from benchmarks.serving.bench import TIMEOUT_S, Bench, acquired, check_equal
-from benchmarks.serving.timing import Found, console, ratio, timed
+from benchmarks.contenders.implementation import TEMPLATES, prompts_of
+from benchmarks.findings import Bar, at_least, at_most
+from benchmarks.serving.bench import (
+    BATCH_ROWS,
+    TIMEOUT_S,
+    BareRuntime,
+    Bench,
+    Found,
+    borrowed,
+    check_equal,
+    console,
+)
+from benchmarks.timing import ratio, time_once
 from clip_rt.classification import zero_shot
-from clip_rt.inputs import prompts
 from clip_rt.specs import text_model
 
-TEMPLATES = "openai_imagenet"
 NUM_NEW_LABELS = 10
 PADDED_SHARE = 0.05
 """Of the classes whose prompts are embedded at 77 tokens; all of them would take half an hour."""
@@ -38,12 +44,6 @@ def class_names() -> tuple[str, ...]:
     return tuple(imagenet_names())
 
 
-def padded_tokens(labels: Sequence[str]) -> NDArray[np.int32]:
-    """Return the prompts of the labels, one after another, int32 (N, 77)."""
-    templates = prompts.find_templates(TEMPLATES)
-    return clip_rt.tokenize([prompts.fill(each, label) for label in labels for each in templates])
-
-
 def measure_classifier(bench: Bench) -> tuple[Found, list[Bar]]:
     """Make the classifier cold, and a random part of it from prompts padded to 77 tokens.
 
@@ -53,7 +53,7 @@ def measure_classifier(bench: Bench) -> tuple[Found, list[Bar]]:
     labels = class_names()[: bench.num_classes]
     num_padded = max(2, round(PADDED_SHARE * len(labels)))
     chosen = np.random.default_rng(0).permutation(len(labels))[:num_padded]
-    tokens = padded_tokens([labels[n] for n in chosen])
+    tokens = clip_rt.tokenize(prompts_of([labels[n] for n in chosen]))
     middle = len(tokens) // 2
     file = bench.onnx_file(text_model(bench.model))
     with (
@@ -84,9 +84,7 @@ def measure_classifier(bench: Bench) -> tuple[Found, list[Bar]]:
             "scaled_s": round(padded_s, 1),
         },
     }
-    return document, [
-        Bar(what="classifier, times padded", value=padded_s / cold_s, limit=7.0, side="at least")
-    ]
+    return document, [at_least("classifier, times padded", padded_s / cold_s, 7.0)]
 
 
 def measure_cache(bench: Bench) -> tuple[Found, list[Bar]]:
@@ -104,7 +102,7 @@ def measure_cache(bench: Bench) -> tuple[Found, list[Bar]]:
             disk_s.append(each_s)
         ask = partial(client.class_embeddings, labels, templates=TEMPLATES)
         check_equal(ask(), expected, "from memory")
-        memory_s = [timed(ask)() for _ in range(51)]
+        memory_s = [time_once(ask) for _ in range(51)]
         partial_s: dict[str, list[float]] = {"new alone": [], "known and new": []}
         rounds = track(range(bench.num_rounds), "new labels", console=console, transient=True)
         for round_ in rounds:
@@ -115,7 +113,7 @@ def measure_cache(bench: Bench) -> tuple[Found, list[Bar]]:
                 ("known and new", client, known + new),
             ):
                 call = partial(asked.class_embeddings, asks, templates=TEMPLATES)
-                partial_s[name].append(timed(call)())
+                partial_s[name].append(time_once(call))
             again = client.class_embeddings(new, templates=TEMPLATES)
             check_equal(again, forgetful.class_embeddings(new, templates=TEMPLATES), "new labels")
     document = {
@@ -129,25 +127,11 @@ def measure_cache(bench: Bench) -> tuple[Found, list[Bar]]:
             name: [round(each, 3) for each in times] for name, times in partial_s.items()
         },
     }
+    what = f"{len(known)} known and {NUM_NEW_LABELS} new, of {NUM_NEW_LABELS}"
     return document, [
-        Bar(
-            what="from disk, ms",
-            value=1e3 * statistics.median(disk_s),
-            limit=100.0,
-            side="at most",
-        ),
-        Bar(
-            what="from memory, ms",
-            value=1e3 * statistics.median(memory_s),
-            limit=2.0,
-            side="at most",
-        ),
-        Bar(
-            what=f"{len(known)} known and {NUM_NEW_LABELS} new, of {NUM_NEW_LABELS}",
-            value=ratio(partial_s["known and new"], partial_s["new alone"]),
-            limit=1.2,
-            side="at most",
-        ),
+        at_most("from disk, ms", 1e3 * statistics.median(disk_s), 100.0),
+        at_most("from memory, ms", 1e3 * statistics.median(memory_s), 2.0),
+        at_most(what, ratio(partial_s["known and new"], partial_s["new alone"]), 1.2),
     ]
 
 
@@ -155,24 +139,19 @@ def _ask_new_process(
     bench: Bench, folder: Path, labels: tuple[str, ...]
 ) -> tuple[float, NDArray[np.float32]]:
     """Time one call of a client in a process of its own, with the cache in `folder`."""
-    with acquired(bench.repository) as server:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, server.url, bench.model, folder, labels)
-        process = context.Process(target=_ask_once, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        answer: tuple[float, NDArray[np.float32]] = ours.recv()
-        process.join()
-        return answer
+    with (
+        borrowed(bench.repository) as server,
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        return pool.submit(_ask_once, server.url, bench.model, folder, labels).result()
 
 
 def _ask_once(
-    pipe: Connection, url: str, model: str, folder: Path, labels: tuple[str, ...]
-) -> None:
+    url: str, model: str, folder: Path, labels: tuple[str, ...]
+) -> tuple[float, NDArray[np.float32]]:
     """Be the other process of `_ask_new_process`."""
     with clip_rt.Client(url, model=model, cache_dir=folder, timeout_s=TIMEOUT_S) as client:
         _ = client.manifest
         start_s = time.perf_counter()
         class_CE = client.class_embeddings(labels, templates=TEMPLATES)
-        pipe.send((time.perf_counter() - start_s, class_CE))
+        return time.perf_counter() - start_s, class_CE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.findings import Bar, CallKind, Level, Peaks, Row
+from benchmarks.findings import Bar, CallKind, Level, Peaks, Row, at_least
 from benchmarks.suites.cases import NUM_CLASSES
 
 MODEL = "ViT-B/32"
@@ -62,7 +62,7 @@ def find_bars(
         row = found.get((suite, case, contender))
         if baseline == BASELINE and row is not None and row.speed is not None:
             what = f"{suite}, {case}, {WHAT[contender]}: times {BASELINE}"
-            bars.append(Bar(what=what, value=row.speed.median, limit=limit, side="at least"))
+            bars.append(at_least(what, row.speed.median, limit))
     answered = {
         (level.contender, level.call, level.items): level.answered_per_s
         for level in levels
@@ -72,18 +72,13 @@ def find_bars(
         ours, theirs = (answered.get((each, call, items)) for each in (contender, INFINITY))
         if ours is not None and theirs:
             what = f"{name}, {CLIENTS} clients, {WHAT[contender]}: times {INFINITY}"
-            bars.append(Bar(what=what, value=ours / theirs, limit=limit, side="at least"))
+            bars.append(at_least(what, ours / theirs, limit))
     batch = found.get(("image", "batch 32", FP32))
     if batch is not None and batch.flop_per_item is not None:
         # Rows are held to the highest rate at any shape, of their own rounds; this one to the rate
         # of its own products as it was before all rounds, which no slower hour makes smaller.
         gflop_per_s = batch.flop_per_item * batch.per_s.median / 1e9
-        bars.append(
-            Bar(
-                what="image, batch 32, FP32: share of the FP32 GEMM rate at its own shapes",
-                value=gflop_per_s / peaks.gemm_fp32_model_gflop_per_s.median,
-                limit=SHARE_OF_LIMIT,
-                side="at least",
-            )
-        )
+        share = gflop_per_s / peaks.gemm_fp32_model_gflop_per_s.median
+        what = "image, batch 32, FP32: share of the FP32 GEMM rate at its own shapes"
+        bars.append(at_least(what, share, SHARE_OF_LIMIT))
     return bars

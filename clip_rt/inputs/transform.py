@@ -104,8 +104,8 @@ def prepare(
     With `decode="fast"`, JPEG files that are large are decoded at 1/2, 1/4 or 1/8 of their size,
     whichever leaves the shortest side at least 1.5 x `side_px`, and then resized the same way. It
     takes a fifth of the time for a photograph of 12 megapixels and is no longer exact; see
-    `benchmarks.studies.decoding` for what that does to pixels, embeddings and accuracy. Smaller JPEGs,
-    other formats and images opened by the caller come out as with "exact".
+    `benchmarks.studies.decoding` for what that does to pixels, embeddings and accuracy. Smaller
+    JPEGs, other formats and images opened by the caller come out as with "exact".
 
     Args:
         image: One image. A Pillow image is only read; loading a lazy one is its own affair. An open

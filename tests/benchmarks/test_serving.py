@@ -15,8 +15,10 @@ from PIL import Image
 from benchmarks import photos
 from benchmarks.findings import Bar
 from benchmarks.record import describe_bar
-from benchmarks.serving import bench, timing
-from benchmarks.serving.bare_runtime import BareRuntime, Runtime
+from benchmarks.serving import bench
+from benchmarks.serving.bench import BareRuntime, Runtime
+from benchmarks.timing import ratio, take_rounds, way_of
+from clip_rt.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -46,11 +48,11 @@ def test_ways_take_turns() -> None:
         order.append(name)
         return seconds
 
-    ways = {"a": lambda: way("a", 2.0), "b": lambda: way("b", 1.0)}
-    times_s = timing.by_turns(ways, 3, "x")
+    ways = {"a": way_of(lambda: way("a", 2.0)), "b": way_of(lambda: way("b", 1.0))}
+    times_s = take_rounds(ways, 3, is_warm=True)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert times_s == {"a": [2.0] * 3, "b": [1.0] * 3}
-    assert timing.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
+    assert bench.rates(times_s, 10, "images")["a"]["images_per_s"] == 5.0
 
 
 def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
@@ -60,7 +62,7 @@ def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
         asked.append(n)
         return float(n)
 
-    turn = timing.one_by_one(call, 12, latencies_s)
+    turn = bench.one_by_one(call, 12, latencies_s)
     assert [turn(), turn()] == [sum(range(10)), sum([10, 11, *range(8)])]
     assert asked == [*range(12), *range(8)]
     assert latencies_s == [7.0, *asked]
@@ -68,9 +70,9 @@ def test_a_turn_of_single_calls_goes_on_where_the_last_ended() -> None:
 
 def test_a_ratio_is_of_the_same_round() -> None:
     # A slow moment of the machine is in both.
-    assert timing.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
-    with pytest.raises(ValueError, match="longer"):
-        timing.ratio([1.0], [1.0, 2.0])
+    assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == 2.0
+    with pytest.raises(InputError, match="same rounds"):
+        ratio([1.0], [1.0, 2.0])
 
 
 def test_threads_call_at_once_and_make_each_call_once() -> None:
@@ -82,7 +84,7 @@ def test_threads_call_at_once_and_make_each_call_once() -> None:
             together.wait()
         made.append(n)
 
-    elapsed_s, latencies_s = timing.run_threads(call, 11, 4)
+    elapsed_s, latencies_s = bench.run_threads(call, 11, 4)
     assert sorted(made) == list(range(11))
     assert len(latencies_s) == 11
     assert elapsed_s >= max(latencies_s)
@@ -90,7 +92,7 @@ def test_threads_call_at_once_and_make_each_call_once() -> None:
 
 def test_what_a_thread_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        timing.run_threads(lambda n: 1 // (n - 2), 4, 4)
+        bench.run_threads(lambda n: 1 // (n - 2), 4, 4)
 
 
 def test_embeddings_of_another_item_stop_a_measurement() -> None:
