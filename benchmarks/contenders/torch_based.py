@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.contenders.bare import Bare
 from benchmarks.contenders.implementation import (
     TEMPLATES,
     Implementation,
@@ -28,6 +27,7 @@ from benchmarks.contenders.implementation import (
     zero_shot_prompts,
 )
 from benchmarks.contenders.kit import Kit
+from benchmarks.contenders.runtimes import Bare
 from benchmarks.findings import CallKind
 from clip_rt.inputs.prompts import find_templates
 from clip_rt.specs import ModelSpec

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -17,16 +16,9 @@ from benchmarks.report import answers, words
 from benchmarks.report.answers import CaseRows
 from benchmarks.timing import half_width
 
-_LEFT = (
-    "suite",
-    "case",
-    "contender",
-    "why it is absent",
-    "what",
-    "stages, ms",
-    "GPU",
-    "precision",
-    "note",
+_TEXTS = (
+    *("suite", "case", "contender", "why it is absent", "what"),
+    *("stages, ms", "GPU", "precision", "note"),
 )
 """Columns of text; all others are figures, set to the right."""
 
@@ -48,20 +40,16 @@ def show(run: Run, console: Console) -> None:
         _absent_table(run),
         bar_table(run.bars),
     ):
-        _print_table(table, console)
+        _print(table, console)
     _print_remarks(run, console)
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     """Print what became slower or faster in the later of two runs, and what makes it doubtful."""
-    table = _table("Against the older run", "suite", "case", "contender", "time, new / old")
-    for name in ("old", "new"):
-        table.add_column(name, justify="right")
-    table.add_column("within noise", justify="right")
-    table.add_column("")
-    order = {"slower": 0, "faster": 1, "same": 2}
-    for change in sorted(comparison.changes, key=lambda each: order[each.verdict]):
-        look = {"slower": "bold red", "faster": "green", "same": "dim"}[change.verdict]
+    looks = {"slower": "bold red", "faster": "green", "same": "dim"}
+    columns = ("suite", "case", "contender", "time, new / old", "old", "new", "within noise", "")
+    table = _table("Against the older run", columns)
+    for change in sorted(comparison.changes, key=lambda each: list(looks).index(each.verdict)):
         table.add_row(
             *map(escape, (change.suite, change.case, change.contender)),
             words.times(change.ratio),
@@ -69,14 +57,13 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             _in_unit(change, change.new.median),
             f"± {100 * change.noise:.1f} %",
             change.verdict if change.verdict != "same" else "same within noise",
-            style=look,
+            style=looks[change.verdict],
         )
-    _print_table(table, console)
+    _print(table, console)
     for what, keys in (("Only in the older run", comparison.gone), ("New", comparison.added)):
         if keys:
-            console.print(
-                Text(f"{what}: {'; '.join(', '.join(key) for key in keys)}.", style="dim")
-            )
+            text = f"{what}: {'; '.join(', '.join(key) for key in keys)}."
+            console.print(Text(text, style="dim"))
     for warning in comparison.warnings:
         console.print(Text(f"Careful: {warning}", style="yellow"))
     slower, faster = len(comparison.regressions), len(comparison.improvements)
@@ -84,6 +71,21 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     text = f"{slower} slower, {faster} faster, {same} the same within noise; "
     text += f"the intervals of {len(comparison.agreeing)} of {len(comparison.changes)} meet."
     console.print(Text(text, style="bold red" if slower else "bold"))
+
+
+def bar_table(bars: Sequence[Bar]) -> Table:
+    """Return the table of figures and what they are held to."""
+    met, missed = Text("met", style="green"), Text("missed", style="bold red")
+    rows = [
+        (
+            bar.what,
+            words.number(bar.value),
+            f"{bar.side} {words.number(bar.limit)}",
+            met if bar.is_met else missed,
+        )
+        for bar in bars
+    ]
+    return _table("Bars", ("what", "figure", "bar", ""), rows)
 
 
 def _suite_table(run: Run, suite: str) -> Table:
@@ -94,7 +96,7 @@ def _suite_table(run: Run, suite: str) -> Table:
     cells = {id(row): _row_cells(run, case, row) for case in cases for row in case.rows}
     # Columns that this suite has nothing for would only take room.
     used = [place for place in range(len(heads)) if any(own[place] for own in cells.values())]
-    table = _table(words.suite(suite), *(heads[place] for place in used))
+    table = _table(words.suite(suite), [heads[place] for place in used])
     for case in cases:
         table.add_section()
         # In two lines, or the longest name decides how wide the column of contenders is.
@@ -128,11 +130,9 @@ def _row_cells(run: Run, case: CaseRows, row: Row) -> list[Text]:
 
 
 def _load_table(run: Run) -> Table:
-    table = _table(
-        "Under load",
-        *("contender", "clients or\ncalls/s", "answered\na second"),
-        *("p50\nms", "p95\nms", "p99\nms", "p99.9\nms", "failed"),
-    )
+    columns = ["contender", "clients or\ncalls/s", "answered\na second"]
+    columns += ["p50\nms", "p95\nms", "p99\nms", "p99.9\nms", "failed"]
+    table = _table("Under load", columns)
     closed = [level for level in run.levels if level.num_clients is not None]
     arrivals = [level for level in run.levels if level.num_clients is None]
     for how, levels in (("closed loop", closed), ("Poisson arrivals", arrivals)):
@@ -157,118 +157,95 @@ def _level_cells(level: Level) -> list[str | Text]:
 
 
 def _stage_table(run: Run) -> Table:
-    table = _table("Where the time goes", "contender", "what", "all, ms", "missing", "stages, ms")
+    rows = []
     for each in run.stages:
         stages = ", ".join(f"{name} {words.number(ms)}" for name, ms in each.stages_ms.items())
-        table.add_row(
-            escape(each.contender),
-            escape(each.what),
-            words.number(each.total_ms),
-            f"{100 * each.missing_ms / each.total_ms:.1f} %",
-            escape("\n".join(filter(None, (stages, each.note)))),
-        )
-    return table
+        missing = f"{100 * each.missing_ms / each.total_ms:.1f} %"
+        notes = "\n".join(filter(None, (stages, each.note)))
+        rows.append((each.contender, each.what, words.number(each.total_ms), missing, notes))
+    columns = ("contender", "what", "all, ms", "missing", "stages, ms")
+    return _table("Where the time goes", columns, rows)
 
 
 def _accuracy_table(run: Run) -> Table:
-    table = _table(
-        "Accuracy", "contender", "precision", "top-1", "pictures", "worst cosine", "median cosine"
-    )
-    for each in run.accuracy:
-        table.add_row(
-            escape(each.contender),
+    columns = ("contender", "precision", "top-1", "pictures", "worst cosine", "median cosine")
+    rows = [
+        (
+            each.contender,
             each.precision,
             f"{100 * each.top1:.1f} %" if each.top1 is not None else "",
             f"{each.num_images:,}",
             words.cosine(each.min_cosine),
             words.cosine(each.median_cosine),
         )
-    return table
+        for each in run.accuracy
+    ]
+    return _table("Accuracy", columns, rows)
 
 
 def _startup_table(run: Run) -> Table:
-    table = _table("From nothing", "contender", "ready", "first answer", "memory", "at most")
+    rows = []
     for each in run.contenders:
-        if each.startup:
-            table.add_row(
-                escape(each.name),
-                f"{words.number(each.startup.ready_s)} s",
-                f"{words.number(each.startup.first_answer_s)} s",
-                f"{words.number(each.startup.rss_mib)} MiB",
-                f"{words.number(each.startup.peak_rss_mib)} MiB",
-            )
-    return table
+        if up := each.startup:
+            times = map(_seconds, (up.ready_s, up.first_answer_s))
+            rows.append((each.name, *times, *map(_mib, (up.rss_mib, up.peak_rss_mib))))
+    return _table("From nothing", ("contender", "ready", "first answer", "memory", "at most"), rows)
 
 
 def _duration_table(run: Run) -> Table:
-    table = _table("Done now and then", "what", "time", "most memory", "note")
-    for each in run.durations:
-        memory = f"{words.number(each.peak_rss_mib)} MiB" if each.peak_rss_mib is not None else ""
-        table.add_row(
-            escape(each.what), f"{words.number(each.seconds)} s", memory, escape(each.note)
-        )
-    return table
+    rows = [
+        (each.what, _seconds(each.seconds), _mib(each.peak_rss_mib), each.note)
+        for each in run.durations
+    ]
+    return _table("Done now and then", ("what", "time", "most memory", "note"), rows)
 
 
 def _peak_table(run: Run) -> Table:
-    table = _table("What this machine can do", "what", "measured", "95 % interval")
-    for what, unit, found in (
+    peaks = (
         ("FP32 matrix products, best shape", "GFLOP/s", run.peaks.gemm_fp32_gflop_per_s),
         ("those of ViT-B/32", "GFLOP/s", run.peaks.gemm_fp32_model_gflop_per_s),
         ("INT8 matrix products", "GOP/s", run.peaks.gemm_int8_gop_per_s),
         ("reading memory", "GB/s", run.peaks.read_gb_per_s),
-    ):
-        if found:
-            table.add_row(what, f"{words.number(found.median)} {unit}", words.low_to_high(found))
-    return table
+    )
+    rows = [
+        (what, f"{words.number(found.median)} {unit}", words.low_to_high(found))
+        for what, unit, found in peaks
+        if found
+    ]
+    return _table("What this machine can do", ("what", "measured", "95 % interval"), rows)
 
 
 def _ceiling_table(run: Run) -> Table:
     """Of the model that was measured; those of others are in the page."""
     title = f"Ceilings of GPUs for {run.model}: computed, not measured"
-    table = _table(title, "GPU", "precision", "images/s", "texts/s", "note")
-    for each in run.ceilings:
-        if each.model == run.model:
-            table.add_row(
-                escape(each.gpu),
-                each.precision,
-                words.number(each.images_per_s),
-                words.number(each.texts_per_s),
-                escape(f"bound by {each.bound_by}"),
-            )
-    return table
+    rows = [
+        (
+            each.gpu,
+            each.precision,
+            words.number(each.images_per_s),
+            words.number(each.texts_per_s),
+            f"bound by {each.bound_by}",
+        )
+        for each in run.ceilings
+        if each.model == run.model
+    ]
+    return _table(title, ("GPU", "precision", "images/s", "texts/s", "note"), rows)
 
 
 def _absent_table(run: Run) -> Table:
-    table = _table("Not measured", "contender", "why it is absent")
-    for each in run.contenders:
-        if each.absent:
-            table.add_row(escape(each.name), escape(each.absent))
-    return table
-
-
-def bar_table(bars: Sequence[Bar]) -> Table:
-    """Return the table of figures and what they are held to."""
-    table = _table("Bars", "what", "figure", "bar", "")
-    for bar in bars:
-        table.add_row(
-            escape(bar.what),
-            words.number(bar.value),
-            f"{bar.side} {words.number(bar.limit)}",
-            Text("met", style="green") if bar.is_met else Text("missed", style="bold red"),
-        )
-    return table
+    rows = [(each.name, each.absent) for each in run.contenders if each.absent]
+    return _table("Not measured", ("contender", "why it is absent"), rows)
 
 
 def _print_remarks(run: Run, console: Console) -> None:
-    remarks = answers.remarks(run)
     for level, look in (("warn", "yellow"), ("bad", "bold red")):
-        for remark in remarks:
+        for remark in answers.remarks(run):
             if remark.level == level:
                 console.print(Text(remark.text, style=look))
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: Iterable[str], rows: Iterable[Sequence[str | Text]] = ()) -> Table:
+    """Return a table of text as it is, which nobody reads as markup."""
     table = Table(
         title=f"\n{escape(title)}",
         title_justify="left",
@@ -278,13 +255,15 @@ def _table(title: str, *columns: str) -> Table:
         pad_edge=False,
     )
     for column in columns:
-        justify: Literal["left", "right"] = "left" if column in _LEFT else "right"
-        figures = column not in _LEFT or column == "contender"
-        table.add_column(escape(column), justify=justify, no_wrap=figures)
+        is_text = column in _TEXTS
+        is_cut = is_text and column != "contender"
+        table.add_column(escape(column), justify="left" if is_text else "right", no_wrap=not is_cut)
+    for row in rows:
+        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def _print_table(table: Table, console: Console) -> None:
+def _print(table: Table, console: Console) -> None:
     """Print a table unless it is empty; closer together where there is no room."""
     if not table.row_count:
         return
@@ -292,6 +271,14 @@ def _print_table(table: Table, console: Console) -> None:
     if console.measure(table, options=unbounded).maximum > console.width:
         table.padding = 0
     console.print(table)
+
+
+def _seconds(value: float) -> str:
+    return f"{words.number(value)} s"
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{words.number(value)} MiB"
 
 
 def _in_unit(change: Change, value: float) -> str:

@@ -23,6 +23,7 @@ from rich.progress import track
 
 import clip_rt
 from benchmarks import photos
+from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
 from benchmarks.timing import take_rounds, time_once, way_of
 from clip_rt.embedded.server import EmbeddedServer, borrow, give_back
 
@@ -270,16 +271,10 @@ class BareRuntime:
 
 def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:
     """Be the other process of `BareRuntime`, until its end of the pipe is closed."""
-    # Here, so that each is loaded only where it is run. Both have the options that
-    # export/python_model.py gives them.
     if runtime == "openvino":
-        from benchmarks.contenders import openvino
-
-        encode = openvino.load(file)
+        encode = load_openvino(file)
     else:
-        from benchmarks.contenders import onnxruntime
-
-        encode = onnxruntime.load(file, is_default=runtime != "onnxruntime")
+        encode = load_onnxruntime(file, is_default=runtime != "onnxruntime")
     rows = np.load(rows_file)
     pipe.send("ready")
     while True:

@@ -29,7 +29,7 @@ import tyro
 from numpy.typing import NDArray
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from benchmarks.contenders import onnxruntime, openvino
+from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
 from benchmarks.record import save
 from benchmarks.studies.common import PRECISIONS, console, make_step, show, write_towers
 from benchmarks.timing import median_interval, take_rounds, take_turns, time_each
@@ -102,9 +102,9 @@ def time_towers(spec: ModelSpec, folder: Path, budget_s: float) -> dict[str, Any
     for tower, sizes in SIZES.items():
         file = folder / tower / "model.onnx"
         encoders = {
-            "onnxruntime": onnxruntime.load(file),
-            "openvino": openvino.load(file),
-            "openvino int8": openvino.load(file.with_suffix(".xml")),
+            "onnxruntime": load_onnxruntime(file),
+            "openvino": load_openvino(file),
+            "openvino int8": load_openvino(file.with_suffix(".xml")),
         }
         auto = ""
         for rows in sizes:

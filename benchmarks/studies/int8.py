@@ -28,7 +28,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from tyro.conf import UseAppendAction
 
-from benchmarks.contenders import onnxruntime
+from benchmarks.contenders.runtimes import load_onnxruntime
 from benchmarks.record import save
 from benchmarks.studies.common import console, show, write_towers
 from benchmarks.suites.accuracy import top1
@@ -112,7 +112,7 @@ def make_encoders(
     )
     int8.write_int8(fp32, list(batches), folder / "model.xml")
     # Its threads spin between the calls, as they do by default.
-    load = partial(onnxruntime.load, is_default=True, num_threads=num_threads)
+    load = partial(load_onnxruntime, is_default=True, num_threads=num_threads)
     return {
         BASELINE: load(fp32),
         "ONNX Runtime, INT8 dynamic": load(dynamic),

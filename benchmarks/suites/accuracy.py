@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
+from benchmarks.contenders.runtimes import load_onnxruntime
 from benchmarks.findings import Accuracy
 from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case
@@ -123,7 +124,6 @@ def measure_top1(num_drawings: int = 4096) -> tuple[dict[str, float], int]:
 
 
 def _measure(num_drawings: int) -> tuple[dict[str, float], int]:
-    from benchmarks.contenders import onnxruntime
     from export import int8
     from export.samples import calibration_batches, load_samples, read_choices
 
@@ -134,7 +134,7 @@ def _measure(num_drawings: int) -> tuple[dict[str, float], int]:
     )
     found = {}
     for contender, load in (
-        ("onnxruntime", partial(onnxruntime.load, is_default=True)),
+        ("onnxruntime", partial(load_onnxruntime, is_default=True)),
         ("openvino", int8.load_openvino),
     ):
         towers = [load(file, num_threads=num_threads) for file in (image_file, text_file)]

@@ -37,7 +37,7 @@ from benchmarks.findings import (
     StartUp,
 )
 from benchmarks.record import RESULTS_DIR, read_run, write
-from benchmarks.report import answers, page, plots, readme, style, terminal, words
+from benchmarks.report import answers, page, panels, plots, readme, style, terminal, words
 from clip_rt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -500,7 +500,7 @@ def test_colours_differ_on_paper_and_in_the_dark() -> None:
 
 def test_names_beside_lines_do_not_meet() -> None:
     heights = [0.5, 0.51, 0.1, 0.52, 0.95]
-    moved = plots._spread(heights, 0.1)
+    moved = panels._spread(heights, 0.1)
     ordered = sorted(moved)
     assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.0999
     assert moved[2] == 0.1
@@ -515,7 +515,7 @@ def test_names_beside_lines_do_not_meet() -> None:
 def test_logarithmic_axes_have_few_round_numbers(
     low: float, high: float, shown: set[float]
 ) -> None:
-    ticks = plots._ticks(low, high, min_gap=0.2)
+    ticks = panels._ticks(low, high, min_gap=0.2)
     assert shown <= set(ticks)
     assert 2 <= len(ticks) <= 6
     assert all(low <= tick <= high for tick in ticks)
