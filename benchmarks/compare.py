@@ -79,7 +79,9 @@ class Comparison:
 
 def compare(old: Run, new: Run) -> Comparison:
     """Match the rows of two runs by suite, case and contender, and judge each pair."""
-    before, after = _by_key(old), _by_key(new)
+    before, after = (
+        {(row.suite, row.case, row.contender): row for row in run.rows} for run in (old, new)
+    )
     shared = [key for key in after if key in before]
     return Comparison(
         changes=[
@@ -90,13 +92,6 @@ def compare(old: Run, new: Run) -> Comparison:
         added=[key for key in after if key not in before],
         warnings=_warnings(old, new, [(before[key], after[key]) for key in shared]),
     )
-
-
-Key = tuple[str, str, str]
-
-
-def _by_key(run: Run) -> dict[Key, Row]:
-    return {(row.suite, row.case, row.contender): row for row in run.rows}
 
 
 def _times(old: Row, new: Row, *, by_baseline: bool) -> tuple[Unit, Interval, Interval]:
@@ -116,12 +111,9 @@ def _judge(old: Row, new: Row, *, by_baseline: bool) -> Change:
     elif after.high < before.low and ratio < 1 - MIN_CHANGE:
         verdict = "faster"
     # On the sides that face each other, which are the ones the verdict is about.
-    if ratio >= 1:
-        noise = (before.high - before.median) / before.median
-        noise += (after.median - after.low) / after.median
-    else:
-        noise = (before.median - before.low) / before.median
-        noise += (after.high - after.median) / after.median
+    lower, upper = (before, after) if ratio >= 1 else (after, before)
+    noise = (lower.high - lower.median) / lower.median
+    noise += (upper.median - upper.low) / upper.median
     return Change(
         suite=new.suite,
         case=new.case,
@@ -145,14 +137,14 @@ def _warnings(old: Run, new: Run, pairs: list[tuple[Row, Row]]) -> list[str]:
         )
         for key, was, now in _differences(was_all, now_all)
     ]
-    of_contenders = {each.name: each for each in old.contenders}
+    of_contenders = {each.name: each for each in old.contenders if not each.absent}
     for contender in new.contenders:
-        before = of_contenders.get(contender.name)
-        if before is None or before.absent or contender.absent:
+        if contender.absent or contender.name not in of_contenders:
             continue
+        before = of_contenders[contender.name].versions
         warnings += [
             f"version differs: {key} of {contender.name} was {was}, is {now}"
-            for key, was, now in _differences(before.versions, contender.versions)
+            for key, was, now in _differences(before, contender.versions)
             if (key not in old.versions) or (key not in new.versions)
         ]
     warnings += [

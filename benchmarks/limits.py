@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from benchmarks.findings import Ceiling, Interval, Peaks
@@ -19,7 +20,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Product:
     """A product of matrices: `rows` times, so many weights or so many values of another item."""
 
@@ -44,12 +45,12 @@ def flop_per_image(spec: ModelSpec, *, is_pruned: bool) -> int:
             as `export.graphs` has it; other projects compute all. No difference to a ResNet,
             whose attention pooling has one query everywhere.
     """
-    return sum(product.flop for product in _image_products(spec, is_pruned))
+    return sum(each.flop for each in _image_products(spec, is_pruned))
 
 
 def flop_per_text(spec: ModelSpec, length: int, *, is_pruned: bool) -> int:
     """Return the operations of one text that is `length` tokens long with its padding."""
-    return sum(product.flop for product in _text_products(spec, length, is_pruned))
+    return sum(each.flop for each in _text_products(spec, length, is_pruned))
 
 
 def weight_bytes(spec: ModelSpec, tower: Tower, precision: Precision) -> int:
@@ -154,7 +155,7 @@ def share_of_limit(
     return median_interval(*shares), max(names, key=names.count)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
     """What a data sheet promises, without sparsity."""
 
@@ -162,34 +163,21 @@ class Gpu:
     fp16_tflop_per_s: float
     """Of the tensor cores, dense."""
     read_gb_per_s: float
-    source: str
+    path: str
+    """Of its page at nvidia.com."""
+
+    @property
+    def source(self) -> str:
+        """Where the figures are from."""
+        page = f"https://www.nvidia.com/en-us/data-center/{self.path}/"
+        return f"NVIDIA {self.name.split()[0]} data sheet, {page}"
 
 
 GPUS = (
-    Gpu(
-        name="L4",
-        fp16_tflop_per_s=121.0,
-        read_gb_per_s=300.0,
-        source="NVIDIA L4 data sheet, https://www.nvidia.com/en-us/data-center/l4/",
-    ),
-    Gpu(
-        name="A10",
-        fp16_tflop_per_s=125.0,
-        read_gb_per_s=600.0,
-        source="NVIDIA A10 data sheet, https://www.nvidia.com/en-us/data-center/products/a10-gpu/",
-    ),
-    Gpu(
-        name="A100 SXM 80 GB",
-        fp16_tflop_per_s=312.0,
-        read_gb_per_s=2039.0,
-        source="NVIDIA A100 data sheet, https://www.nvidia.com/en-us/data-center/a100/",
-    ),
-    Gpu(
-        name="H100 SXM",
-        fp16_tflop_per_s=989.0,
-        read_gb_per_s=3350.0,
-        source="NVIDIA H100 data sheet, https://www.nvidia.com/en-us/data-center/h100/",
-    ),
+    Gpu("L4", 121.0, 300.0, "l4"),
+    Gpu("A10", 125.0, 600.0, "products/a10-gpu"),
+    Gpu("A100 SXM 80 GB", 312.0, 2039.0, "a100"),
+    Gpu("H100 SXM", 989.0, 3350.0, "h100"),
 )
 """Figures of tensor cores that a sheet gives with sparsity are halved, such as 242 and 1,979."""
 CEILING_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "ViT-H/14")
@@ -205,26 +193,23 @@ def ceilings(
     Sustained clocks of small cards are below those of the sheet, so nobody sees these rates.
     """
     found = []
-    for gpu in GPUS:
-        for model in models:
-            spec = MODELS[model]
-            image = _ceiling(gpu, flop_per_image(spec, is_pruned=True), spec, "image")
-            text = _ceiling(gpu, flop_per_text(spec, text_length, is_pruned=True), spec, "text")
-            names = dict.fromkeys((image.name, text.name))
-            found.append(
-                Ceiling(
-                    gpu=gpu.name,
-                    model=model,
-                    precision="fp16",
-                    images_per_s=CEILING_ITEMS / image.seconds,
-                    texts_per_s=CEILING_ITEMS / text.seconds,
-                    bound_by=(
-                        f"{', '.join(names)}; {CEILING_ITEMS} images or texts of {text_length} "
-                        "tokens a call"
-                    ),
-                    source=gpu.source,
-                )
+    for gpu, model in product(GPUS, models):
+        spec = MODELS[model]
+        image = _ceiling(gpu, flop_per_image(spec, is_pruned=True), spec, "image")
+        text = _ceiling(gpu, flop_per_text(spec, text_length, is_pruned=True), spec, "text")
+        names = ", ".join(dict.fromkeys((image.name, text.name)))
+        note = f"{names}; {CEILING_ITEMS} images or texts of {text_length} tokens a call"
+        found.append(
+            Ceiling(
+                gpu=gpu.name,
+                model=model,
+                precision="fp16",
+                images_per_s=CEILING_ITEMS / image.seconds,
+                texts_per_s=CEILING_ITEMS / text.seconds,
+                bound_by=note,
+                source=gpu.source,
             )
+        )
     return found
 
 
@@ -248,9 +233,9 @@ def _vit_products(spec: ModelSpec, vit: ViTSpec, is_pruned: bool) -> list[Produc
     patches = (spec.side_px // vit.patch_px) ** 2
     mlp_width = vit.mlp_width or 4 * vit.width
     return [
-        Product(rows=patches, terms=3 * vit.patch_px**2 * vit.width),
+        Product(patches, 3 * vit.patch_px**2 * vit.width),
         *_blocks(vit.layers, patches + 1, vit.width, mlp_width, is_pruned),
-        Product(rows=1, terms=vit.width * spec.embedding_dim),
+        Product(1, vit.width * spec.embedding_dim),
     ]
 
 
@@ -258,7 +243,7 @@ def _text_products(spec: ModelSpec, length: int, is_pruned: bool) -> list[Produc
     text = spec.text
     return [
         *_blocks(text.layers, length, text.width, 4 * text.width, is_pruned),
-        Product(rows=1, terms=text.width * spec.embedding_dim),
+        Product(1, text.width * spec.embedding_dim),
     ]
 
 
@@ -268,19 +253,19 @@ def _blocks(
     """Residual attention blocks; of the pruned last one all but keys and values are of one row."""
     for layer in range(layers):
         rows = 1 if is_pruned and layer == layers - 1 else length
-        yield Product(rows=rows, terms=width * width)  # queries
-        yield Product(rows=length, terms=2 * width * width)  # keys and values
-        yield Product(rows=2 * rows, terms=length * width, is_weight=False)  # logits and mean
-        yield Product(rows=rows, terms=width * width)  # out
-        yield Product(rows=rows, terms=2 * width * mlp_width)
+        yield Product(rows, width * width)  # queries
+        yield Product(length, 2 * width * width)  # keys and values
+        yield Product(2 * rows, length * width, is_weight=False)  # logits and mean
+        yield Product(rows, width * width)  # out
+        yield Product(rows, 2 * width * mlp_width)
 
 
 def _resnet_products(spec: ModelSpec, resnet: ResNetSpec) -> list[Product]:
     width, side = resnet.width, spec.side_px // 2
     products = [
-        Product(rows=side**2, terms=9 * 3 * (width // 2)),
-        Product(rows=side**2, terms=9 * (width // 2) ** 2),
-        Product(rows=side**2, terms=9 * (width // 2) * width),
+        Product(side**2, 9 * 3 * (width // 2)),
+        Product(side**2, 9 * (width // 2) ** 2),
+        Product(side**2, 9 * (width // 2) * width),
     ]
     channels_in, side = width, side // 2
     for stage, num_blocks in enumerate(resnet.layers):
@@ -289,18 +274,18 @@ def _resnet_products(spec: ModelSpec, resnet: ResNetSpec) -> list[Product]:
             side_out = side // 2 if stage > 0 and block == 0 else side
             channels_out = channels * resnet.expansion
             products += [
-                Product(rows=side**2, terms=channels_in * channels),
-                Product(rows=side**2, terms=9 * channels**2),
-                Product(rows=side_out**2, terms=channels * channels_out),
+                Product(side**2, channels_in * channels),
+                Product(side**2, 9 * channels**2),
+                Product(side_out**2, channels * channels_out),
             ]
             if side_out != side or channels_in != channels_out:
-                products.append(Product(rows=side_out**2, terms=channels_in * channels_out))
+                products.append(Product(side_out**2, channels_in * channels_out))
             channels_in, side = channels_out, side_out
     length = (spec.side_px // resnet.cell_px) ** 2 + 1
     return [
         *products,
-        Product(rows=1, terms=channels_in**2),  # the query
-        Product(rows=length, terms=2 * channels_in**2),  # keys and values
-        Product(rows=2, terms=length * channels_in, is_weight=False),
-        Product(rows=1, terms=channels_in * spec.embedding_dim),
+        Product(1, channels_in**2),  # the query
+        Product(length, 2 * channels_in**2),  # keys and values
+        Product(2, length * channels_in, is_weight=False),
+        Product(1, channels_in * spec.embedding_dim),
     ]

@@ -41,7 +41,7 @@ ADJECTIVES = tuple(
 PLACES = ("near", "behind", "under", "above", "beside", "with", "on", "in")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """What a row is about."""
 
@@ -100,14 +100,7 @@ def image_cases(pictures: Pictures, side_px: int) -> Iterable[Case]:
     """Make the cases of the suite `image`: pixels in batches."""
     pixels = pictures.pixels(side_px, 64)
     for rows in (1, 8, 32, 64):
-        yield Case(
-            suite="image",
-            name=f"batch {rows}",
-            call="pixels",
-            items=pixels[:rows],
-            unit="images",
-            is_quick=rows <= 8,
-        )
+        yield Case("image", f"batch {rows}", "pixels", pixels[:rows], "images", rows <= 8)
 
 
 def text_cases() -> Iterable[Case]:
@@ -120,15 +113,8 @@ def text_cases() -> Iterable[Case]:
         ("32 of 17 to 32 tokens", texts_of(range(17, 33), 32)),
         ("8 of 77 tokens", texts_of(range(77, 78), 8)),
     ):
-        yield Case(
-            suite="text",
-            name=name,
-            call="texts",
-            items=texts,
-            unit="texts",
-            # open_clip pads to 77 tokens; 32 of them would be a sixth of a quick run.
-            is_quick=len(texts) == 1,
-        )
+        # open_clip pads to 77 tokens; 32 of them would be a sixth of a quick run.
+        yield Case("text", name, "texts", texts, "texts", is_quick=len(texts) == 1)
 
 
 def jpeg_cases(pictures: Pictures, *, with_large: bool) -> Iterable[Case]:
@@ -137,27 +123,16 @@ def jpeg_cases(pictures: Pictures, *, with_large: bool) -> Iterable[Case]:
     if with_large:
         sizes.append((LARGE_PX, 8, False))
     for (wide, high), num, is_quick in sizes:
-        yield Case(
-            suite="jpeg",
-            name=f"{num} of {wide}x{high}",
-            call="jpegs",
-            items=pictures.jpegs((wide, high), num),
-            unit="images",
-            is_quick=is_quick,
-        )
+        files = pictures.jpegs((wide, high), num)
+        yield Case("jpeg", f"{num} of {wide}x{high}", "jpegs", files, "images", is_quick)
 
 
 def zero_shot_cases(pictures: Pictures) -> Iterable[Case]:
     """Make the cases of the suite `zero_shot`: encoded files against labels that are known."""
     for num in (1, 32):
-        yield Case(
-            suite="zero_shot",
-            name=f"{num} of 640x480, {NUM_LABELS} labels",
-            call="zero_shot",
-            items=(pictures.jpegs(SMALL_PX, num), list(NOUNS[:NUM_LABELS])),
-            unit="images",
-            is_quick=num == 1,
-        )
+        items = pictures.jpegs(SMALL_PX, num), list(NOUNS[:NUM_LABELS])
+        name = f"{num} of 640x480, {NUM_LABELS} labels"
+        yield Case("zero_shot", name, "zero_shot", items, "images", is_quick=num == 1)
 
 
 def classifier_case(labels: Sequence[str], num_classes: int) -> Case:
@@ -166,13 +141,8 @@ def classifier_case(labels: Sequence[str], num_classes: int) -> Case:
     Their prompts are as long as those of the list, so its whole takes in proportion as long.
     """
     chosen = np.linspace(0, len(labels), num_classes, endpoint=False, dtype=int)
-    return Case(
-        suite="classifier",
-        name=f"{num_classes} classes x {len(prompts.find_templates(TEMPLATES))}, cold",
-        call="classifier",
-        items=[labels[row] for row in chosen],
-        unit="classes",
-    )
+    name = f"{num_classes} classes x {len(prompts.find_templates(TEMPLATES))}, cold"
+    return Case("classifier", name, "classifier", [labels[row] for row in chosen], "classes")
 
 
 def short_texts(num: int) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from benchmarks.suites import cases
 from benchmarks.suites.accuracy import measure_accuracy
@@ -39,22 +38,45 @@ class Suite:
     """Whether it times cases by turns, in each start of the contenders."""
 
 
+SUITES: dict[str, Suite] = {}
+"""By name, in the order of a run."""
+Measure = Callable[[Bench], None]
+
+
+def suite(
+    what: str, *, is_quick: bool = False, is_timed: bool = False
+) -> Callable[[Measure], Measure]:
+    """Make a suite of a function, which gives it its name."""
+
+    def add(measure: Measure) -> Measure:
+        name = measure.__name__.strip("_")
+        SUITES[name] = Suite(what=what, measure=measure, is_quick=is_quick, is_timed=is_timed)
+        return measure
+
+    return add
+
+
+@suite("preprocessed images in batches", is_quick=True, is_timed=True)
 def _image(bench: Bench) -> None:
     measure_cases(bench, cases.image_cases(bench.pictures, bench.spec.side_px))
 
 
+@suite("strings of few and many tokens", is_quick=True, is_timed=True)
 def _text(bench: Bench) -> None:
     measure_cases(bench, cases.text_cases())
 
 
+@suite("JPEG files to embeddings", is_quick=True, is_timed=True)
 def _jpeg(bench: Bench) -> None:
     measure_cases(bench, cases.jpeg_cases(bench.pictures, with_large=bench.settings.is_full))
 
 
+@suite("JPEG files against known labels", is_quick=True, is_timed=True)
 def _zero_shot(bench: Bench) -> None:
     measure_cases(bench, cases.zero_shot_cases(bench.pictures))
 
 
+@suite("ImageNet's classes x 80 templates: cold, from disk, from memory", is_timed=True)
 def _classifier(bench: Bench) -> None:
     try:
         labels = imagenet_names()
@@ -64,18 +86,23 @@ def _classifier(bench: Bench) -> None:
     measure_classifier(bench, labels)
 
 
+@suite("1 to 32 clients of each server that wait for their answers")
 def _concurrency(bench: Bench) -> None:
-    measure_concurrency(bench, _load_images(bench), _load_texts())
+    texts = Case("load", "8 tokens", "texts", cases.short_texts(NUM_LOAD_TEXTS), "texts")
+    measure_concurrency(bench, _load_images(bench), texts)
 
 
+@suite("images that arrive at 20 to 110 % of each server's capacity")
 def _arrivals(bench: Bench) -> None:
     measure_arrivals(bench, _load_images(bench))
 
 
+@suite("time and memory until the first answer", is_quick=True)
 def _startup(bench: Bench) -> None:
     """Measure nothing more: each told how it started when it did."""
 
 
+@suite("where the time of a call goes", is_quick=True)
 def _stages(bench: Bench) -> None:
     _, many = cases.jpeg_cases(bench.pictures, with_large=False)
     one, _ = cases.zero_shot_cases(bench.pictures)
@@ -86,22 +113,20 @@ def _stages(bench: Bench) -> None:
     measure_inside(bench, next(case for case in images if case.num_items == num))
 
 
+@suite("cosines on photographs; in full, right answers of the bundled model", is_quick=True)
 def _accuracy(bench: Bench) -> None:
     num = NUM_PHOTOGRAPHS if bench.settings.is_full else NUM_PHOTOGRAPHS // 4
-    make = partial(Case, suite="accuracy", unit="images")
-    pixels = make(
-        name=f"{num} photographs, pixels",
-        call="pixels",
-        items=bench.pictures.pixels(bench.spec.side_px, num),
+    name = f"{num} photographs"
+    pixels = bench.pictures.pixels(bench.spec.side_px, num)
+    jpegs = bench.pictures.jpegs(cases.SMALL_PX, num)
+    measure_accuracy(
+        bench,
+        Case("accuracy", f"{name}, pixels", "pixels", pixels, "images"),
+        Case("accuracy", name, "jpegs", jpegs, "images"),
     )
-    jpegs = make(
-        name=f"{num} photographs",
-        call="jpegs",
-        items=bench.pictures.jpegs(cases.SMALL_PX, num),
-    )
-    measure_accuracy(bench, pixels, jpegs)
 
 
+@suite("exports, an engine, a training step")
 def _durations(bench: Bench) -> None:
     for found in measure_durations(
         model=bench.model, weights=bench.weights, say=bench.progress.step
@@ -113,23 +138,8 @@ def _durations(bench: Bench) -> None:
 
 
 def _load_images(bench: Bench) -> Case:
-    return Case(
-        suite="load",
-        name="640x480",
-        call="jpegs",
-        items=bench.pictures.jpegs(cases.SMALL_PX, NUM_LOAD_IMAGES),
-        unit="images",
-    )
-
-
-def _load_texts() -> Case:
-    return Case(
-        suite="load",
-        name="8 tokens",
-        call="texts",
-        items=cases.short_texts(NUM_LOAD_TEXTS),
-        unit="texts",
-    )
+    files = bench.pictures.jpegs(cases.SMALL_PX, NUM_LOAD_IMAGES)
+    return Case("load", "640x480", "jpegs", files, "images")
 
 
 def imagenet_names() -> list[str]:
@@ -149,41 +159,3 @@ def _imagenet_names() -> list[str]:
     from benchmarks.contenders.torch_based import import_open_clip
 
     return list(import_open_clip().IMAGENET_CLASSNAMES)
-
-
-SUITES: Mapping[str, Suite] = {
-    "image": Suite(
-        what="preprocessed images in batches", measure=_image, is_quick=True, is_timed=True
-    ),
-    "text": Suite(
-        what="strings of few and many tokens", measure=_text, is_quick=True, is_timed=True
-    ),
-    "jpeg": Suite(what="JPEG files to embeddings", measure=_jpeg, is_quick=True, is_timed=True),
-    "zero_shot": Suite(
-        what="JPEG files against known labels",
-        measure=_zero_shot,
-        is_quick=True,
-        is_timed=True,
-    ),
-    "classifier": Suite(
-        what="ImageNet's classes x 80 templates: cold, from disk, from memory",
-        measure=_classifier,
-        is_timed=True,
-    ),
-    "concurrency": Suite(
-        what="1 to 32 clients of each server that wait for their answers", measure=_concurrency
-    ),
-    "arrivals": Suite(
-        what="images that arrive at 20 to 110 % of each server's capacity", measure=_arrivals
-    ),
-    "startup": Suite(
-        what="time and memory until the first answer", measure=_startup, is_quick=True
-    ),
-    "stages": Suite(what="where the time of a call goes", measure=_stages, is_quick=True),
-    "accuracy": Suite(
-        what="cosines on photographs; in full, right answers of the bundled model",
-        measure=_accuracy,
-        is_quick=True,
-    ),
-    "durations": Suite(what="exports, an engine, a training step", measure=_durations),
-}

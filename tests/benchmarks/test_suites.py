@@ -116,7 +116,7 @@ def make_bench(tmp_path: Path, **contenders: Answering) -> Bench:
 
 
 PEAKS = peaks(220.0, 200.0)
-CASE = Case(suite="text", name="3", call="texts", items=["a", "b", "c"], unit="texts")
+CASE = Case("text", "3", "texts", ["a", "b", "c"], "texts")
 
 
 def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
