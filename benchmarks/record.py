@@ -65,17 +65,16 @@ def describe_bar(bar: Bar) -> dict[str, Any]:
     }
 
 
-def describe_result(command: str, packages: Sequence[str]) -> dict[str, Any]:
+def describe_result(command: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
     """Return what every result begins with: when, by which code, where, and with what.
 
     Args:
-        command: What is run, without the arguments of this process, such as
-            "python -m benchmarks.soak".
+        command: What is run, without the arguments of this process.
         packages: Whose versions matter.
     """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join([*command.split(), *sys.argv[1:]]),
+        "command": shlex.join([*command, *sys.argv[1:]]),
         "commit": commit(),
         "machine": describe(),
         "versions": versions(*packages),
@@ -102,7 +101,7 @@ def save(
     Returns:
         The path.
     """
-    result = describe_result(f"python -m benchmarks.{module}", packages)
+    result = describe_result(["python", "-m", f"benchmarks.{module}"], packages)
     name = module.rpartition(".")[2]
     path = RESULTS_DIR / f"{result['date']}_{'_'.join(filter(None, (name, part)))}.json"
     write(path, result | dict(results))

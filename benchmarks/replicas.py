@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from benchmarks.serving.bench import START_TIMEOUT_S
 from clip_rt.embedded.bundled import find_model_repository
@@ -22,32 +22,26 @@ POLL_S = 0.1
 
 def find_server(port: int) -> int | None:
     """Return the process id of the tritonserver that was told to listen on a port."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        # Any of them may end while we look.
-        with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            is_server = Path(os.fsdecode(command[0])).name == "tritonserver"
-            if is_server and f"--grpc-port={port}".encode() in command:
-                return int(folder.name)
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        is_server = Path(command[0]).name == "tritonserver"
+        if is_server and f"--grpc-port={port}" in command:
+            return int(process.pid)
     return None
 
 
 def find_children(parent: int) -> list[int]:
-    """Return the process ids of the children of a process."""
-    children = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-            if int(fields[1]) == parent:
-                children.append(int(folder.name))
-    return children
+    """Return the process ids of the children of a process; none of one that has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(parent).children()]
+    return []
 
 
 def kill(pid: int | None) -> None:
     """Kill a process, if it is still there."""
     if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
 
 
 def port_of(url: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 WARM_UP_SHARE = 0.2
 """Of the samples that do not count for growth."""
@@ -43,8 +43,7 @@ def heap_mib() -> float:
 
 def rss_mib() -> float:
     """Return the resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def peak_mib(pid: int) -> float:
@@ -77,8 +76,8 @@ class Resources:
                 "answered": num_answered,
                 "rss_mib": round(rss_mib(), 2),
                 "heap_mib": round(heap_mib(), 2),
-                "fds": len(os.listdir("/proc/self/fd")),
-                "threads": len(os.listdir("/proc/self/task")),
+                "fds": psutil.Process().num_fds(),
+                "threads": psutil.Process().num_threads(),
             }
         )
 

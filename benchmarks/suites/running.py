@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +17,12 @@ from benchmarks import contenders, findings
 from benchmarks.contenders import REFERENCE, AbsentError
 from benchmarks.contenders.implementation import Plant
 from benchmarks.contenders.items import save_items
-from benchmarks.contenders.kit import Form, Kit, make_kit
+from benchmarks.contenders.kit import FailedError, Form, Kit, copy_models, make_kit, run_module
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
 from clip_rt.specs import Tower, find_spec, image_model, text_model
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("openvino", "triton openvino", "triton int8", "open_clip")
 """Who takes part in a quick run: little to start, and what a reader wants to know first."""
 BASELINES = ("open_clip", "transformers", "onnxruntime", "openvino")
@@ -113,12 +107,7 @@ class RunningContenders:
             self._stack = self._stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def start_again(self) -> list[str]:
@@ -251,7 +240,7 @@ class RunningContenders:
         }
         for form in forms:
             for tower in (image_model(name), text_model(name)):
-                shutil.copytree(source / tower, kit.repository(form) / tower, copy_function=_link)
+                copy_models(source / tower, kit.repository(form) / tower)
             if f"triton {form}" in self._wishes.names:
                 self._set_runtime(kit.repository(form), name, form)
         return kit
@@ -264,15 +253,10 @@ class RunningContenders:
             InputError: it cannot.
         """
         command = ["--repository", str(repository), "--name", name, "--runtime", runtime]
-        done = subprocess.run(
-            [sys.executable, "-m", "export.repository", *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise InputError(f"{name!r} cannot be served by {runtime}: {done.stderr[-500:]}")
+        try:
+            run_module(["export.repository", *command], say=lambda line: None)
+        except FailedError as error:
+            raise InputError(f"{name!r} cannot be served by {runtime}: {error}") from error
 
 
 def describe_all(wishes: Wishes) -> list[findings.Contender]:
@@ -291,14 +275,3 @@ def _served_folder(tower: Path) -> Path:
     named = re.search(r"versions:\s*(\d+)", (tower / "config.pbtxt").read_text("utf-8"))
     numbers = [int(path.name) for path in tower.iterdir() if path.name.isdigit()]
     return tower / (named[1] if named else str(max(numbers)))
-
-
-def _link(source: str, target: str) -> None:
-    """Link weights, which nobody changes, and copy the rest; copy all across file systems."""
-    if Path(source).name.startswith("model.onnx"):
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass
-    shutil.copy2(source, target)

