@@ -232,8 +232,7 @@ class Probe:
 
     def time(self, num_calls: int) -> list[float]:
         """Return the seconds of each of so many probes; a way for `timing.take_turns`."""
-        times_s: list[float] = self._ask(num_calls)
-        return times_s
+        return self._ask(num_calls)
 
     def close(self) -> None:
         """End the process."""

@@ -190,8 +190,7 @@ def _ask_versions(executable: Path) -> dict[str, str]:
 def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return probe.getsockname()[1]
 
 
 def make(kit: Kit, *, executable: str | None = None) -> Infinity:

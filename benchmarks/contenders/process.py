@@ -158,13 +158,11 @@ class ContenderProcess:
 
     def answer(self, key: str) -> NDArray[np.float32]:
         """Run once with all items of a key, and return what comes out."""
-        answer: NDArray[np.float32] = self._ask("answer", key)
-        return answer
+        return self._ask("answer", key)
 
     def time(self, key: str, num_calls: int) -> list[float]:
         """Run with all items of a key, one call after another; return the seconds of each."""
-        times_s: list[float] = self._ask("time", key, num_calls)
-        return times_s
+        return self._ask("time", key, num_calls)
 
     def run_clients(
         self, key: str, num_clients: int, duration_s: float, *, items_per_call: int = 1
@@ -177,8 +175,7 @@ class ContenderProcess:
             duration_s: No call begins later than that; the last ones end later.
             items_per_call: How many of the items a call takes.
         """
-        load: LoadResult = self._ask("run_clients", key, num_clients, duration_s, items_per_call)
-        return load
+        return self._ask("run_clients", key, num_clients, duration_s, items_per_call)
 
     def run_arrivals(
         self, key: str, due_at_s: Sequence[float], *, items_per_call: int = 1
@@ -190,8 +187,7 @@ class ContenderProcess:
             due_at_s: Seconds from the beginning, rising; latencies count from these.
             items_per_call: As for `run_clients`.
         """
-        load: LoadResult = self._ask("run_arrivals", key, list(due_at_s), items_per_call)
-        return load
+        return self._ask("run_arrivals", key, list(due_at_s), items_per_call)
 
     def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
         """Run as `time` does; return for each call the seconds of each stage, and `total`.
@@ -201,8 +197,7 @@ class ContenderProcess:
         Raises:
             ContenderError: it has neither a client nor an engine that could tell.
         """
-        stages: list[dict[str, float]] = self._ask("stages", key, num_calls)
-        return stages
+        return self._ask("stages", key, num_calls)
 
     def memory_mib(self) -> tuple[float, float]:
         """Return what all its processes hold now, and the sum of the most that each has held.

@@ -99,22 +99,19 @@ class OpenClip(TorchBased):
         self.versions = installed("open_clip_torch", "torch")
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self._model.encode_image(pixels, normalize=True)
-        return rows
+        return self._model.encode_image(pixels, normalize=True)
 
     def _encode_jpegs(self, jpegs: list[bytes]) -> torch.Tensor:
         images = [self._transform(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
         return self._encode_pixels(torch.stack(images))
 
     def _encode_texts(self, texts: list[str]) -> torch.Tensor:
-        rows: torch.Tensor = self._model.encode_text(self._tokenize(texts), normalize=True)
-        return rows
+        return self._model.encode_text(self._tokenize(texts), normalize=True)
 
     def _encode_classes(self, labels: list[str]) -> torch.Tensor:
         templates = [_filler(template) for template in find_templates(TEMPLATES)]
         build = self._open_clip.build_zero_shot_classifier
-        rows: torch.Tensor = build(self._model, self._tokenize, labels, templates).T
-        return rows
+        return build(self._model, self._tokenize, labels, templates).T
 
 
 class Transformers(TorchBased):
@@ -219,8 +216,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _to_numpy(rows: torch.Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = rows.float().cpu().numpy()
-    return array
+    return rows.float().cpu().numpy()
 
 
 def _filler(template: str) -> Any:

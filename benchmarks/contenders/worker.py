@@ -96,8 +96,7 @@ class Worker:
         """Take some runs apart."""
         loaded, implementation = self._loaded[key], self._implementation
         if profile := getattr(implementation, "profile", None):
-            profiled: list[dict[str, float]] = profile(loaded.call, loaded.prepared, num_calls)
-            return profiled
+            return profile(loaded.call, loaded.prepared, num_calls)
         if implementation.client is None:
             raise TypeError("it has no client that could tell its stages.")
         found = []

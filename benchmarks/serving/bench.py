@@ -265,8 +265,7 @@ class BareRuntime:
 
     def _ask(self, *order: int) -> tuple[list[float], NDArray[np.float32]]:
         self._pipe.send(order)
-        answer: tuple[list[float], NDArray[np.float32]] = self._pipe.recv()
-        return answer
+        return self._pipe.recv()
 
 
 def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:

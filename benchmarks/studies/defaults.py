@@ -197,8 +197,7 @@ def measure_capped(config: DefaultsConfig, cap: str, folder: Path) -> dict[str, 
     done = subprocess.run(
         command, env=os.environ | caps, stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(config: DefaultsConfig) -> int:
