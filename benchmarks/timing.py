@@ -126,8 +126,7 @@ def take_turns(
     longest_round_s = 0.0
     for num_rounds in range(1, max_rounds + 1):
         round_start_s = clock()
-        first = (num_rounds - 1) % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, num_rounds - 1):
             turns[name].samples_s.append(_turn(name, ways[name], turns[name].calls_per_turn))
         longest_round_s = max(longest_round_s, clock() - round_start_s)
         judged = [each for name, each in turns.items() if name != PROBE]
@@ -136,6 +135,12 @@ def take_turns(
         if num_rounds >= min_rounds and (is_late or not any(each.is_noisy for each in judged)):
             break
     return turns
+
+
+def in_turn(names: Sequence[str], round_: int) -> list[str]:
+    """Return the names in the order of a round, counted from 0: each begins with another."""
+    first = round_ % max(1, len(names))
+    return [*names[first:], *names[:first]]
 
 
 def way_of(measure: Callable[[], float]) -> Way:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from benchmarks.findings import Level
 from benchmarks.suites.bars import INFINITY
 from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case
+from benchmarks.timing import in_turn
 
 NUM_CLIENTS = (1, 2, 4, 8, 16, 32)
 """That send an image at a time; those that send texts are fewer, since they end sooner."""
@@ -65,20 +68,16 @@ def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
             what = f"{items} x {case.key}, {num_clients} clients"
             bench.progress.step(what)
 
-            def load(
-                contender: ContenderProcess,
-                duration_s: float,
-                key: str = case.key,
-                num_clients: int = num_clients,
-                items: int = items,
-            ) -> LoadResult:
-                return contender.run_clients(key, num_clients, duration_s, items_per_call=items)
-
-            for name, seen in _by_turns(bench, takers, load, what).items():
+            ask = partial(_run_clients, key=case.key, num_clients=num_clients, items_per_call=items)
+            for name, seen in _by_turns(bench, takers, ask, what).items():
                 bench.levels.append(
                     _level(name, case, items, seen, num_clients=num_clients, offered_per_s=None)
                 )
             bench.progress.done()
+
+
+def _run_clients(contender: ContenderProcess, duration_s: float, **load: Any) -> LoadResult:
+    return contender.run_clients(duration_s=duration_s, **load)
 
 
 def _by_turns(
@@ -92,8 +91,7 @@ def _by_turns(
     for name in names:
         load(bench.contenders[name], WARM_UP_S)
     for round_ in range(bench.settings.level_rounds):
-        first = round_ % max(1, len(names))
-        for name in [*names[first:], *names[:first]]:
+        for name in in_turn(names, round_):
             bench.progress.say(f"{what}: round {round_ + 1}, {name}")
             seen[name].add(load(bench.contenders[name], bench.settings.level_s))
     return {name: each for name, each in seen.items() if _is_usable(bench, name, each, what)}
@@ -112,8 +110,7 @@ def measure_arrivals(bench: Bench, case: Case) -> None:
     found: dict[str, list[Level]] = {name: [] for name in takers}
     for number, share in enumerate(OFFERED_SHARES):
         bench.progress.step(f"arrivals of {case.key}, {share:.0%} of the capacity")
-        first = number % max(1, len(takers))
-        for name in takers[first:] + takers[:first]:
+        for name in in_turn(takers, number):
             bench.progress.say(f"arrivals of {case.key}, {share:.0%} of the capacity, {name}")
             offered_per_s = share * capacity_per_s[name]
             due_at_s = arrival_times(offered_per_s, bench.settings.arrivals_s, seed=number)
