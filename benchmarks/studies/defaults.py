@@ -21,17 +21,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from tyro.conf import FlagCreatePairsOff, UseAppendAction
+from tyro.conf import UseAppendAction
 
 from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
 from benchmarks.record import save
-from benchmarks.studies.common import PRECISIONS, console, make_step, show, write_towers
+from benchmarks.studies.common import PRECISIONS, ROOT, console, make_step, show, write_towers
 from benchmarks.timing import median_interval, take_rounds, take_turns, time_each
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
@@ -43,6 +43,7 @@ from training.command import command
 from training.data.batches import Batch
 from training.model import CLIP
 
+MODULE = "benchmarks.studies.defaults"
 NO_CAP = "none"
 CAPS = (NO_CAP, "AVX2")
 SIZES = {"image": (1, 8), "text": (1, 32)}
@@ -69,10 +70,6 @@ class DefaultsConfig:
     """Share that is no difference."""
     folder: Path | None = None
     """Keeps the towers for later runs."""
-    is_part: Annotated[FlagCreatePairsOff[tyro.conf.Suppress[bool]], tyro.conf.arg(name="part")] = (
-        False
-    )
-    """Whether this process measures under one cap, for the one that started it."""
 
 
 def write_all(spec: ModelSpec, folder: Path) -> None:
@@ -148,13 +145,13 @@ def time_steps(num_pairs: int) -> dict[str, Any]:
     return {"times_s": medians, "auto": settled.precision, "reason": settled.reason}
 
 
-def measure(model: str, folder: Path, budget_s: float, num_pairs: int) -> dict[str, Any]:
+def measure(model: str, folder: str, budget_s: float, num_pairs: int) -> dict[str, Any]:
     """Measure all of it under the caps that this process was started with."""
     found = processor.read()
     return {
         "processor": found.label,
         "int8_is_fast": found.has_fast_int8,
-        "served": time_towers(find_spec(model), folder, budget_s),
+        "served": time_towers(find_spec(model), Path(folder), budget_s),
         "training": time_steps(num_pairs),
     }
 
@@ -191,22 +188,21 @@ def judge(results: Mapping[str, Any], tolerance: float) -> list[str]:
 def measure_capped(config: DefaultsConfig, cap: str, folder: Path) -> dict[str, Any]:
     """Measure in a process of its own that is started with a cap."""
     caps = {} if cap == NO_CAP else {"ONEDNN_MAX_CPU_ISA": cap, "OV_CPU_MAX_ISA": cap}
-    command = [sys.executable, "-m", "benchmarks.studies.defaults", "--part"]
-    command += ["--folder", str(folder), "--model", config.model]
-    command += ["--budget-s", str(config.budget_s), "--num-pairs", str(config.num_pairs)]
+    what = (config.model, str(folder.absolute()), config.budget_s, config.num_pairs)
+    code = f"import json; from {MODULE} import measure; print(json.dumps(measure(*{what!r})))"
     done = subprocess.run(
-        command, env=os.environ | caps, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | caps,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(config: DefaultsConfig) -> int:
     """Measure under each cap; return 1 where a default is not the fastest."""
-    if config.is_part:
-        assert config.folder is not None
-        found = measure(config.model, config.folder, config.budget_s, config.num_pairs)
-        print(json.dumps(found))  # noqa: T201 - for the process that started this one.
-        return 0
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.folder or Path(scratch)
