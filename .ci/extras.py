@@ -202,9 +202,6 @@ BEFORE = {
 }
 """What happened at the reader's before a command of README: another version, another machine."""
 
-HELP = "typer"
-"""What every `--help` needs beside the client: benchmarks read their options with it."""
-
 FAKE_CALL = """python -c "
 import clip_rt.testing
 with clip_rt.testing.FakeServer(model='m') as server, clip_rt.Client(server.url) as client:
@@ -320,7 +317,7 @@ def all_commands() -> list[str]:
     found = []
     for package in ("benchmarks", "export", "training"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            if re.search(r"\b(typer\.run|tyro\.cli|subcommand_cli_from_dict)\(", path.read_text()):
+            if re.search(r"\b(tyro\.cli|subcommand_cli_from_dict)\(", path.read_text()):
                 name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
                 found.append(name.removesuffix(".__main__"))
     return found
@@ -452,9 +449,9 @@ class Walk:
 
     def ask_for_help(self) -> None:
         """Ask every command for help where only the client is, and what reads options."""
-        binaries = self.install("", *HELP.split(","))
+        binaries = self.install("")
         for each in all_commands():
-            self.run(f"python -m {each} --help > /dev/null", HELP, binaries)
+            self.run(f"python -m {each} --help > /dev/null", "", binaries)
 
 
 def find_faults(wheel: Path) -> list[str]:

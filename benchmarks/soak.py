@@ -53,7 +53,7 @@ from benchmarks.serving.bench import MAX_DIFFERENCE, acquired
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerError, ServerStartError
-from training.command import command
+from clip_rt_commands.errors import command
 
 MODEL = "drawings"
 NUM_THREADS = 16
@@ -393,7 +393,7 @@ def main(config: SoakConfig) -> None:
     if config.minutes:
         repository = find_model_repository()
         with (
-            borrowed(repository) as server,
+            acquired(repository) as server,
             clip_rt.Client(repository=repository, model=MODEL, timeout_s=TIMEOUT_S) as client,
         ):
             parts["one server"] = found = soak(

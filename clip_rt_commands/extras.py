@@ -8,9 +8,7 @@ brings it, and not with a traceback. Only the standard library is imported here.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Set
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -51,8 +49,6 @@ SLOW_MODULES = frozenset(
     "webdataset".split()
 )
 """What no text of `--help` depends on: everything but the client's own."""
-TYPERS = frozenset({"rich"})
-"""What typer prints the help of benchmarks with."""
 
 
 def begin() -> None:
@@ -61,11 +57,8 @@ def begin() -> None:
     if name is None or isinstance(sys.excepthook, _Explain):
         return
     sys.excepthook = _Explain(name)
-    # Typer has a hook of its own, which leaves everything to the one before where it finds this.
-    os.environ.setdefault("TYPER_STANDARD_TRACEBACK", "1")
     if {"-h", "--help"} & set(sys.argv[1:]):
-        is_typers = name.startswith("benchmarks")
-        sys.meta_path.insert(0, _StandInFinder(SLOW_MODULES - (TYPERS if is_typers else set())))
+        sys.meta_path.insert(0, _StandInFinder())
 
 
 def find_command(orig_argv: list[str], argv: list[str]) -> str | None:
@@ -144,13 +137,10 @@ class _StandIn(ModuleType):
 
 
 class _StandInFinder(MetaPathFinder, Loader):
-    """Finds modules, installed or not, without importing them: help is there at once."""
-
-    def __init__(self, names: Set[str]) -> None:
-        self._names = names
+    """Finds `SLOW_MODULES`, installed or not, without importing them: help is there at once."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in self._names:
+        if fullname.partition(".")[0] not in SLOW_MODULES:
             return None
         return ModuleSpec(fullname, self, is_package=True)
 

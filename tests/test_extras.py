@@ -19,7 +19,6 @@ else:
 
 PACKAGES = ("benchmarks", "export", "training")
 LIGHT = {"ftfy", "google", "grpc", "numpy", "PIL", "tokenizers", "tritonclient", "tyro"}
-LIGHT |= {"typer"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "google": "tritonclient",

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import typer
 import tyro
 
 import clip_rt
@@ -123,12 +122,7 @@ def options_of(command: str) -> frozenset[str]:
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
-        if name == "typer.run":
-            app = typer.Typer(add_completion=False)
-            app.command()(getattr(module, ast.unparse(node.args[0])))
-            for each in typer.main.get_command(app).params:
-                found |= {*each.opts, *each.secondary_opts}
-        elif name == "tyro.cli":
+        if name == "tyro.cli":
             found |= _tyro_options(module, node.args[0])
         elif name == "tyro.extras.subcommand_cli_from_dict":
             assert isinstance(node.args[0], ast.Dict)

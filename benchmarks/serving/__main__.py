@@ -32,7 +32,7 @@ import tyro
 from benchmarks.findings import Bar
 from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
-from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, borrowed, console
+from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, acquired, console
 from benchmarks.serving.classifier import measure_cache, measure_classifier
 from benchmarks.serving.images import (
     measure_jpeg,
@@ -43,7 +43,7 @@ from benchmarks.serving.images import (
 )
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import InputError
-from training.command import command
+from clip_rt_commands.errors import command
 
 MODEL = "ViT-B/32"
 PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
@@ -112,7 +112,7 @@ def main(config: ServingConfig) -> int:
             num_classes=config.num_classes,
         )
         # Held until the end, so that one server serves all.
-        with borrowed(repository):
+        with acquired(repository):
             for name in config.only.split(","):
                 start_s = time.perf_counter()
                 try:

@@ -22,7 +22,7 @@ from benchmarks.serving.bench import (
     BareRuntime,
     Bench,
     Found,
-    borrowed,
+    acquired,
     check_equal,
     console,
 )
@@ -140,7 +140,7 @@ def _ask_new_process(
 ) -> tuple[float, NDArray[np.float32]]:
     """Time one call of a client in a process of its own, with the cache in `folder`."""
     with (
-        borrowed(bench.repository) as server,
+        acquired(bench.repository) as server,
         ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         return pool.submit(_ask_once, server.url, bench.model, folder, labels).result()

@@ -38,7 +38,7 @@ from benchmarks.serving.bench import (
 )
 from benchmarks.timing import ratio, time_once
 from clip_rt.embedded.bundled import find_model_repository
-from clip_rt.requests import lane
+from clip_rt.requests import dynamic_batching
 from clip_rt.specs import image_model
 
 NUM_LARGE = 24
@@ -230,8 +230,8 @@ def merging_left_to_triton(call: Callable[[], float]) -> Callable[[], float]:
 
     def changed() -> float:
         with (
-            patch.object(lane, "MAX_IN_FLIGHT", 1024),
-            patch.object(lane.Lane, "_find_company", lambda self, first: []),
+            patch.object(dynamic_batching, "MAX_IN_FLIGHT", 1024),
+            patch.object(dynamic_batching.DynamicBatcher, "_take_joinable", lambda self, first: []),
         ):
             return call()
 

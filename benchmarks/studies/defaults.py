@@ -36,10 +36,10 @@ from benchmarks.timing import median_interval, take_rounds, take_turns, time_eac
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec
+from clip_rt_commands.errors import command
 from export import int8, probes
 from export.road import random_clip
 from training import precision
-from training.command import command
 from training.data.batches import Batch
 from training.model import CLIP
 

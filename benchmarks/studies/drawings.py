@@ -24,7 +24,7 @@ import clip_rt
 from benchmarks.record import save
 from benchmarks.studies.common import ROOT, show
 from benchmarks.studies.emoji import HELD_OUT_DIR, load, load_style, names
-from training.command import command
+from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings, load_drawings
 from training.drawings import EMOJI_SETS, FLAG_SETS, HELD_OUT_ICON_SETS
 from training.evaluation.embed import on_white

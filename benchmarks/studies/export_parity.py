@@ -26,9 +26,9 @@ from benchmarks.record import save
 from benchmarks.studies.common import TOWERS, console, show, write_towers
 from clip_rt.errors import ParityError
 from clip_rt.specs import find_spec
+from clip_rt_commands.errors import command
 from export import parity
 from export.road import random_clip
-from training.command import command
 from training.model import CLIP, ResidualAttentionBlock
 from training.resnet import Bottleneck
 

@@ -20,8 +20,8 @@ from benchmarks.record import save
 from benchmarks.studies.common import ROOT, console
 from benchmarks.studies.emoji import kind_by_hexcode, load_style, with_kinds
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
+from clip_rt_commands.errors import command
 from training import few_shot
-from training.command import command
 from training.evaluation.embed import on_white, open_model
 
 SHOTS = (1, 2, 4, 8, 16)

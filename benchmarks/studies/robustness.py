@@ -32,7 +32,7 @@ from benchmarks.studies.common import show
 from benchmarks.studies.drawings import hog_features, small_pixels
 from benchmarks.studies.emoji import kind_by_hexcode, load_style, with_kinds
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
-from training.command import command
+from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings, load_drawings
 from training.evaluation.embed import embed_images, on_white, open_model
 from training.evaluation.metrics import accuracy

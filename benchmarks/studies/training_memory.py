@@ -24,7 +24,7 @@ from benchmarks.record import save
 from benchmarks.resources import peak_mib
 from benchmarks.studies.common import PRECISIONS, console, make_batch, make_step
 from clip_rt.specs import find_spec
-from training.command import command
+from clip_rt_commands.errors import command
 from training.data.batches import Batch
 from training.model import CLIP
 

@@ -33,8 +33,8 @@ from benchmarks.studies.common import (
 )
 from benchmarks.timing import speeds, take_rounds, time_each
 from clip_rt.specs import find_spec
+from clip_rt_commands.errors import command
 from training.accumulate import split_batch
-from training.command import command
 from training.data.batches import Batch
 from training.model import CLIP
 
