@@ -1,9 +1,18 @@
 """Where the time of a call goes, and how many calls fail: what others may see of this package.
 
-Library code reports stages and events here, and pays next to nothing while nobody listens. Three
-can: `measure` in this process, OpenTelemetry when the application traces with it, and Prometheus
-after `enable_prometheus`. Numbers and names of our own leave this file; texts, labels, paths,
-tokens, headers and the messages of errors never do.
+Library code reports stages and events here, and pays next to nothing while nobody listens. In this
+process `measure` does; an application that configures OpenTelemetry's SDK has a span of each call
+and these metrics, which `enable_prometheus` also hands to Prometheus:
+
+| instrument | unit | attributes | in Prometheus |
+|---|---|---|---|
+| histogram `clip_rt.call` | s | method | `clip_rt_call_seconds` |
+| counter `clip_rt.errors` | {error} | method, error | `clip_rt_errors_total` |
+| counter `clip_rt.stage` | s | stage | `clip_rt_stage_seconds_total` |
+| counter `clip_rt.events` | {event} | event | `clip_rt_events_total` |
+
+Numbers and names of our own leave this file; texts, labels, paths, tokens, headers and the messages
+of errors never do.
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ from clip_rt._version import __version__
 from clip_rt.errors import InputError
 
 if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
     from opentelemetry.trace import Span, Tracer
     from prometheus_client import CollectorRegistry
 
@@ -138,23 +148,23 @@ def measure(*, server: HasServer | None = None) -> Iterator[Timings]:
 
 def stage(name: str, count: int = 1) -> contextlib.AbstractContextManager[None]:
     """Time a `with` block as work on `count` items in a stage, one of `STAGES`."""
-    return _Stage(name, count) if _listeners.get() or _metrics else _SILENT
+    return _Stage(name, count) if _listeners.get() or _instruments else _SILENT
 
 
 def add(name: str, seconds: float, count: int = 1) -> None:
     """Note time that was measured elsewhere."""
     for timings in _listeners.get():
         timings._spend(name, seconds, count)
-    for metrics in _metrics:
-        metrics.stage_seconds.labels(name).inc(max(seconds, 0.0))
+    for instruments in _instruments:
+        instruments.stage_seconds.add(max(seconds, 0.0), {"stage": name})
 
 
 def count(event: str, number: int = 1) -> None:
     """Note that something happened: `retries`, `failovers`, `cache_hits`, `images`, ..."""
     for timings in _listeners.get():
         timings._count(event, number)
-    for metrics in _metrics:
-        metrics.events.labels(event).inc(number)
+    for instruments in _instruments:
+        instruments.events.add(number, {"event": event})
 
 
 def current() -> Listeners:
@@ -175,12 +185,13 @@ def within(*listeners: Listeners) -> Iterator[None]:
 
 
 class Call:
-    """One public call under way: a span of OpenTelemetry, and a row of Prometheus' histogram."""
+    """One public call under way: a span and a measurement of OpenTelemetry."""
 
     def __init__(self, name: str, attributes: Mapping[str, str | int | float]) -> None:
         self.name = name
         self.attributes = dict(attributes)
         """More may be added until the end; numbers and names of models, never content."""
+        _find_instruments()
         self.span = _start_span(name)
         self._timings = Timings()
         self.listeners = current() if self.span is None else (*current(), self._timings)
@@ -195,10 +206,10 @@ class Call:
         self._timings._end()
         seconds = self._timings.seconds[TOTAL] if seconds is None else seconds
         error_type = None if error is None else type(error).__name__
-        for metrics in _metrics:
-            metrics.call_seconds.labels(self.name).observe(seconds)
+        for instruments in _instruments:
+            instruments.call_seconds.record(seconds, {"method": self.name})
             if error_type is not None:
-                metrics.errors.labels(self.name, error_type).inc()
+                instruments.errors.add(1, {"method": self.name, "error": error_type})
         if self.span is not None:
             _end_span(self.span, self.attributes, self._timings, error_type)
 
@@ -252,33 +263,42 @@ def stream(
 
 
 def enable_prometheus(registry: CollectorRegistry | None = None) -> None:
-    """Count calls, errors, stages and events with prometheus_client from now on.
+    """Export the metrics of this package to Prometheus from now on, by OpenTelemetry's exporter.
 
-    The metrics are `clip_rt_call_seconds{method}`, a histogram, and the counters
-    `clip_rt_errors_total{method,error}`, `clip_rt_stage_seconds_total{stage}` and
-    `clip_rt_events_total{event}`. Serving them is the application's. Calling this again for the
-    same registry changes nothing.
+    Serving the registry is the application's. Calling this again for the same registry changes
+    nothing. An application that exports its own OpenTelemetry metrics has ours among them and need
+    not call it. The exporter knows one process: workers are scraped one by one.
 
     Args:
         registry: prometheus_client's default registry if None.
 
     Raises:
-        InputError: prometheus_client is not installed, or the registry has such metrics of others.
+        InputError: the exporter is not installed, or the registry has metrics of these names.
     """
-    global _metrics
+    global _instruments
     try:
         import prometheus_client
+        from opentelemetry.exporter.prometheus import PrometheusMetricReader
+        from opentelemetry.sdk.metrics import MeterProvider
     except ImportError as error:
         raise InputError(
-            "prometheus_client is not installed. pip install 'clip-rt[telemetry]'"
+            "OpenTelemetry's Prometheus exporter is not installed. pip install 'clip-rt[telemetry]'"
         ) from error
     registry = prometheus_client.REGISTRY if registry is None else registry
     with _lock:
-        if all(metrics.registry is not registry for metrics in _metrics):
-            try:
-                _metrics = (*_metrics, _Metrics(registry))
-            except ValueError as error:
-                raise InputError(f"the registry cannot take our metrics: {error}.") from error
+        if any(each.registry is registry for each in _instruments):
+            return
+        taken = [each.name for each in registry.collect() if each.name.startswith("clip_rt_")]
+        if taken:
+            raise InputError(
+                f"the registry has {', '.join(taken)} already. Pass another with registry=, or "
+                "leave this out where OpenTelemetry exports to it."
+            )
+        reader = PrometheusMetricReader(
+            disable_target_info=True, scope_info_enabled=False, registry=registry
+        )
+        meter = MeterProvider([reader]).get_meter("clip_rt", __version__)
+        _instruments = (*_instruments, _Instruments(meter, registry))
 
 
 class _Stage:
@@ -302,38 +322,49 @@ class _Stage:
         add(self._name, time.perf_counter() - self._start_s, self._count)
 
 
-class _Metrics:
-    """Our metrics in one registry of Prometheus."""
+class _Instruments:
+    """What our numbers are recorded with: of the application's meter, or for one registry."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import Counter, Histogram
-
+    def __init__(self, meter: Meter, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry
-        self.call_seconds = Histogram(
-            "clip_rt_call_seconds",
-            "Duration of the public calls of clip_rt",
-            ["method"],
-            buckets=CALL_BUCKETS_S,
-            registry=registry,
+        self.call_seconds = meter.create_histogram(
+            "clip_rt.call",
+            unit="s",
+            description="Duration of the public calls of clip_rt",
+            explicit_bucket_boundaries_advisory=CALL_BUCKETS_S,
         )
-        self.errors = Counter(
-            "clip_rt_errors",
-            "Public calls of clip_rt that raised, by the type of the error",
-            ["method", "error"],
-            registry=registry,
+        self.errors = meter.create_counter(
+            "clip_rt.errors",
+            unit="{error}",
+            description="Public calls of clip_rt that raised, by the type of the error",
         )
-        self.stage_seconds = Counter(
-            "clip_rt_stage_seconds",
-            "Time spent in each stage, of all threads together",
-            ["stage"],
-            registry=registry,
+        self.stage_seconds = meter.create_counter(
+            "clip_rt.stage",
+            unit="s",
+            description="Time spent in each stage, of all threads together",
         )
-        self.events = Counter(
-            "clip_rt_events", "What was counted, such as retries", ["event"], registry=registry
+        self.events = meter.create_counter(
+            "clip_rt.events", unit="{event}", description="What was counted, such as retries"
         )
 
 
-_metrics: tuple[_Metrics, ...] = ()
+_instruments: tuple[_Instruments, ...] = ()
+
+
+def _find_instruments() -> None:
+    """Record for the application too, once it has imported the SDK; the API alone keeps nothing."""
+    global _instruments
+    if "opentelemetry.sdk.metrics" not in sys.modules:
+        return
+    with _lock:
+        if all(each.registry is not None for each in _instruments):
+            _instruments = (*_instruments, _Instruments(_find_meter()))
+
+
+def _find_meter() -> Meter:
+    from opentelemetry.metrics import get_meter
+
+    return get_meter("clip_rt", __version__)
 
 
 def _start_span(name: str) -> Span | None:

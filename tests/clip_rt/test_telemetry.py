@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import prometheus_client
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -28,9 +30,20 @@ SECRET = "a label of the user's"
 @pytest.fixture
 def registry(monkeypatch):
     registry = prometheus_client.CollectorRegistry()
-    monkeypatch.setattr(telemetry, "_metrics", ())
+    monkeypatch.setattr(telemetry, "_instruments", ())
     telemetry.enable_prometheus(registry)
     return registry
+
+
+@pytest.fixture
+def metrics(monkeypatch):
+    """What an application with a meter provider of its own is told."""
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    monkeypatch.setattr(telemetry, "_instruments", ())
+    monkeypatch.setattr(telemetry, "_find_meter", lambda: provider.get_meter("clip_rt"))
+    yield reader
+    provider.shutdown()
 
 
 @pytest.fixture
@@ -152,7 +165,9 @@ class TestMeasure:
         assert telemetry.current() == ()
 
 
-def test_costs_next_to_nothing_while_nobody_listens():
+def test_costs_next_to_nothing_while_nobody_listens(monkeypatch):
+    monkeypatch.setattr(telemetry, "_instruments", ())
+
     def work():
         with telemetry.stage("decode"):
             pass
@@ -166,6 +181,7 @@ def test_needs_neither_library_and_loads_neither():
     program = """
 import sys
 from clip_rt import telemetry
+assert not {"opentelemetry", "prometheus_client"} & sys.modules.keys()
 for name in ("opentelemetry", "prometheus_client"):
     sys.modules[name] = None
 with telemetry.measure() as timings, telemetry.call("encode_images"), telemetry.stage("decode"):
@@ -206,10 +222,96 @@ class TestPrometheus:
         telemetry.count("images")
         assert registry.get_sample_value("clip_rt_events_total", {"event": "images"}) == 1
 
+    def test_its_labels_are_those_that_are_documented(self, registry):
+        with telemetry.call("zero_shot"):
+            telemetry.add("decode", 0.5)
+        assert {
+            (sample.name, *sample.labels)
+            for family in registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_bucket")
+        } == {
+            ("clip_rt_call_seconds_count", "method"),
+            ("clip_rt_call_seconds_sum", "method"),
+            ("clip_rt_stage_seconds_total", "stage"),
+        }
+        for edge in (*map(str, telemetry.CALL_BUCKETS_S), "+Inf"):
+            labels = {"method": "zero_shot", "le": edge}
+            assert registry.get_sample_value("clip_rt_call_seconds_bucket", labels) == 1
+
     def test_refuses_a_registry_that_has_such_metrics(self, registry, monkeypatch):
-        monkeypatch.setattr(telemetry, "_metrics", ())
+        monkeypatch.setattr(telemetry, "_instruments", ())
+        other = prometheus_client.CollectorRegistry()
+        prometheus_client.Histogram("clip_rt_call_seconds", "of others", registry=other)
         with pytest.raises(InputError, match="clip_rt_call_seconds"):
-            telemetry.enable_prometheus(registry)
+            telemetry.enable_prometheus(other)
+
+
+APPLICATION = """
+import sys
+from clip_rt import telemetry
+with telemetry.call("before"):
+    pass
+import opentelemetry.metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+with telemetry.call("unconfigured"):
+    pass
+reader = InMemoryMetricReader()
+opentelemetry.metrics.set_meter_provider(MeterProvider([reader]))
+with telemetry.call("encode_texts"):
+    telemetry.count("texts", 3)
+((scope,),) = [each.scope_metrics for each in reader.get_metrics_data().resource_metrics]
+points = [point for each in scope.metrics for point in each.data.data_points]
+print(scope.scope.name, *sorted(str(dict(point.attributes)) for point in points), sep=chr(10))
+"""
+
+
+class TestMeter:
+    def test_an_application_that_configures_one_hears_of_calls(self, metrics):
+        with contextlib.suppress(TextError), telemetry.call("encode_texts"):
+            telemetry.add("tokenize", 0.5)
+            telemetry.count("retries", 2)
+            raise TextError(SECRET)
+        data = metrics.get_metrics_data()
+        (scope,) = data.resource_metrics[0].scope_metrics
+        found = {each.name: (each.unit, each.data.data_points[0]) for each in scope.metrics}
+        assert {name: unit for name, (unit, _) in found.items()} == {
+            "clip_rt.call": "s",
+            "clip_rt.errors": "{error}",
+            "clip_rt.stage": "s",
+            "clip_rt.events": "{event}",
+        }
+        call = found["clip_rt.call"][1]
+        assert (call.count, dict(call.attributes)) == (1, {"method": "encode_texts"})
+        assert call.explicit_bounds == telemetry.CALL_BUCKETS_S
+        assert found["clip_rt.errors"][1].attributes["error"] == "TextError"
+        assert found["clip_rt.stage"][1].value == 0.5
+        assert found["clip_rt.events"][1].value == 2
+        assert SECRET not in data.to_json()
+
+    def test_it_may_be_configured_after_the_first_call(self):
+        done = subprocess.run(
+            [sys.executable, "-c", APPLICATION],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert done.stdout.splitlines() == [
+            "clip_rt",
+            "{'event': 'texts'}",
+            "{'method': 'encode_texts'}",
+        ]
+
+    def test_prometheus_hears_of_the_same_calls_beside_it(self, metrics):
+        registry = prometheus_client.CollectorRegistry()
+        telemetry.enable_prometheus(registry)
+        with telemetry.call("encode_texts"):
+            pass
+        labels = {"method": "encode_texts"}
+        assert registry.get_sample_value("clip_rt_call_seconds_count", labels) == 1
+        assert '"count": 1' in metrics.get_metrics_data().to_json()
 
 
 class TestSpans:
@@ -305,8 +407,10 @@ class TestRealCalls:
         assert SECRET not in str(timings)
 
     def test_tell_neither_texts_nor_paths_nor_the_words_of_errors(
-        self, client, spans, registry, tmp_path
+        self, client, spans, metrics, tmp_path
     ):
+        registry = prometheus_client.CollectorRegistry()
+        telemetry.enable_prometheus(registry)
         path = tmp_path / "secret-file.png"
         client.zero_shot([np.zeros((64, 64, 3), np.uint8)], [SECRET, "another"])
         with pytest.raises(TextTooLongError):
@@ -315,6 +419,7 @@ class TestRealCalls:
             client.encode_images([path])
         told = "".join(span.to_json() for span in spans.get_finished_spans())
         told += prometheus_client.generate_latest(registry).decode()
+        told += metrics.get_metrics_data().to_json()
         assert {"clip_rt.zero_shot", "TextTooLongError", "ImageError"} <= set(
             re.findall(r"clip_rt\.\w+|\w+Error", told)
         )
