@@ -23,6 +23,8 @@ EMBEDDINGS = "embeddings"
 """Output of both: float32 [N, D], L2-normalised."""
 NORM_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
+MIN_NORM = 1e-6
+"""Length of a vector up to which it is no direction."""
 
 CONTEXT_LENGTH = 77
 """Tokens a text tower reads, start and end of text included."""

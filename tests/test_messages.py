@@ -108,7 +108,7 @@ RAISED_BY: dict[str, tuple[Callable[..., object], ...]] = {
     "server": SERVERS,
     "sharing": SERVERS,
     "foreground": (clip_rt.serve,),
-    "testing": (clip_rt.testing.FakeServer,),
+    "fake_server": (clip_rt.testing.FakeServer,),
 }
 """Who can raise the messages of a module of clip_rt; of the others, the clients."""
 

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 import clip_rt
 from benchmarks.findings import CallKind
-from clip_rt.classification.zero_shot import MIN_NORM
 from clip_rt.inputs.prompts import fill, find_templates
-from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, MIN_NORM
 
 TEMPLATES = "openai_imagenet"
 """The 80 prompts that each class has in a "classifier" call; "zero_shot" has one for each label."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, NonFiniteEmbeddingError
 from clip_rt.inputs.items import check_list
+from clip_rt.specs import MIN_NORM
 
-MIN_NORM = 1e-6
 MAX_SMALL_PRODUCT = 2**22
 """Multiplications, up to which one thread takes 0.7 ms at most. BLAS would wake one on every core,
 and they wait for more work without sleep, 50 ms seen with NumPy's OpenBLAS: on one image and 100

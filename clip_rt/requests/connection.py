@@ -34,7 +34,8 @@ from clip_rt.specs import image_model, text_model
 from clip_rt.wire.channel import TLS
 from clip_rt.wire.contract import Towers, check_towers, find_differences
 from clip_rt.wire.manifest import Manifest
-from clip_rt.wire.transport import GRACE_S, ServedModel, Transport
+from clip_rt.wire.messages import ServedModel
+from clip_rt.wire.transport import DEADLINE_GRACE_S, Transport
 
 OTHERS_S = 0.25
 """How long the first answer of several servers is held back for those of the others."""
@@ -288,7 +289,7 @@ class Connection:
         errors: dict[Replica, ClipRTError] = {}
         enough_at_s = float("inf")
         while len(found) + len(errors) < len(asked):
-            wait_s = min(deadline.remaining_s() + GRACE_S, enough_at_s - time.monotonic())
+            wait_s = min(deadline.remaining_s() + DEADLINE_GRACE_S, enough_at_s - time.monotonic())
             try:
                 replica, outcome = outcomes.get(timeout=max(wait_s, 0.0))
             except queue.Empty:

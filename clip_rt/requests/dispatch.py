@@ -30,7 +30,7 @@ from clip_rt.errors import (
 from clip_rt.requests.connection import Model
 from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT, DynamicBatcher, Outcome, PendingBatch
 from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S, Replica
-from clip_rt.wire.transport import GRACE_S
+from clip_rt.wire.transport import DEADLINE_GRACE_S
 
 FAILOVER_SHARE = 0.5
 """Of a request's time that a silent server gets before another is asked."""
@@ -180,11 +180,11 @@ def _wait(batcher: DynamicBatcher, pending: PendingBatch, deadline: Deadline) ->
     pool, outcome = batcher.pool, None
     try:
         while outcome is None:
-            left_s = deadline.remaining_s() + GRACE_S
+            left_s = deadline.remaining_s() + DEADLINE_GRACE_S
             try:
                 outcome = pending.wait(min(left_s, _failover_after_s(batcher, pending)))
             except TimeoutError:
-                if pending.is_over or left_s <= GRACE_S:
+                if pending.is_over or left_s <= DEADLINE_GRACE_S:
                     break
                 _fail_over(batcher, pending)
     except BaseException:

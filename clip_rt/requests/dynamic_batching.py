@@ -31,7 +31,8 @@ from clip_rt.requests.batches import MAX_ROWS
 from clip_rt.requests.replica import Replica, Slot
 from clip_rt.requests.server_pool import ServerPool
 from clip_rt.specs import TEXT_BUCKETS
-from clip_rt.wire.transport import Future, ServedModel
+from clip_rt.wire.messages import ServedModel, make_row_error
+from clip_rt.wire.transport import Future
 
 MAX_IN_FLIGHT = 4
 """Requests under way at a server for one tower: enough to keep it busy, few enough to fill."""
@@ -346,7 +347,7 @@ class DynamicBatcher:
             end = start + len(each.array)
             own = embeddings[start:end]
             refused = {
-                row - start: transport.blame_row(self.tower, own, row - start)
+                row - start: make_row_error(self.tower, embeddings[row], transport.url, row - start)
                 for row in bad_rows
                 if start <= row < end
             }

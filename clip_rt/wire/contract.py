@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from clip_rt.errors import ContractError
 from clip_rt.specs import PIXELS, TOKENS, image_model, slug
-from clip_rt.wire.transport import ServedModel
+from clip_rt.wire.messages import ServedModel
 
 Towers: TypeAlias = tuple[ServedModel, ServedModel]
 """Image and text."""

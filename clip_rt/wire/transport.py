@@ -1,9 +1,6 @@
-"""One server: arrays in, checked embeddings out, over gRPC; what speaks Triton's protocol.
+"""One server: arrays in, checked embeddings out, over gRPC.
 
 Every request ends by its deadline with an answer or one of our errors. Nothing is tried twice here.
-
-Source: kserve/open-inference-protocol `specification/protocol/inference_grpc.md`; Triton's
-additions in triton-inference-server/common `protobuf/grpc_service.proto`.
 """
 
 from __future__ import annotations
@@ -11,121 +8,46 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_rt import fork
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClientClosedError,
     ClipRTError,
-    ContractError,
     InferenceError,
-    MessageTooLongError,
-    NonFiniteEmbeddingError,
     ProtocolError,
-    ServerError,
-    ServerOverloadedError,
     ServerTimeoutError,
-    ServerUnavailableError,
     UnknownModelError,
 )
-from clip_rt.specs import EMBEDDINGS, NORM_TOLERANCE
 from clip_rt.wire.channel import TLS, open_channel, parse_url, stops_greenlets
-from clip_rt.wire.manifest import Manifest
+from clip_rt.wire.messages import (
+    ServedModel,
+    ServerFacts,
+    ServerStatistics,
+    make_inference_request,
+    read_config,
+    read_embeddings,
+    read_statistics,
+)
+from clip_rt.wire.status import find_error_type, make_error, read_code
 
-CLOSE_TIMEOUT_S = 1.0
-MIN_NORM = 1e-6
-GRACE_S = 0.05
-"""Waited beyond the deadline for gRPC's own notice that it has passed."""
-LINGER_S = 30.0
-"""How long a server that must not be told goes on with a call that was given up."""
-MAX_GIVEN_UP = 256
+CHANNEL_CLOSE_TIMEOUT_S = 1.0
+"""For gRPC to end the calls of a channel that is closed."""
+DEADLINE_GRACE_S = 0.05
+"""Waited beyond a deadline for gRPC's own notice that it has passed."""
+ABANDONED_CALL_TIMEOUT_S = 30.0
+"""How long a call goes on beyond its deadline where the server must not be told of it."""
+MAX_ABANDONED_CALLS = 256
 """Such calls at a time; beyond, the server is told after all."""
 
 Future: TypeAlias = Any
 """Of one request, from gRPC, which has no types."""
-
-ERROR_BY_CODE: Mapping[Any, type[ServerError]] = {
-    grpc.StatusCode.OK: ProtocolError,
-    grpc.StatusCode.CANCELLED: ServerUnavailableError,
-    grpc.StatusCode.UNKNOWN: InferenceError,
-    grpc.StatusCode.INVALID_ARGUMENT: InferenceError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: ServerTimeoutError,
-    grpc.StatusCode.NOT_FOUND: InferenceError,
-    grpc.StatusCode.ALREADY_EXISTS: InferenceError,
-    grpc.StatusCode.PERMISSION_DENIED: InferenceError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: InferenceError,
-    grpc.StatusCode.FAILED_PRECONDITION: InferenceError,
-    grpc.StatusCode.ABORTED: ServerUnavailableError,
-    grpc.StatusCode.OUT_OF_RANGE: InferenceError,
-    grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
-    grpc.StatusCode.INTERNAL: InferenceError,
-    grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
-    grpc.StatusCode.DATA_LOSS: ProtocolError,
-    grpc.StatusCode.UNAUTHENTICATED: InferenceError,
-}
-"""Our error for every status of gRPC."""
-
-ERROR_BY_MESSAGE: tuple[tuple[Any, str, type[ServerError]], ...] = (
-    (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size", ServerOverloadedError),
-    (grpc.StatusCode.UNAVAILABLE, "Request timeout expired", ServerOverloadedError),
-    (grpc.StatusCode.UNAVAILABLE, "protocol is restricted", InferenceError),
-    # Bytes were damaged on the way; gRPC gives up the connection and the next is another.
-    (grpc.StatusCode.INTERNAL, "Failed parsing HTTP/2", ServerUnavailableError),
-    (grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", MessageTooLongError),
-    # It is being loaded or, by a server that was told to end, put away.
-    (grpc.StatusCode.NOT_FOUND, "has no available versions", ServerUnavailableError),
-    # The python backend lost its process and starts another at the next request.
-    (grpc.StatusCode.INTERNAL, "Stub process", ServerUnavailableError),
-)
-"""Where Triton gives one status to unlike things, and only its words tell them apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerFacts:
-    """What a server says about itself."""
-
-    name: str
-    version: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """One tower as a server offers it."""
-
-    name: str
-    input_name: str
-    input_type: str
-    """In the words of the protocol: UINT8, INT32."""
-    input_dims: tuple[int, ...]
-    """Without the batch axis; -1 is any length."""
-    embedding_dim: int
-    max_batch_size: int
-    manifest: Manifest
-    version: str = field(default="", compare=False)
-    """The only one that the server has of it, where its configuration says so."""
-    runs_on: str = field(default="", compare=False)
-    """Backend, instances and execution providers, in words, as far as a server tells."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerStatistics:
-    """What a server has counted for one model since it started."""
-
-    num_requests: int
-    num_rows: int
-    num_batches: int
-    """Runs of the model; fewer than requests where the server has joined some."""
-    queue_s: float
-    """Spent waiting, summed over the requests."""
-    compute_s: float
-    """Spent in the model, summed over the requests."""
 
 
 class Transport:
@@ -271,40 +193,16 @@ class Transport:
         Raises:
             ServerError: no answer, or it does not tell.
         """
-        requests = {name: service_pb2.ModelStatisticsRequest(name=name) for name in names}
         pending = {
-            name: self._send("ModelStatistics", request, deadline)
-            for name, request in requests.items()
+            name: self._send(
+                "ModelStatistics", service_pb2.ModelStatisticsRequest(name=name), deadline
+            )
+            for name in names
         }
         return {
-            name: _read_statistics(self._receive(future, deadline))
+            name: read_statistics(self._receive(future, deadline))
             for name, future in pending.items()
         }
-
-    def infer(
-        self, model: ServedModel, array: NDArray[Any], deadline: Deadline
-    ) -> NDArray[np.float32]:
-        """Embed one batch.
-
-        Args:
-            model: As `describe` returned it.
-            array: What the model reads, of at most `max_batch_size` rows.
-            deadline: When to give up.
-
-        Returns:
-            float32 (N, D) for N rows, each of length 1.
-
-        Raises:
-            ServerError: see `ERROR_BY_CODE`.
-            ProtocolError: the answer is malformed.
-            NonFiniteEmbeddingError: an embedding is no direction; carries its row.
-        """
-        embeddings, bad_rows = self.read(
-            self.send(model, array, deadline), model, len(array), deadline
-        )
-        for row in bad_rows:
-            raise self.blame_row(model, embeddings, row)
-        return embeddings
 
     def send(self, model: ServedModel, array: NDArray[Any], deadline: Deadline) -> Future:
         """Send one batch and return at once; its answer is for `read`, when it is done.
@@ -312,7 +210,7 @@ class Transport:
         Raises:
             ServerTimeoutError, ClientClosedError: it cannot be sent any more.
         """
-        return self._send("ModelInfer", _make_request(model, array, deadline), deadline)
+        return self._send("ModelInfer", make_inference_request(model, array, deadline), deadline)
 
     def read(
         self, future: Future, model: ServedModel, num_rows: int, deadline: Deadline
@@ -320,15 +218,15 @@ class Transport:
         """Read the answer of a request, and say which rows are NaN, infinite or zero.
 
         Raises:
-            ServerError: see `ERROR_BY_CODE`.
+            ServerError: see `status.ERROR_BY_CODE`.
             ProtocolError: the answer is malformed.
         """
         answer = self._receive(future, deadline)
-        return _read_embeddings(answer, model, num_rows, self.url)
+        return read_embeddings(answer, model, num_rows, self.url)
 
     def give_up(self, future: Future) -> None:
         """Forget a request nobody waits for; the server is told where that is safe."""
-        if self._may_cancel or len(self._given_up) >= MAX_GIVEN_UP:
+        if self._may_cancel or len(self._given_up) >= MAX_ABANDONED_CALLS:
             future.cancel()
             return
         # Held until it ends: gRPC cancels what nobody holds.
@@ -351,24 +249,6 @@ class Transport:
             timeout_s=deadline.timeout_s,
         )
 
-    def blame_row(
-        self,
-        model: ServedModel,
-        embeddings: NDArray[np.float32],
-        row: int,
-        *,
-        item: int | None = None,
-    ) -> NonFiniteEmbeddingError:
-        """Return the error of a row that is no direction; `item` is the caller's number for it."""
-        index = row if item is None else item
-        return NonFiniteEmbeddingError(
-            f"{model.name} at {self.url} answered an embedding of length "
-            f"{np.linalg.norm(embeddings[row]):g} for item {index}. The exported model is broken; "
-            "export it again.",
-            url=self.url,
-            index=index,
-        )
-
     def close(self) -> None:
         """Close the connection; calls on their way end with `ClientClosedError`."""
         with self._lock:
@@ -383,7 +263,7 @@ class Transport:
             # never does.
             closing = threading.Thread(target=channel.close, daemon=True)
             closing.start()
-            closing.join(CLOSE_TIMEOUT_S)
+            closing.join(CHANNEL_CLOSE_TIMEOUT_S)
 
     def _ask_config(self, name: str, deadline: Deadline) -> Future:
         return self._send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
@@ -394,12 +274,12 @@ class Transport:
         try:
             answers = [self._receive(future, deadline) for future in pending]
         except InferenceError as error:
-            if _code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:
+            if read_code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:
                 raise
             raise UnknownModelError(
                 f"{self.url} serves no {' with '.join(names)}: {error}", model=None, known=()
             ) from error
-        return tuple(_read_config(answer.config) for answer in answers)
+        return tuple(read_config(answer.config) for answer in answers)
 
     def _ask(self, method: str, request: Any, deadline: Deadline) -> Any:
         return self._receive(self._send(method, request, deadline), deadline)
@@ -413,7 +293,7 @@ class Transport:
             is_left_to_grpc = self._may_cancel or stops_greenlets()
             future = getattr(self._open(), method).future(
                 request,
-                timeout=remaining_s if is_left_to_grpc else remaining_s + LINGER_S,
+                timeout=remaining_s if is_left_to_grpc else remaining_s + ABANDONED_CALL_TIMEOUT_S,
                 metadata=self._headers,
             )
             self._pending.add(future)
@@ -432,12 +312,14 @@ class Transport:
             if isinstance(error, grpc.FutureCancelledError):
                 # Given up here, because nobody had time for it: that the server is away it is not.
                 raise self._late(deadline) from error
-            raise self._translate(error, deadline) from error
+            if find_error_type(error) is ServerTimeoutError:
+                raise self.time_out(deadline) from error
+            raise make_error(error, self.url) from error
 
     def _wait(self, future: Future, deadline: Deadline) -> None:
         """Wait until a request is done, however it ended."""
         try:
-            future.exception(timeout=max(deadline.remaining_s(), 0.0) + GRACE_S)
+            future.exception(timeout=max(deadline.remaining_s(), 0.0) + DEADLINE_GRACE_S)
         except grpc.FutureCancelledError:
             return
         except grpc.FutureTimeoutError as error:
@@ -446,25 +328,6 @@ class Transport:
         except BaseException:  # Ctrl-C: the server need not finish what nobody waits for.
             self.give_up(future)
             raise
-
-    def _translate(self, error: Any, deadline: Deadline) -> ServerError:
-        code, details = _code(error), _details(error)
-        kind = ERROR_BY_CODE.get(code, InferenceError)
-        for its_code, words, its_kind in ERROR_BY_MESSAGE:
-            if code is its_code and words in details:
-                kind = its_kind
-        if kind is ServerTimeoutError:
-            return self.time_out(deadline)
-        message = f"{self.url}: {details or code}"
-        if kind is ServerUnavailableError:
-            return kind(message, url=self.url, was_reached=_NEVER_REACHED not in details)
-        if issubclass(kind, InferenceError):
-            return kind(message, url=self.url, may_be_one_item=code in _OF_ITEMS)
-        if kind is ProtocolError:
-            message += " Is this the gRPC port (8001) of a Triton server?"
-        if "shared memory" in details:
-            message += " Give the server more of it: docker run --shm-size=1g."
-        return kind(message, url=self.url)
 
     def _open(self) -> Any:
         with self._lock:
@@ -500,15 +363,6 @@ class Transport:
 
 
 _READY = grpc.ChannelConnectivity.READY.value[0]
-_NEVER_REACHED = "failed to connect"
-"""gRPC's words where no byte of a request has left."""
-_OF_ITEMS = {
-    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.UNKNOWN),
-    *(grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED),
-}
-"""Refusals that may be one row's fault, or a message's that is too long: less of it may pass."""
-
-
 _transports: weakref.WeakSet[Transport] = weakref.WeakSet()
 _of_parents: list[Any] = []
 
@@ -519,123 +373,3 @@ def _forget_in_child() -> None:
 
 
 fork.register("transport", in_child=_forget_in_child)
-
-
-def _code(error: object) -> Any:
-    code = getattr(error, "code", None)
-    return code() if callable(code) else grpc.StatusCode.CANCELLED
-
-
-def _details(error: object) -> str:
-    details = getattr(error, "details", None)
-    text = details() if callable(details) else None
-    return (text or "").strip()[:1000]
-
-
-def _make_request(model: ServedModel, batch: NDArray[Any], deadline: Deadline) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=model.name)
-    request.inputs.add(name=model.input_name, datatype=model.input_type, shape=batch.shape)
-    request.outputs.add(name=EMBEDDINGS)
-    request.raw_input_contents.append(batch.tobytes())
-    # Triton drops what has waited so long that nobody wants it any more.
-    request.parameters["timeout"].int64_param = max(1, int(deadline.remaining_s() * 1e6))
-    return request
-
-
-def _read_embeddings(
-    answer: Any, model: ServedModel, num_rows: int, url: str
-) -> tuple[NDArray[np.float32], list[int]]:
-    expected = [(EMBEDDINGS, "FP32", [num_rows, model.embedding_dim])]
-    found = [(each.name, each.datatype, list(each.shape)) for each in answer.outputs]
-    num_bytes = 4 * num_rows * model.embedding_dim
-    if found != expected or [len(raw) for raw in answer.raw_output_contents] != [num_bytes]:
-        raise ProtocolError(
-            f"{model.name} at {url} answered {found} with "
-            f"{[len(raw) for raw in answer.raw_output_contents]} bytes; expected is {expected} "
-            f"with {[num_bytes]} bytes.",
-            url=url,
-        )
-    embeddings = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(expected[0][2])
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
-    is_direction = np.isfinite(norms) & (norms > MIN_NORM)
-    drift = float(np.abs(norms - 1)[is_direction].max(initial=0))
-    if drift > NORM_TOLERANCE:
-        raise ProtocolError(
-            f"{model.name} at {url} answered embeddings whose length differs from 1 by {drift:.2g};"
-            f" {NORM_TOLERANCE:g} is allowed. Export it again with python -m export.onnx.",
-            url=url,
-        )
-    return embeddings.astype(np.float32), [int(row) for row in np.nonzero(~is_direction)[0]]
-
-
-def _read_statistics(answer: Any) -> ServerStatistics:
-    (counted,) = answer.model_stats
-    stages = counted.inference_stats
-    return ServerStatistics(
-        num_requests=stages.success.count,
-        num_rows=counted.inference_count,
-        num_batches=counted.execution_count,
-        queue_s=stages.queue.ns / 1e9,
-        compute_s=(stages.compute_input.ns + stages.compute_infer.ns + stages.compute_output.ns)
-        / 1e9,
-    )
-
-
-def _read_config(config: Any) -> ServedModel:
-    """Turn Triton's configuration of a model into ours, checking that the two agree."""
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
-    manifest = Manifest.from_parameters(parameters, served=config.name)
-    outputs = [(each.name, each.data_type, list(each.dims)) for each in config.output]
-    expected = [(EMBEDDINGS, model_config_pb2.TYPE_FP32, [manifest.embedding_dim])]
-    if outputs != expected or len(config.input) != 1 or config.max_batch_size < 1:
-        raise ContractError(
-            f"Triton model {config.name!r} has outputs {outputs}, {len(config.input)} inputs and "
-            f"max_batch_size {config.max_batch_size}; its manifest promises {expected}, 1 input "
-            "and batches. Export it again.",
-            expected=expected,
-            found=outputs,
-        )
-    (input_config,) = config.input
-    type_name = model_config_pb2.DataType.Name(input_config.data_type)
-    return ServedModel(
-        name=config.name,
-        input_name=input_config.name,
-        input_type=type_name.removeprefix("TYPE_"),
-        input_dims=tuple(input_config.dims),
-        embedding_dim=manifest.embedding_dim,
-        max_batch_size=config.max_batch_size,
-        manifest=manifest,
-        version=_read_only_version(config),
-        runs_on=_describe_execution(config, parameters, manifest.precision),
-    )
-
-
-def _read_only_version(config: Any) -> str:
-    versions = config.version_policy.specific.versions
-    return str(versions[0]) if len(versions) == 1 else ""
-
-
-def _describe_execution(config: Any, parameters: Mapping[str, str], precision: str) -> str:
-    """Say what runs a model: what Triton's configuration decides, and that it does not the rest."""
-    kinds = {kind: name for name, kind in model_config_pb2.ModelInstanceGroup.Kind.items()}
-    backend = config.backend or config.platform
-    words = f"the {backend} backend"
-    for group in config.instance_group:
-        words += f", {group.count} on {kinds.get(group.kind, '?').removeprefix('KIND_')}"
-    if "execution_providers" in parameters:
-        words += f", execution providers {parameters['execution_providers'][:200]}"
-    if backend.startswith("onnxruntime"):
-        words += " (which execution provider took it, only the server's log says)"
-    on_processor = any(kinds.get(group.kind) == "KIND_CPU" for group in config.instance_group)
-    if backend == "python" and on_processor and "execution_providers" not in parameters:
-        runtime = parameters.get("runtime", "auto")
-        if precision == "int8":
-            words += ", runtime openvino"
-        elif runtime == "auto":
-            words += (
-                ", runtime auto (the faster of OpenVINO and ONNX Runtime there: the server's log "
-                "says which)"
-            )
-        else:
-            words += f", runtime {runtime[:40]}"
-    return words

@@ -24,7 +24,7 @@ from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerStartError
 from clip_rt.processor import Processor
 from clip_rt.wire import canary
-from clip_rt.wire.transport import ServerFacts
+from clip_rt.wire.messages import ServerFacts
 
 ROOT = Path(__file__).parents[2]
 

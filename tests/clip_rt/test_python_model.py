@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import tiny_repository
 from owners import find_processes
+from transport_calls import infer
 
 import clip_rt
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import installation, runtime_choice
 from clip_rt.embedded.server import EmbeddedServer
-from clip_rt.wire.transport import ServedModel, Transport
+from clip_rt.wire.messages import ServedModel
+from clip_rt.wire.transport import Transport
 
 # Ids up to 59999 pass the check at the door and fail inside the graph.
 WIDER = 'parameters { key: "vocab_size" value { string_value: "60000" } }\n'
@@ -60,7 +62,7 @@ def towers(transport) -> tuple[ServedModel, ServedModel]:
 
 
 def embed(transport, model, array):
-    return transport.infer(model, array, Deadline.after(30))
+    return infer(transport, model, array, timeout_s=30)
 
 
 def find_stub() -> int:

@@ -20,6 +20,7 @@ from PIL import Image
 
 import clip_rt
 from clip_rt import testing
+from clip_rt.testing import fake_server
 
 
 def solid(*colour):
@@ -120,7 +121,7 @@ def test_requests_are_kept_as_they_arrived(server, client):
 
 
 def test_old_requests_are_forgotten_beyond_the_bound(server, client, monkeypatch):
-    monkeypatch.setattr(testing, "MAX_KEPT_BYTES", 3 * 32 * 32 * 3)
+    monkeypatch.setattr(fake_server, "MAX_KEPT_BYTES", 3 * 32 * 32 * 3)
     for index in range(9):
         client.encode_images(solid(index, 0, 0))
     assert [int(each.array[0, 0, 0, 0]) for each in server.requests] == [6, 7, 8]

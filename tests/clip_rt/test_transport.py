@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 import tiny_repository
+import transport_calls
 import trustme
 from owners import find_processes, read_command, wait_until
 from stopping import stopped
@@ -26,7 +27,9 @@ from clip_rt.deadline import Deadline
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.wire import transport as transport_module
 from clip_rt.wire.channel import TLS, parse_url
-from clip_rt.wire.transport import ERROR_BY_CODE, ServedModel, Transport
+from clip_rt.wire.messages import ServedModel
+from clip_rt.wire.status import ERROR_BY_CODE
+from clip_rt.wire.transport import Transport
 
 IMAGE = ServedModel(
     name="tiny_image",
@@ -100,7 +103,7 @@ def real(server) -> Iterator[Transport]:
 
 
 def infer(transport, array=PIXELS, model=IMAGE, timeout_s=10.0):
-    return transport.infer(model, array, Deadline.after(timeout_s))
+    return transport_calls.infer(transport, model, array, timeout_s=timeout_s)
 
 
 def find_server(server: EmbeddedServer) -> int:
@@ -275,7 +278,7 @@ def test_a_stopped_server_times_out_at_the_deadline_and_works_again(server, real
 
 
 def test_many_calls_given_up_at_once_do_no_harm(server, real, monkeypatch):
-    monkeypatch.setattr(transport_module, "GRACE_S", 0.0)
+    monkeypatch.setattr(transport_module, "DEADLINE_GRACE_S", 0.0)
     server_id = server.server_id
 
     def work(index):

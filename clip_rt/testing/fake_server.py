@@ -1,47 +1,7 @@
-"""A server for the tests of your own code: no Triton, no GPU and no model, and it fails on demand.
-
-It speaks Triton's protocol on a port of this machine, so a client under test does all it does in
-production: it decodes, tokenises, sends, checks, retries and gives up.
-
-    from clip_rt import testing
-
-    with testing.FakeServer(model="shop-v3", embedding_dim=512) as server:
-        with clip_rt.Client(server.url) as client:
-            server.teach("tests/cat.jpg", "a photo of a cat.")
-            assert client.zero_shot("tests/cat.jpg", ["cat", "dog"]).best == ["cat"]
-
-            server.fail_next(testing.Unavailable(), times=2)
-            client.encode_texts(["red"])                    # retried; nobody noticed
-            assert server.num_calls["ModelInfer"] == 5
-
-            server.fail_next(testing.Hang())
-            with pytest.raises(clip_rt.ServerTimeoutError):
-                client.encode_texts(["blue"], timeout_s=0.5)
-
-Equal images and equal texts have equal embeddings, in every process and on every machine; unlike
-ones are nearly orthogonal. `embed_image` and `embed_text` choose others.
-
-What can go wrong, as data for `fail_next` and `fail_when`:
-
-| fault | what the client sees |
-|---|---|
-| `Status(code=..., message=...)` | any status of gRPC |
-| `Unavailable()` | a server that is shutting down |
-| `Overloaded()` | a full queue |
-| `Rejected()` | a request that the server refuses |
-| `Late(delay_s)` | an answer that takes its time |
-| `Hang()` | no answer at all |
-| `Malformed(damage)` | an answer that breaks the contract |
-| `NotFinite(value, row=...)` | NaN, an infinity or zeros for one row |
-| `Crash(back_after_s=...)` | a server that dies with its connections, and may come back |
-
-`stop`, `start` and `swap_weights` do to the server what a deployment does. A fault of your own is
-any object with the method that `Fault` names.
-"""
+"""The server itself: it speaks Triton's protocol, and does to a call what a fault says."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import Counter, deque
@@ -49,17 +9,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from clip_rt import specs
 from clip_rt.errors import InputError, ServerStartError
 from clip_rt.inputs import tokenizer
 from clip_rt.inputs.images import Images, preprocess
+from clip_rt.testing.fake_model import EmbedImage, EmbedText, FakeModel, hash_bytes
 from clip_rt.wire.manifest import Manifest
 
 SERVICE = "inference.GRPCInferenceService"
@@ -67,27 +28,6 @@ MAX_CALLS_AT_ONCE = 128
 """Calls that can hang at a time; more of them wait."""
 MAX_KEPT_BYTES = 256 * 1024**2
 """Arrays remembered in `FakeServer.requests`; the oldest are forgotten beyond."""
-
-_SPACE = "\u0120"
-"""What stands for a space among the visible characters that stand for bytes (see `tokenizer`)."""
-
-EmbedImage = Callable[[NDArray[np.uint8]], ArrayLike]
-"""uint8 (S, S, 3) in, D numbers out; they are normalised afterwards."""
-EmbedText = Callable[[str], ArrayLike]
-"""A text in, as the tokens spell it: lower case, words and marks apart by one space; D numbers out,
-which are normalised afterwards."""
-
-Damage = Literal[
-    "missing output",
-    "another name",
-    "another type",
-    "too few rows",
-    "extra rows",
-    "another width",
-    "cut short",
-    "no bytes",
-    "no unit length",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,125 +58,6 @@ class Fault(Protocol):
     def strike(self, answer: Any, call: Call) -> Any:
         """Return what is answered instead of `answer`, a message of the protocol; or abort."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """The call fails with the status of gRPC that has this name, such as "INVALID_ARGUMENT"."""
-
-    code: str
-    message: str = "on purpose"
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """End the call."""
-        call.context.abort(grpc.StatusCode[self.code], self.message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unavailable(Status):
-    """The server is shutting down, or not yet up."""
-
-    code: str = "UNAVAILABLE"
-    message: str = "Server is stopping, scheduler for model has stopped accepting requests"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overloaded(Status):
-    """The queue of the server is full."""
-
-    code: str = "UNAVAILABLE"
-    message: str = "Exceeds maximum queue size"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rejected(Status):
-    """The server refuses the request as it is."""
-
-    code: str = "INVALID_ARGUMENT"
-    message: str = "refused on purpose"
-
-
-@dataclass(frozen=True)
-class Late:
-    """The answer comes `delay_s` later than it could."""
-
-    delay_s: float
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """Wait, unless the caller gives up first."""
-        call.ended.wait(self.delay_s)
-        return answer
-
-
-@dataclass(frozen=True)
-class Hang:
-    """No answer comes, until the caller gives up."""
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """Wait for the end of the call."""
-        call.ended.wait()
-        return answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crash:
-    """The server dies, and every call on its way with it.
-
-    It comes back at the same address after `back_after_s`; never if that is None.
-    """
-
-    back_after_s: float | None = None
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """Take the server down; the call ends by that."""
-        die = threading.Thread(target=call.server._crash, args=(self.back_after_s,), daemon=True)
-        die.start()
-        call.ended.wait()
-        return answer
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """The answer to an inference breaks the contract in one way."""
-
-    damage: Damage
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """Damage the answer."""
-        rows = _read_rows(answer)
-        if self.damage == "missing output":
-            return service_pb2.ModelInferResponse(model_name=answer.model_name)
-        if self.damage == "another name":
-            answer.outputs[0].name = "vectors"
-        elif self.damage == "another type":
-            answer = _answer(answer.model_name, rows.astype(np.float16), datatype="FP16")
-        elif self.damage == "too few rows":
-            answer = _answer(answer.model_name, rows[:-1])
-        elif self.damage == "extra rows":
-            answer = _answer(answer.model_name, np.concatenate([rows, rows[:1]]))
-        elif self.damage == "another width":
-            answer = _answer(answer.model_name, rows[:, :-1])
-        elif self.damage == "cut short":
-            answer.raw_output_contents[0] = answer.raw_output_contents[0][:-1]
-        elif self.damage == "no bytes":
-            del answer.raw_output_contents[:]
-        else:
-            answer = _answer(answer.model_name, rows * np.float32(1.01))
-        return answer
-
-
-@dataclass(frozen=True)
-class NotFinite:
-    """One row of the answer to an inference is all `value`: NaN, an infinity, or 0."""
-
-    value: float = float("nan")
-    row: int = 0
-
-    def strike(self, answer: Any, call: Call) -> Any:
-        """Overwrite the row."""
-        rows = _read_rows(answer).copy()
-        rows[self.row] = self.value
-        return _answer(answer.model_name, rows)
 
 
 class FakeServer:
@@ -276,7 +97,7 @@ class FakeServer:
         self.manifest = Manifest(
             model=model,
             architecture="ViT-B/32",
-            fingerprint=_digest(model.encode()).hex(),
+            fingerprint=hash_bytes(model.encode()).hex(),
             embedding_dim=embedding_dim,
             side_px=side_px,
             context_length=context_length,
@@ -303,9 +124,7 @@ class FakeServer:
         self._max_batch_size = max_batch_size
         self._version = version
         self._max_message_bytes = max_message_bytes
-        self._embed_image = embed_image
-        self._embed_text = embed_text
-        self._taught: dict[bytes, tuple[int, ...]] = {}
+        self._model = FakeModel(embed_image, embed_text)
         self._requests: deque[Request] = deque()
         self._kept_bytes = 0
         self._next: list[tuple[str, Fault]] = []
@@ -387,13 +206,13 @@ class FakeServer:
             images: As for `Client.encode_images`.
             text: The whole prompt: "a photo of a cat." is what zero-shot makes of "cat".
         """
-        ids = tuple(tokenizer.encode_text(text, context_length=self.manifest.context_length))
+        ids = tokenizer.encode_text(text, context_length=self.manifest.context_length)
         for square in preprocess(images, side_px=self.manifest.side_px):
-            self._taught[_digest(square.tobytes())] = ids
+            self._model.teach(square, ids)
 
     def swap_weights(self) -> str:
         """Serve other weights under the same name from now on; return their fingerprint."""
-        fingerprint = _digest(self.manifest.fingerprint.encode()).hex()
+        fingerprint = hash_bytes(self.manifest.fingerprint.encode()).hex()
         self.manifest = replace(self.manifest, fingerprint=fingerprint)
         return fingerprint
 
@@ -549,38 +368,13 @@ class FakeServer:
 
     def _infer(self, request: Request, context: Any) -> Any:
         start_ns = time.perf_counter_ns()
-        embed = self._embed_square if request.tower == "image" else self._embed_tokens
-        rows = np.stack([embed(row) for row in request.array]).astype(np.float32)
+        rows = self._model.embed(request.tower, request.array, self.manifest)
         with self._lock:
             work = self._work_by_tower[request.tower]
             work["requests"] += 1
             work["rows"] += len(rows)
             work["ns"] += time.perf_counter_ns() - start_ns
-        return _answer(f"{specs.slug(self.manifest.model)}_{request.tower}", rows)
-
-    def _embed_square(self, square: NDArray[np.uint8]) -> NDArray[np.float64]:
-        digest = _digest(square.tobytes())
-        if (ids := self._taught.get(digest)) is not None:
-            return self._embed_ids(ids)
-        if self._embed_image is not None:
-            return _normalise(self._embed_image(square))
-        return self._choose(b"image", digest)
-
-    def _embed_tokens(self, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-        # Padding must not be felt: the text ends at the first end-of-text token.
-        (ends,) = np.nonzero(tokens == specs.END_OF_TEXT)
-        return self._embed_ids(tuple(tokens[: ends[0] + 1 if len(ends) else None].tolist()))
-
-    def _embed_ids(self, ids: tuple[int, ...]) -> NDArray[np.float64]:
-        if self._embed_text is not None:
-            return _normalise(self._embed_text(_spell(ids)))
-        return self._choose(b"text", repr(ids).encode())
-
-    def _choose(self, tower: bytes, content: bytes) -> NDArray[np.float64]:
-        """Draw a direction that depends on content and weights only."""
-        seed = _digest(b"/".join((self.manifest.fingerprint.encode(), tower, content)))
-        generator = np.random.default_rng(int.from_bytes(seed, "big"))
-        return _normalise(generator.normal(size=self.manifest.embedding_dim))
+        return make_answer(f"{specs.slug(self.manifest.model)}_{request.tower}", rows)
 
     def _list_models(self, message: Any, context: Any) -> Any:
         response = service_pb2.RepositoryIndexResponse()
@@ -618,36 +412,9 @@ class FakeServer:
         return service_pb2.ModelConfigResponse(config=config)
 
 
-def _answer(model: str, rows: NDArray[Any], *, datatype: str = "FP32") -> Any:
+def make_answer(model: str, rows: NDArray[Any], *, datatype: str = "FP32") -> Any:
+    """Return the protocol's answer to an inference: (N, D) embeddings."""
     response = service_pb2.ModelInferResponse(model_name=model, model_version="1")
     response.outputs.add(name=specs.EMBEDDINGS, datatype=datatype, shape=rows.shape)
     response.raw_output_contents.append(rows.tobytes())
     return response
-
-
-def _read_rows(answer: Any) -> NDArray[np.float32]:
-    rows: NDArray[np.float32] = np.frombuffer(answer.raw_output_contents[0], "<f4")
-    return rows.reshape(answer.outputs[0].shape)
-
-
-def _normalise(numbers: ArrayLike) -> NDArray[np.float64]:
-    vector = np.asarray(numbers, dtype=np.float64)
-    unit: NDArray[np.float64] = vector / np.linalg.norm(vector)
-    return unit
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _spell(ids: tuple[int, ...]) -> str:
-    """Turn ids back into words, without the start and the end of the text."""
-    from tokenizers.decoders import ByteLevel
-
-    vocabulary = tokenizer._load()
-    symbols = [
-        (vocabulary.id_to_token(each) or "").replace("</w>", _SPACE)
-        for each in ids
-        if each not in (specs.START_OF_TEXT, specs.END_OF_TEXT)
-    ]
-    return str(ByteLevel().decode(symbols)).strip()
