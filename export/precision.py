@@ -27,10 +27,8 @@ from torch.utils._pytree import tree_map
 
 from clip_rt.errors import CheckpointError, InputError
 from export.graphs import Graph, ImageGraph
+from export.storage import FP16_MAX
 from training.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
-
-FP16_MAX = 65504.0
-"""Largest finite FP16 number."""
 
 
 def match_islands(names: Iterable[str], patterns: Collection[str]) -> set[str]:

@@ -12,8 +12,9 @@ import onnx
 from onnx import numpy_helper
 
 from clip_rt.errors import CheckpointError, InputError
-from export.precision import FP16_MAX
 
+FP16_MAX = 65504.0
+"""Largest finite FP16 number."""
 MIN_FP16_ELEMENTS = 1024
 """Smaller tensors stay FP32: halving them saves nothing."""
 

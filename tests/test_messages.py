@@ -109,6 +109,7 @@ RAISED_BY: dict[str, tuple[Callable[..., object], ...]] = {
     "sharing": SERVERS,
     "foreground": (clip_rt.serve,),
     "fake_server": (clip_rt.testing.FakeServer,),
+    "telemetry": (clip_rt.telemetry.enable_prometheus,),
 }
 """Who can raise the messages of a module of clip_rt; of the others, the clients."""
 
