@@ -20,6 +20,12 @@ def pytest_configure() -> None:
     make_signals_deliverable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "open_clip" in getattr(item, "fixturenames", ()):
+            item.add_marker("torch")
+
+
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     _import_torchvision()
