@@ -245,6 +245,7 @@ def test_a_server_that_does_not_list_its_models_needs_a_name(server):
         client.encode_texts(["red"])
 
 
+@pytest.mark.slow
 def test_of_several_models_one_must_be_named_and_each_must_keep_the_contract(tmp_path):
     tiny_repository.write(tmp_path, "tiny")
     tiny_repository.write(tmp_path, "Mixed/2", text={"fingerprint": "b" * 64})
@@ -281,6 +282,7 @@ def test_other_weights_than_asked_for_are_refused_with_both_sides(server):
         assert client.encode_texts(["red"]).shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_path):
     tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=tmp_path) as client:
@@ -296,6 +298,7 @@ def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_
         assert (client.cache.hits, client.cache.misses) == (0, 2)
 
 
+@pytest.mark.slow
 def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=1.0) as client:
@@ -312,6 +315,7 @@ def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
         np.testing.assert_array_equal(client.encode_images(solid((1, 2, 3)), timeout_s=30), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["bin/tritonserver", "triton_python_backend_stub"])
 def test_a_killed_server_comes_back_within_the_call(tmp_path, victim):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
@@ -328,6 +332,7 @@ def test_a_killed_server_comes_back_within_the_call(tmp_path, victim):
         np.testing.assert_allclose(client.encode_images(images()), before, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_server_killed_between_two_calls_comes_back_before_anyone_noticed(tmp_path):
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository) as client:
@@ -374,6 +379,7 @@ def test_a_closed_client_says_so(server):
         client.encode_texts(["red"])
 
 
+@pytest.mark.slow
 def test_clients_of_one_repository_share_a_server_until_the_last_closes(bare_repository, tmp_path):
     tiny_repository.write(tmp_path)
     first, second = clip_rt.Client(repository=tmp_path), clip_rt.Client(repository=tmp_path)
@@ -407,6 +413,7 @@ client.close()
 """
 
 
+@pytest.mark.slow
 def test_a_forked_child_opens_its_own_connection(start_owner, tmp_path):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(FORKS, repository)
@@ -430,6 +437,7 @@ with clip_rt.Client(repository=sys.argv[1], timeout_s=600) as client:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_call_at_once_and_leaves_nothing(start_owner, tmp_path):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(ENDLESS, repository)
@@ -439,6 +447,7 @@ def test_ctrl_c_ends_a_call_at_once_and_leaves_nothing(start_owner, tmp_path):
     assert wait_until(lambda: not owner.find_remains())
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_call_that_waits_for_a_stopped_server(start_owner, tmp_path):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(ENDLESS, repository)
@@ -460,6 +469,7 @@ raise RuntimeError("on purpose")
 """
 
 
+@pytest.mark.slow
 def test_a_client_that_is_never_closed_leaves_nothing(start_owner, tmp_path):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     owner = start_owner(LEAVES, repository)

@@ -249,6 +249,7 @@ def test_clear_empties_the_folder_of_its_own_files_only(filled):
     assert ask(cache) == list(LABELS)
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_goes_after_an_hour(folder, start_owner):
     writer = start_owner(WRITER_THAT_HANGS, folder)
     assert writer.read_line() == "written"
@@ -494,6 +495,7 @@ def test_whatever_the_system_refuses_only_costs_time(filled, monkeypatch, call, 
     assert len(warnings()) == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_file(tmp_path):
     """A real one where this user can make one; else a limit on the size of files."""
     program = """
@@ -663,6 +665,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_crowd_of_processes_some_of_them_killed_never_reads_a_wrong_row(
     folder, start_owner, warnings
 ):

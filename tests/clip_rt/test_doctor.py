@@ -66,6 +66,7 @@ def failures(findings):
     return [name for name, finding in findings.items() if finding["status"] == "fail"]
 
 
+@pytest.mark.slow
 def test_all_is_well_with_the_bundled_model_on_a_server_of_its_own(capsys):
     code, found = consult(capsys, "--repository", ROOT / "model_repository")
     assert code == 0

@@ -141,6 +141,7 @@ def truth(client) -> np.ndarray:
     return client.encode_images(shades(*range(256)))
 
 
+@pytest.mark.slow
 def test_f01_a_server_killed_with_32_requests_in_flight_mixes_up_nothing(tmp_path, truth):
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
@@ -269,6 +270,7 @@ def many_clients(url: str, count: int) -> Iterator[list[clip_rt.Client]]:
         yield clients
 
 
+@pytest.mark.slow
 def test_f07_a_queue_that_empties_is_waited_for(tmp_path, truth):
     queue = "default_queue_policy { max_queue_size: 2 }"
     tiny_repository.write(tmp_path, queue_policy=queue)
@@ -286,6 +288,7 @@ def test_f07_a_queue_that_empties_is_waited_for(tmp_path, truth):
     np.testing.assert_allclose(rows, truth[:8], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_f08_what_waited_too_long_in_the_queue_is_tried_again(tmp_path, truth):
     queue = "timeout_action: REJECT default_timeout_microseconds: 100000"
     tiny_repository.write(tmp_path, queue_policy=f"default_queue_policy {{ {queue} }}")
@@ -334,6 +337,7 @@ TritonPythonModel.execute = execute
 """
 
 
+@pytest.mark.slow
 def test_f10_a_server_told_to_end_finishes_what_it_began(tmp_path, truth):
     begun = tmp_path / "begun"
     model = tiny_repository.write(tmp_path / "models") / "tiny_image" / "1" / "model.py"
@@ -391,6 +395,7 @@ def test_f11_replicas_replaced_one_by_one_lose_no_call():
     assert set(map(repr, outcomes)) == {"True"}
 
 
+@pytest.mark.slow
 def test_f11_of_two_real_replicas_each_may_go_while_the_other_is_there(tmp_path, server, truth):
     tiny_repository.write(tmp_path)
     numbers = itertools.count()
@@ -425,6 +430,7 @@ def test_f11_of_two_real_replicas_each_may_go_while_the_other_is_there(tmp_path,
     assert set(map(repr, outcomes)) == {"True"}
 
 
+@pytest.mark.slow
 def test_f12_a_killed_python_process_leaves_no_shared_memory(tmp_path, truth):
     repository = tiny_repository.write(tmp_path)
 
@@ -625,6 +631,7 @@ print(client.encode_texts("red").shape, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_f29_a_client_that_slept_past_its_deadline_ends_when_it_wakes(fake, start_owner):
     fake.fail_when(lambda request: 1746 in request.array, testing.Hang())  # "blue"
     owner = start_owner(SLEEPER, fake.url)

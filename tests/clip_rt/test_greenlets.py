@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from owners import ROOT
 
+pytestmark = pytest.mark.slow
+
 BEGIN = {
     "gevent": "from gevent import monkey; monkey.patch_all(); import clip_rt",
     "gevent after the import": "import clip_rt; from gevent import monkey; monkey.patch_all()",

@@ -90,9 +90,12 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_an_open_file_is_an_image(kind):
-    np.testing.assert_array_equal(see(FILES[kind](PNG)), EXPECTED)
-    found = clip_rt.preprocess([FILES[kind](PNG), PNG, FILES[kind](PNG)], side_px=32, num_threads=3)
+    alone, first, last = (FILES[kind](PNG) for _ in range(3))
+    np.testing.assert_array_equal(see(alone), EXPECTED)
+    found = clip_rt.preprocess([first, PNG, last], side_px=32, num_threads=3)
     np.testing.assert_array_equal(found, [EXPECTED] * 3)
+    for file in (alone, first, last):
+        getattr(file, "close", lambda: None)()
 
 
 def test_a_file_on_the_disk_is_an_image(tmp_path):
@@ -420,6 +423,7 @@ def test_the_limits_of_the_asynchronous_client_are_the_same(server):
     assert asyncio.run(ask(max_pixels=60_000)).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_a_photo_of_108_megapixels_and_one_beyond_pillow_s_limit_are_read_when_allowed(server):
     photos = [large("JPEG", (12_000, 9_000)), large("PNG", (16_320, 12_240))]
     with clip_rt.Client(server.url) as client:

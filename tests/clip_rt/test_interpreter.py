@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from owners import ROOT
 
+pytestmark = pytest.mark.slow
+
 MODES = {
     "no docstrings": (["-OO"], {}),
     "warnings are errors": (["-W", "error", "-X", "dev"], {}),

@@ -20,6 +20,8 @@ from clip_rt.embedded import server as server_module
 from clip_rt.embedded import supervisor
 from clip_rt.embedded.server import EmbeddedServer
 
+pytestmark = pytest.mark.slow
+
 SHARER = """
 import sys
 from clip_rt.embedded.server import EmbeddedServer

@@ -347,6 +347,7 @@ def test_all_calls_share_the_threads():
     assert len(images_module._threads(3)._threads) <= 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images():
     program = """
         import io, itertools, resource

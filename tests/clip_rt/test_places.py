@@ -19,6 +19,8 @@ from clip_rt.embedded import server as server_module
 from clip_rt.embedded.installation import find_home
 from clip_rt.embedded.server import EmbeddedServer
 
+pytestmark = pytest.mark.slow
+
 ODD = {
     "space and quotes": "my 'own' \"tmp\" ",
     "colon and letter": "a:b,é;c #1",

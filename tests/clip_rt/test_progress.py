@@ -9,6 +9,7 @@ import clip_rt
 from clip_rt.testing import FakeServer, Late, NotFinite, Rejected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("templates", [["{}"], "openai_imagenet"])
 def test_class_embeddings_finished_before_the_deadline_are_kept(templates):
     labels = [f"thing {number}" for number in range(400 if templates == ["{}"] else 12)]

@@ -28,6 +28,8 @@ from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.wire.messages import ServedModel
 from clip_rt.wire.transport import Transport
 
+pytestmark = pytest.mark.slow
+
 # Ids up to 59999 pass the check at the door and fail inside the graph.
 WIDER = 'parameters { key: "vocab_size" value { string_value: "60000" } }\n'
 

@@ -22,6 +22,8 @@ from clip_rt.__main__ import main
 from clip_rt.embedded.foreground import serve
 from clip_rt.embedded.server import EmbeddedServer
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., subprocess.Popen[str]]
 
 

@@ -34,6 +34,8 @@ from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_serv
 from clip_rt.wire.model_config import read_config
 from clip_rt.wire.transport import Transport
 
+pytestmark = pytest.mark.slow
+
 OWNER = """
 import os, signal, sys, time
 import clip_rt

@@ -28,6 +28,8 @@ from clip_rt.embedded import sharing
 from clip_rt.embedded.installation import find_home, find_models
 from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
 
+pytestmark = pytest.mark.slow
+
 SHARER = """
 import sys
 from clip_rt.embedded.server import acquire_server, release_server

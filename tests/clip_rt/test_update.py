@@ -20,6 +20,8 @@ from updating import TEXTS, Callers, make_images, make_versions, publish, read_e
 import clip_rt
 from clip_rt.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 OTHER_PROCESS = f"""
 import sys, pathlib
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
