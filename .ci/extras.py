@@ -1,16 +1,16 @@
-"""For each extra, alone and as README combines them: a fresh environment, and what it promises.
+"""For each extra, alone and as the pages combine them: a fresh environment, and what it promises.
 
     make extras                                             # all
     python .ci/extras.py export                             # environments by their extras
     python .ci/extras.py export --without webdataset        # has to fail: this step notices
-    python .ci/extras.py --readme                           # README's commands only
+    python .ci/extras.py --readme                           # commands of README and docs/ only
     python .ci/extras.py --wheels                           # what wheels install only
 
-README's commands run as printed, in order, each in an environment of the `pip install` above it and
-in a copy of the checkout. What takes long is run smaller (`SMALLER`) or not here (`NOT_RUN`). In
-another copy, at the same time, run commands that README does not show. A third is built into
-wheels, and what they install runs in a folder outside of any checkout. uv makes an environment in
-seconds; without it pip does.
+The commands of README and docs/ run as printed, in order, each in an environment of the `pip
+install` above it on its page and in a copy of the checkout. What takes long is run smaller
+(`SMALLER`) or not here (`NOT_RUN`). In another copy, at the same time, run commands that no page
+shows. A third is built into wheels, and what they install runs in a folder outside of any checkout.
+uv makes an environment in seconds; without it pip does.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ TINY_RUN = (
 NOT_RUN = {
     "make quickstart": "is a job of its own in continuous integration",
     "make test": "is a job of its own in continuous integration",
+    "make docs": "is a job of its own in continuous integration",
+    "pip install --no-deps -c constraints.txt nvidia-pytriton": "is for Python 3.13 only",
+    "pip install 'clip-rt[server]'": "needs an index that has the wheels",
+    "pip install clip-rt": "needs an index that has the wheels",
     "python benchmarks/run.py --full": "takes an hour or two",
     "python benchmarks/run.py --url triton-a:8001 --remote-model shop-v3": "needs that server",
     "python -m clip_rt doctor --url triton-a:8001": "needs that server",
@@ -69,7 +73,7 @@ NOT_RUN = {
     "docker run*": "needs NVIDIA's container",
     "curl localhost:8000*": "needs NVIDIA's container",
 }
-"""Commands of README, by how they begin, that do not run here, and why."""
+"""Commands of the pages, by how they begin, that do not run here, and why."""
 
 SMALLER = (
     ("python benchmarks/run.py", f"python benchmarks/run.py {TINY_RUN}"),
@@ -118,7 +122,7 @@ for number in range(100):
             text.write_text("a red shoe")
             tar.add(text, f"{number}_{index}.txt")
 """
-"""The user's own files that README speaks of, small."""
+"""The user's own files that pages speak of, small."""
 
 WEIGHTS = """
 import pathlib, torch
@@ -155,8 +159,15 @@ def commands(path: Path) -> list[str]:
     return found
 
 
+def documents() -> list[Path]:
+    """Return README and the pages of docs/, in the order in which they are read."""
+    names = re.findall(r"[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    pages = (ROOT / "docs" / name for name in names)
+    return [ROOT / "README.md", *(page for page in pages if page.is_file())]
+
+
 def readme(path: Path) -> list[Environment]:
-    """Return what README's commands are here: an environment for each `pip install`."""
+    """Return what a page's commands are here: an environment for each `pip install`."""
     found: list[Environment] = []
     server, port = "", str(_free_port())
     for command in commands(path):
@@ -174,12 +185,16 @@ def readme(path: Path) -> list[Environment]:
             line = server + "true"
         elif not line.startswith(SHELL):
             line = f"{server}python -c {shlex.quote(line)}"
+        elif port in line:
+            line = server + line
+        if not found:
+            raise SystemExit(f"{path.name}: no pip install stands above {command!r}")
         found[-1].lines.append(line)
     return found
 
 
 def why_not(command: str) -> str | None:
-    """Return the reason why a command of README is not run here."""
+    """Return the reason why a command of a page is not run here."""
     begins = (
         why for start, why in NOT_RUN.items() if start[-1] == "*" and command.startswith(start[:-1])
     )
@@ -200,7 +215,7 @@ BEFORE = {
     "python -m export.bundle unpack": "mv models packed",
     "python -m export.compare": "rm -r models && mv packed models",
 }
-"""What happened at the reader's before a command of README: another version, another machine."""
+"""What happened at the reader's before a command: another version, another machine."""
 
 FAKE_CALL = """python -c "
 import clip_rt.testing
@@ -251,7 +266,7 @@ MORE = (
     Environment("bench"),
     Environment("server,export,int8,train,bench"),
 )
-"""What README does not show, and extras by themselves."""
+"""What no page shows, and extras by themselves."""
 
 WHEEL_LIMIT_BYTES = 3_000_000
 IN_WHEEL = (
@@ -488,7 +503,7 @@ class Options:
     without: str | None = None
     """Take these packages out again, to see that it is noticed."""
     readme: bool = False
-    """README's commands only."""
+    """Commands of README and docs/ only."""
     wheels: bool = False
     """What wheels install only."""
     timeout_s: float = 600.0
@@ -518,7 +533,8 @@ def main(options: Options) -> int:
                 walk.ask_for_help()
             return walk
 
-        walks = {"readme": readme(ROOT / "README.md"), "more": MORE, "wheels": FROM_WHEELS}
+        pages = [each for page in documents() for each in readme(page)]
+        walks = {"readme": pages, "more": MORE, "wheels": FROM_WHEELS}
         if options.readme or options.wheels:
             asked = {"readme": options.readme, "wheels": options.wheels}
             walks = {name: walks[name] for name, is_asked in asked.items() if is_asked}

@@ -1,10 +1,12 @@
-"""The README's Python runs as printed and prints what the README says, and its commands exist.
+"""The Python of README and docs/ runs as printed and prints what they say; their commands exist.
 
-The commands themselves run in `make extras`, each where only what README installs is installed.
+The commands themselves run in `make extras`, each where only what its page installs is installed.
 """
 
 import functools
+import importlib
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -16,18 +18,18 @@ import pytest
 
 import clip_rt
 from benchmarks.record import read_run
-from benchmarks.report.readme import check, results_of
+from benchmarks.report.readme import PAGES, check, results_of
+from clip_rt import errors
+from clip_rt.requests.retries import RetryBudget, RetryPolicy
 from clip_rt.specs import MODELS
 from clip_rt.testing import FakeServer
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "model_repository/README.md")
-TOOLS = ("make ", "pip ", "docker ", "curl ", "tritonserver ", "pre-commit ")
+DOCS = ROOT / "docs"
 
 
 def load_step():
-    """`make extras`, which reads README's commands too."""
+    """`make extras`, which reads the commands of README and docs/ too."""
     spec = importlib.util.spec_from_file_location("extras_step", ROOT / ".ci/extras.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
@@ -36,16 +38,19 @@ def load_step():
 
 
 STEP = load_step()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.M)
+DOCUMENTS = STEP.documents()
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "model_repository/README.md"]
+SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+"""Python, and what it prints, where that is shown."""
+WITH_SNIPPETS = [page for page in DOCUMENTS if SNIPPET.search(page.read_text("utf-8"))]
 
 
 def python_commands() -> list[str]:
     """Commands of ours in all documents, in blocks and within sentences."""
     found: list[str] = []
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text("utf-8")
-        inline = re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`(?!`)", text)
-        found += [*STEP.commands(ROOT / name), *(" ".join(each.split()) for each in inline)]
+    for page in (*DOCUMENTS, *OTHERS):
+        inline = re.findall(r"(?<!`)`((?:python|torchrun) [^`]+)`(?!`)", page.read_text("utf-8"))
+        found += [*STEP.commands(page), *(" ".join(each.split()) for each in inline)]
     pieces = [piece.strip() for each in found for piece in each.split("&&")]
     return [each for each in dict.fromkeys(pieces) if re.match(r"(python|torchrun) ", each)]
 
@@ -86,76 +91,157 @@ def test_every_command_of_the_documents_has_the_options_it_is_shown_with(command
     assert [each for each in options if not re.search(rf"{each}(?![\w-])", text)] == []
 
 
-def test_what_the_step_leaves_out_or_makes_smaller_is_in_the_readme():
-    commands = STEP.commands(README)
+def test_all_pages_of_the_documentation_are_read():
+    assert set(DOCUMENTS) == {ROOT / "README.md", *DOCS.glob("*.md")}
+
+
+def test_what_the_step_leaves_out_or_makes_smaller_is_on_a_page():
+    commands = [command for page in DOCUMENTS for command in STEP.commands(page)]
     for start in STEP.NOT_RUN:
         assert any(STEP.why_not(each) == STEP.NOT_RUN[start] for each in commands), start
     assert [full for full, _ in STEP.SMALLER if not any(full in each for each in commands)] == []
     assert [each for each in STEP.BEFORE if not any(each in other for other in commands)] == []
 
 
-def test_whatever_is_no_command_of_ours_is_known():
-    for command in STEP.commands(README):
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_an_environment(page):
+    for command in STEP.commands(page):
         assert command.startswith((*STEP.SHELL, "import ")), command
+    num_run = sum(
+        STEP.why_not(each) is None and STEP.INSTALL.match(each) is None
+        for each in STEP.commands(page)
+    )
+    assert sum(len(each.lines) for each in STEP.readme(page)) == num_run
 
 
-def test_the_readme_lists_the_architectures_there_are():
-    text = " ".join(README.read_text("utf-8").split())
+def test_the_docs_list_the_architectures_there_are():
+    text = " ".join((DOCS / "your-weights.md").read_text("utf-8").split())
     listed = re.search(r"`--model` is the architecture: (.*?)\. ", text)[1]
     assert re.split(r", | or ", listed) == list(MODELS)
 
 
-def test_the_calls_of_production_run_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with FakeServer(model="shop-v3") as a, FakeServer(model="shop-v3") as b:
-        code = SNIPPETS[1].replace("triton-a:8001", a.url).replace("triton-b:8001", b.url)
-        code = code.replace("/var/cache/clip_rt", str(tmp_path))
-        kept = []
-        names = {
-            "clip_rt": clip_rt,
-            "token": "t",
-            "labels": ["cat", "dog"],
-            "paths": ["examples/images/rocket.png", "nowhere.png"],
-            "millions_of_paths": ["examples/images/pizza.png"] * 3,
-            "index": type("Index", (), {"add": staticmethod(lambda *row: kept.append(row))}),
-        }
-        exec(compile(code, "README.md", "exec"), names)
-        names["client"].close()
-    assert [error.index for error in names["scores"].failures] == [1]
-    assert sum(len(rows) for _, rows in kept) == 3
+@pytest.fixture
+def run_page(tmp_path, monkeypatch, capsys):
+    """Run the snippets of a page one after another, as one session, and check what they print.
 
-
-def test_the_test_of_ones_own_runs_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    Servers that a page names are in place; where it names none, the embedded one runs.
+    """
     (tmp_path / "tests").mkdir()
     picture = (ROOT / "examples/images/rocket.png").read_bytes()
     (tmp_path / "tests/cat.jpg").write_bytes(picture)
-    exec(compile(SNIPPETS[2], "README.md", "exec"), {"clip_rt": clip_rt})
+    (tmp_path / "photo.png").write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+
+    def run(page: Path) -> dict[str, object]:
+        kept = []
+        names = {
+            "kept": kept,
+            "token": "t",
+            "labels": ["cat", "dog"],
+            "paths": ["photo.png", "nowhere.png"],
+            "millions_of_paths": ["photo.png"] * 3,
+            "index": type("Index", (), {"add": staticmethod(lambda *row: kept.append(row))}),
+        }
+        with FakeServer(model="shop-v3") as a, FakeServer(model="shop-v3") as b:
+            for code, output in SNIPPET.findall(page.read_text("utf-8")):
+                code = code.replace("triton-a:8001", a.url).replace("triton-b:8001", b.url)
+                code = code.replace("/var/cache/clip_rt", str(tmp_path / "cache"))
+                exec(compile(code, page.name, "exec"), names)
+                printed = capsys.readouterr().out
+                if output:
+                    assert printed == output
+            if isinstance(client := names.get("client"), clip_rt.Client):
+                client.close()
+        return names
+
+    return run
 
 
-def test_the_example_prints_what_the_readme_shows() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL).groups()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == output
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.name)
+def test_the_snippets_of_a_page_run_as_printed(page, run_page):
+    names = run_page(page)
+    if page.name == "serving.md":
+        assert [error.index for error in names["scores"].failures] == [1]
+        assert sum(len(rows) for _, rows in names["kept"]) == 3
 
 
-def test_every_figure_of_the_readme_is_in_a_result() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.search(r"## What was measured\n(.*?)\n## ", text, re.DOTALL)[1]
-    figures = re.findall(r"\b0\.\d{3,}\b", table)
+def test_every_figure_of_the_bundled_model_is_in_a_result() -> None:
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\b0\.\d{3,}\b", text.partition("## The bundled model\n")[2])
     results = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.json"))
     known = {f"{float(number):.3f}" for number in re.findall(r"\d\.\d+(?:e-\d+)?", results)}
     assert len(figures) > 4
     assert not {figure for figure in figures if f"{float(figure):.3f}" not in known}
 
 
-def test_the_benchmark_tables_are_those_of_their_results():
-    readme = ROOT / "README.md"
-    paths = results_of(readme)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_benchmark_tables_are_those_of_their_results(page):
+    paths = results_of(page)
     assert paths
     for path in paths:
-        assert check(readme, read_run(path), path), f"python -m benchmarks.report.readme {path}"
+        assert check(page, read_run(path), path), f"python -m benchmarks.report.readme {path}"
+
+
+UNITS = {"": 1, "s": 1, "%": 0.01, "MiB": 2**20, "GiB": 2**30, "megapixels": 1e6}
+DEFAULT = re.compile(r"^\| [^|]+ \| ([\d.]+) ?(\S*) \| `(clip_rt\.[\w.]+)` \|$", re.MULTILINE)
+"""A row of a table of defaults: what, a number with its unit, a name in the code."""
+
+
+def value_of(name: str) -> float:
+    """The value of a constant, an attribute or an argument's default, by its dotted name."""
+    found = clip_rt
+    for each in name.split(".")[1:]:
+        if inspect.ismodule(found) and not hasattr(found, each):
+            found = importlib.import_module(f"{found.__name__}.{each}")
+        elif isinstance(found, type) and not hasattr(found, each):
+            found = inspect.signature(found).parameters[each].default
+        else:
+            found = getattr(found, each)
+    return found
+
+
+@pytest.mark.parametrize("page", ["reliability.md", "performance.md"])
+def test_the_defaults_of_a_page_are_those_of_the_code(page):
+    text = (DOCS / page).read_text("utf-8")
+    rows = DEFAULT.findall(text)
+    assert len(rows) == text.count("| `clip_rt.")
+    for number, unit, name in rows:
+        assert float(number) * UNITS[unit] == pytest.approx(value_of(name)), name
+
+
+def test_every_default_of_retries_is_listed():
+    text = (DOCS / "reliability.md").read_text("utf-8")
+    for kind in (RetryBudget, RetryPolicy):
+        for name in inspect.signature(kind).parameters:
+            assert f"`clip_rt.requests.retries.{kind.__name__}.{name}`" in text
+
+
+def test_every_error_has_its_section():
+    text = (DOCS / "troubleshooting.md").read_text("utf-8")
+    part = re.search(r"^## Errors\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)[1]
+    titles_and_bodies = re.split(r"^### (\w+)\n", part, flags=re.MULTILINE)[1:]
+    sections = dict(zip(titles_and_bodies[::2], titles_and_bodies[1::2], strict=True))
+    classes = {name: each for name, each in vars(errors).items() if inspect.isclass(each)}
+    tree = {name: each for name, each in classes.items() if issubclass(each, errors.ClipRTError)}
+    assert list(sections) == list(tree)
+    for name, body in sections.items():
+        if name not in ("ClipRTError", "ServerError"):
+            assert "**Means**: " in body, name
+            assert "**Do**: " in body, name
+        if "__init__" in vars(tree[name]):
+            own, inherited = (
+                set(inspect.signature(each.__init__).parameters)
+                for each in (tree[name], tree[name].__base__)
+            )
+            for attribute in own - inherited - {"message", "may_be_one_item"}:
+                assert f"`{attribute}`" in body, f"{name} carries {attribute}"
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "reference.md").read_text("utf-8")
+    shown = re.findall(r"^::: ([\w.]+)", text, re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in shown}
+    left_out = {"MODELS", "telemetry", "testing", "__version__"}
+    assert set(clip_rt.__all__) - names - left_out == set()
+    for name in shown:
+        assert value_of(name) is not None

@@ -1,4 +1,4 @@
-"""What ARCHITECTURE.md and README.md say about the code, held against the code."""
+"""What ARCHITECTURE.md, README.md and docs/ say about the code, held against the code."""
 
 import ast
 import re
@@ -57,14 +57,17 @@ def test_one_package_speaks_to_triton_and_one_as_triton() -> None:
     }
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name
+)
 def test_every_path_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     names = re.findall(r"`((?:clip_rt|training|export|tests|examples)/[\w./-]+)`", text)
     assert links or names or page.name == "CHANGELOG.md"
-    for name in {*links, *names}:
-        assert (ROOT / name).exists(), f"{page.name} names {name}"
+    paths = {*(page.parent / link for link in links), *(ROOT / name for name in names)}
+    for path in paths:
+        assert path.exists(), f"{page.name} names {path}"
 
 
 def test_architecture_knows_every_module_of_the_client() -> None:

@@ -1,14 +1,16 @@
-"""The tables of the README that come from results, and the check that they still do.
+"""The tables of README and docs that come from results, and the check that they still do.
 
 python -m benchmarks.report.readme benchmarks/results/2026-11-28_run.json    # writes them
 python -m benchmarks.report.readme --check                                   # exit code 1 if stale
 
 A block stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->`, where NAME is the
-name of the result without its date. It links to its result, which is how `--check` finds it.
+name of the result without its date. It links to its result, which is how `--check` finds it. One
+of `benchmarks:NAME:short` has a few cases and no picture.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,9 @@ from benchmarks.report import answers, words
 from clip_rt.errors import InputError
 from clip_rt_commands.errors import command
 
-README = Path(__file__).parents[2] / "README.md"
-MAX_CASES = 8
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
+MAX_CASES, MAX_SHORT_CASES = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +37,18 @@ class ReadmeConfig:
     """JSON of benchmarks/run.py."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write nothing; exit with 1 where a block is stale."""
-    readme: Path = README
-    """File with the blocks."""
+    readme: Path | None = None
+    """File with the blocks; README.md and docs/benchmarks.md unless named."""
 
 
 def update(readme: Path, run: Run, result_path: Path) -> bool:
-    """Write the block of a result into a README.
+    """Write the block of a result into a README, or a page of docs/.
 
     Args:
         readme: File with the block's markers.
         run: What the result holds.
-        result_path: The result, in the README's folder or below; its page and picture (.html, .png)
-            are linked where they lie beside it.
+        result_path: The result, in the folder of the README or below; its page and picture (.html,
+            .png) are linked where they lie beside it.
 
     Returns:
         Whether the file has changed.
@@ -79,7 +82,7 @@ def results_of(readme: Path) -> list[Path]:
     text = readme.read_text(encoding="utf-8")
     paths = []
     for name, block in re.findall(
-        r"<!-- benchmarks:([\w-]+) -->(.*?)<!-- /benchmarks:\1 -->", text, re.DOTALL
+        r"<!-- benchmarks:([\w:-]+) -->(.*?)<!-- /benchmarks:\1 -->", text, re.DOTALL
     ):
         link = re.search(r"\]\(([^()\s]+\.json)\)", block)
         if link is None:
@@ -87,17 +90,18 @@ def results_of(readme: Path) -> list[Path]:
                 f"{readme}: the block benchmarks:{name} links to no result. Write it with "
                 "python -m benchmarks.report.readme RESULT.json."
             )
-        paths.append(readme.parent / link[1])
+        paths.append((readme.parent / link[1]).resolve())
     return paths
 
 
-def block(run: Run, links: dict[str, str]) -> str:
+def block(run: Run, links: dict[str, str], *, max_cases: int = MAX_CASES) -> str:
     """Return the markdown of a run: a sentence, a table, where it comes from.
 
     Args:
         run: What to write about.
         links: Paths from the README to the run's files by "json", "html" and "png"; the last two
             may lack.
+        max_cases: Rows of the table at most.
     """
     names = {"FP32": answers.ours(run, "fp32"), "INT8": answers.ours(run, "int8")}
     columns = {head: name for head, name in names.items() if name and name != run.baseline}
@@ -117,7 +121,7 @@ def block(run: Run, links: dict[str, str]) -> str:
         + " |",
         "|---" + "|--:" * (1 + len(columns)) + "|",
     ]
-    for case in answers.key_cases(run, MAX_CASES):
+    for case in answers.key_cases(run, max_cases):
         rows = [case.of(run.baseline), *(case.of(name) for name in columns.values())]
         if any(row is not None for row in rows[1:]):
             cells = [_figures(row, is_baseline=not place) for place, row in enumerate(rows)]
@@ -158,38 +162,45 @@ def _code(text: str) -> str:
 def _replaced(text: str, readme: Path, run: Run, result_path: Path) -> str:
     result = result_path.resolve()
     name = re.sub(r"^\d{4}-\d\d-\d\d_", "", result.stem)
-    begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise InputError(f"{readme} has no block {begin} ... {end}. Put these two lines into it.")
     folder = readme.resolve().parent
-    if not result.is_relative_to(folder):
-        raise InputError(f"{result} is not below {folder}, so {readme} cannot link to it.")
-    links = {"json": result.relative_to(folder).as_posix()}
-    for kind in ("html", "png"):
-        if result.with_suffix(f".{kind}").is_file():
-            links[kind] = result.with_suffix(f".{kind}").relative_to(folder).as_posix()
-    before, after = text[: text.index(begin)], text[text.index(end) :]
-    return f"{before}{begin}\n{block(run, links)}\n{after}"
+    root = folder.parent if folder.name == "docs" else folder
+    if not result.is_relative_to(root):
+        raise InputError(f"{result} is not below {root}, so {readme} cannot link to it.")
+    files = {kind: result.with_suffix(f".{kind}") for kind in ("json", "html", "png")}
+    links = {kind: os.path.relpath(file, folder) for kind, file in files.items() if file.is_file()}
+    is_found = False
+    for form, max_cases in ((name, MAX_CASES), (f"{name}:short", MAX_SHORT_CASES)):
+        begin, end = f"<!-- benchmarks:{form} -->", f"<!-- /benchmarks:{form} -->"
+        if text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end):
+            kinds = links if form == name else {k: v for k, v in links.items() if k != "png"}
+            before, after = text[: text.index(begin)], text[text.index(end) :]
+            text = f"{before}{begin}\n{block(run, kinds, max_cases=max_cases)}\n{after}"
+            is_found = True
+    if not is_found:
+        begin, end = f"<!-- benchmarks:{name} -->", f"<!-- /benchmarks:{name} -->"
+        raise InputError(f"{readme} has no block {begin} ... {end}. Put these two lines into it.")
+    return text
 
 
 def main(config: ReadmeConfig) -> None:
-    """Write the block of a result, or check it; --check alone checks all blocks.
+    """Write the blocks of a result, or check them; --check alone checks all blocks.
 
     Raises:
         InputError: a block is stale or cannot be written.
     """
     if config.result is None and not config.check:
         raise InputError("Name the result to write from, or --check.")
-    for path in [config.result] if config.result else results_of(config.readme):
-        run = read_run(path)
-        if not config.check:
-            changed = "updated" if update(config.readme, run, path) else "already says so"
-            Console().print(f"{config.readme}: {changed}", highlight=False, soft_wrap=True)
-        elif not check(config.readme, run, path):
-            raise InputError(
-                f"{config.readme} does not say what {path} found. "
-                f"Run python -m benchmarks.report.readme {path}."
-            )
+    for page in [config.readme] if config.readme else PAGES:
+        for path in [config.result] if config.result else results_of(page):
+            run = read_run(path)
+            if not config.check:
+                changed = "updated" if update(page, run, path) else "already says so"
+                Console().print(f"{page}: {changed}", highlight=False, soft_wrap=True)
+            elif not check(page, run, path):
+                raise InputError(
+                    f"{page} does not say what {path} found. "
+                    f"Run python -m benchmarks.report.readme {path}."
+                )
 
 
 if __name__ == "__main__":

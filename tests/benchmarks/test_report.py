@@ -645,6 +645,27 @@ def test_the_readme_says_what_the_result_says(run: Run, page_of_readme: tuple[Pa
     assert readme.results_of(page) == [result]
 
 
+def test_a_short_block_has_a_few_cases_and_no_picture(
+    run: Run, page_of_readme: tuple[Path, Path]
+) -> None:
+    page, result = page_of_readme
+    result.with_suffix(".png").write_bytes(b"picture")
+    page.write_text(
+        "<!-- benchmarks:run:short -->\n<!-- /benchmarks:run:short -->\n", encoding="utf-8"
+    )
+    readme.update(page, run, result)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n| ") == 1 + readme.MAX_SHORT_CASES
+    assert ".png" not in text
+    assert readme.results_of(page) == [result]
+    docs = page.parent / "docs/benchmarks.md"
+    docs.parent.mkdir()
+    docs.write_text("<!-- benchmarks:run -->\n<!-- /benchmarks:run -->\n", encoding="utf-8")
+    readme.update(docs, run, result)
+    assert "](../results/2026-11-28_run.png)" in docs.read_text(encoding="utf-8")
+    assert readme.results_of(docs) == [result]
+
+
 def test_the_check_sees_a_change_on_either_side(
     run: Run, page_of_readme: tuple[Path, Path]
 ) -> None:
