@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-client check extras wheels clean
+.PHONY: quickstart test test-client check docs extras wheels clean
 
 quickstart: $(VENV)/client
 	$(VENV)/bin/python examples/quickstart.py
@@ -22,7 +22,11 @@ check: $(VENV)/all
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Each extra in an environment of its own, README's commands as printed, and what wheels install.
+# The pages of docs/ and README as a site in build/docs; a broken link is an error.
+docs: $(VENV)/all
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# Each extra in an environment of its own, commands of README and docs/ as printed, what wheels install.
 extras: $(VENV)/all
 	$(VENV)/bin/python .ci/extras.py
 
@@ -45,7 +49,7 @@ $(VENV)/test-client: $(VENV)/client
 
 # What also makes one: training, export, and all that the tests hold them against.
 $(VENV)/all: $(VENV)/client
-	$(PIP) install --quiet -c constraints.txt ./model_repository -e '.[server,quickstart,export,train,bench,test]'
+	$(PIP) install --quiet -c constraints.txt ./model_repository -e '.[server,quickstart,export,train,bench,docs,test]'
 	touch $@
 
 $(VENV)/bin/python:
