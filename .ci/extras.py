@@ -193,6 +193,17 @@ def readme(path: Path) -> list[Environment]:
     return found
 
 
+def environments() -> list[Environment]:
+    """Return those of all pages; a page that installs what the one before has goes on in it."""
+    found: list[Environment] = []
+    for environment in (each for page in documents() for each in readme(page)):
+        if found and found[-1].extras == environment.extras:
+            found[-1].lines += environment.lines
+        else:
+            found.append(environment)
+    return found
+
+
 def why_not(command: str) -> str | None:
     """Return the reason why a command of a page is not run here."""
     begins = (
@@ -533,8 +544,7 @@ def main(options: Options) -> int:
                 walk.ask_for_help()
             return walk
 
-        pages = [each for page in documents() for each in readme(page)]
-        walks = {"readme": pages, "more": MORE, "wheels": FROM_WHEELS}
+        walks = {"readme": environments(), "more": MORE, "wheels": FROM_WHEELS}
         if options.readme or options.wheels:
             asked = {"readme": options.readme, "wheels": options.wheels}
             walks = {name: walks[name] for name, is_asked in asked.items() if is_asked}
