@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` shows the road end to end, `make test` proves it.
+# Two commands: `make quickstart` shows the product end to end, `make test` proves it.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -92,7 +92,7 @@ SMALLER = (
     ("ViT-B/32", "RN26@64px"),
     ("ViT-L/14", "RN26@64px"),
 )
-"""What takes minutes is replaced, in this order, by what takes seconds and goes the same road."""
+"""What takes minutes is replaced, in this order, by what takes seconds and does the same."""
 
 FIXTURES = """
 import itertools, pathlib, tarfile

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["runtime", "served", "peer"]
-"""An engine called directly; the whole road from client to engine; what people use instead."""
+"""An engine called directly; the whole path from client to engine; what people use instead."""
 CallKind = Literal["pixels", "jpegs", "texts", "classifier", "zero_shot"]
 """What goes into a call.
 

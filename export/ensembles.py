@@ -41,7 +41,7 @@ class _Road:
     dims: tuple[int, ...]
 
 
-_ROADS = {
+_PIPELINES = {
     image_model: _Road("jpeg", "decode", "image", PIXELS, model_config_pb2.TYPE_UINT8, (-1, -1, 3)),
     text_model: _Road("prompt", "tokenize", "text", TOKENS, model_config_pb2.TYPE_INT32, (-1,)),
 }
@@ -49,7 +49,9 @@ _ROADS = {
 
 def folder_names(name: str) -> tuple[str, ...]:
     """Return the folders of a model's ensembles and of their fronts."""
-    parts = [part for road in _ROADS.values() for part in (road.front, road.ensemble)]
+    parts = [
+        part for pipeline in _PIPELINES.values() for part in (pipeline.front, pipeline.ensemble)
+    ]
     return tuple(f"{slug(name)}_{part}" for part in parts)
 
 
@@ -77,26 +79,26 @@ def render_ensembles(
         limits: How large an image may be.
     """
     configs: dict[str, ModelConfig] = {}
-    for name_tower, road in _ROADS.items():
-        front = _render(manifest, road.front, max_batch_size)
+    for name_tower, pipeline in _PIPELINES.items():
+        front = _render(manifest, pipeline.front, max_batch_size)
         front.backend = "python"
-        front.input.add(name=road.raw, data_type=model_config_pb2.TYPE_STRING, dims=[1])
-        front.output.add(name=road.prepared, data_type=road.data_type, dims=road.dims)
+        front.input.add(name=pipeline.raw, data_type=model_config_pb2.TYPE_STRING, dims=[1])
+        front.output.add(name=pipeline.prepared, data_type=pipeline.data_type, dims=pipeline.dims)
         if name_tower is image_model:
             for name, value in asdict(limits).items():
                 front.parameters[name].string_value = json.dumps(value)
         front.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
         # Whoever waits is prepared together with others, a thread for each core.
         front.dynamic_batching.max_queue_delay_microseconds = 0
-        ensemble = _render(manifest, road.ensemble, max_batch_size)
+        ensemble = _render(manifest, pipeline.ensemble, max_batch_size)
         ensemble.platform = "ensemble"
-        ensemble.input.add(name=road.raw, data_type=model_config_pb2.TYPE_STRING, dims=[1])
+        ensemble.input.add(name=pipeline.raw, data_type=model_config_pb2.TYPE_STRING, dims=[1])
         ensemble.output.add(
             name=EMBEDDINGS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
         )
         steps = (
-            (front.name, road.raw, road.prepared),
-            (name_tower(manifest.model), road.prepared, EMBEDDINGS),
+            (front.name, pipeline.raw, pipeline.prepared),
+            (name_tower(manifest.model), pipeline.prepared, EMBEDDINGS),
         )
         for model, source, target in steps:
             step = ensemble.ensemble_scheduling.step.add(model_name=model, model_version=-1)

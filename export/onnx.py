@@ -27,8 +27,7 @@ from export import int8, parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
 from export.parity import Precision
-from export.repository import check_name, check_writable, publish
-from export.road import (
+from export.pipeline import (
     RANDOM,
     choose_islands,
     fingerprint_of,
@@ -40,6 +39,7 @@ from export.road import (
     read_samples,
     run_gate,
 )
+from export.repository import check_name, check_writable, publish
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
 from training.evaluation.labelled import check_exist

@@ -15,7 +15,7 @@ from clip_rt.embedded.runtime_choice import time_by_turns
 from clip_rt.processor import Processor
 from clip_rt.specs import ModelSpec, Tower
 from export import int8, parity, probes
-from export.road import Towers
+from export.pipeline import Towers
 
 TEXT_LENGTH_TOKENS = 16
 Encoder = Callable[[NDArray[np.generic]], NDArray[np.float32]]

@@ -45,8 +45,7 @@ from export.engine import (
     text_profiles,
 )
 from export.engine_runner import EngineRunner
-from export.repository import check_name, check_writable, publish
-from export.road import (
+from export.pipeline import (
     Towers,
     choose_islands,
     fingerprint_of,
@@ -57,6 +56,7 @@ from export.road import (
     read_samples,
     run_gate,
 )
+from export.repository import check_name, check_writable, publish
 from export.samples import Samples
 from export.storage import external_files
 from export.store import Store, sha256_of

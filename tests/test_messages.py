@@ -65,9 +65,9 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("export.storage", "--precision"): ("export.onnx",),
     # What joins engines to a version.
     ("export.repository", "--join"): ("export.trt",),
-    ("export.road", "--calibration"): ("export.onnx",),
+    ("export.pipeline", "--calibration"): ("export.onnx",),
     # In the command of another that is printed.
-    ("export.road", "--rollback"): ("export.repository",),
+    ("export.pipeline", "--rollback"): ("export.repository",),
     # Its own command.
     **{
         ("export.repository", option): ("export.repository",)

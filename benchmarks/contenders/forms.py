@@ -34,7 +34,7 @@ from clip_rt.specs import (
 )
 from clip_rt_commands.errors import command
 from export.config import ExportConfig
-from export.road import fingerprint_of, load_weights
+from export.pipeline import fingerprint_of, load_weights
 from training.model import CLIP
 from training.weights.load import load_clip
 from training.weights.naming import HUGGING_FACE

@@ -106,7 +106,7 @@ def contender(run: Run, name: str) -> Contender | None:
 def ours(run: Run, precision: Literal["fp32", "fp16", "int8"]) -> str | None:
     """Return the contender that speaks for this project in a precision.
 
-    The whole road to Triton where it took part, else an engine called directly; of several the one
+    The whole path to Triton where it took part, else an engine called directly; of several the one
     that is fastest over all its cases (geometric mean of items each second, in the cases that all
     of them have), so that it is one and the same in every case.
     """
@@ -168,9 +168,9 @@ def _faster(run: Run, images: list[CaseRows], fp32: str | None, int8: str | None
     facts = contender(run, fp32 or int8 or "")
     if not parts or facts is None:
         return ""
-    road = "From client through Triton to engine" if facts.kind == "served" else "Called directly"
+    path = "From client through Triton to engine" if facts.kind == "served" else "Called directly"
     unit = images[0].rows[0].unit
-    return f"{road}, {run.model} encodes {unit} {words.listed(parts)}, with the same weights."
+    return f"{path}, {run.model} encodes {unit} {words.listed(parts)}, with the same weights."
 
 
 def _how_fast(images: list[CaseRows], fp32: str | None, int8: str | None) -> str:

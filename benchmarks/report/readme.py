@@ -107,10 +107,10 @@ def block(run: Run, links: dict[str, str], *, max_cases: int = MAX_CASES) -> str
     columns = {head: name for head, name in names.items() if name and name != run.baseline}
     what = {"served": "client, Triton and engine", "runtime": "the engine called directly"}
     kinds = dict.fromkeys(each.kind for each in run.contenders if each.name in columns.values())
-    roads = words.listed([what[kind] for kind in kinds if kind in what] or ["nothing of ours"])
+    parts = words.listed([what[kind] for kind in kinds if kind in what] or ["nothing of ours"])
     intro = (
         f"{_cell(run.model)} with the same weights, by turns in one run, on "
-        f"{_cell(answers.machine(run))}. Ours is {roads}; in bold, how many times as fast as "
+        f"{_cell(answers.machine(run))}. Ours is {parts}; in bold, how many times as fast as "
         f"{_cell(run.baseline)}, and the 95 % interval of that:"
     )
     lines = [

@@ -43,7 +43,7 @@ from clip_rt.inputs.transform import FAST_OVERSAMPLING
 from clip_rt.specs import find_spec
 from clip_rt_commands.errors import command
 from export.parity import Encoder, onnx_encoder
-from export.road import random_clip
+from export.pipeline import random_clip
 from training.evaluation.embed import on_white
 
 OTHER_OVERSAMPLINGS = (1.0, 2.0)

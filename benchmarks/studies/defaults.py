@@ -38,7 +38,7 @@ from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec
 from clip_rt_commands.errors import command
 from export import int8, probes
-from export.road import random_clip
+from export.pipeline import random_clip
 from training import precision
 from training.data.batches import Batch
 from training.model import CLIP

@@ -28,7 +28,7 @@ from clip_rt.errors import ParityError
 from clip_rt.specs import find_spec
 from clip_rt_commands.errors import command
 from export import parity
-from export.road import random_clip
+from export.pipeline import random_clip
 from training.model import CLIP, ResidualAttentionBlock
 from training.resnet import Bottleneck
 

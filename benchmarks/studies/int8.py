@@ -31,12 +31,12 @@ from tyro.conf import UseAppendAction
 from benchmarks.contenders.runtimes import load_onnxruntime
 from benchmarks.record import save
 from benchmarks.studies.common import console, show, write_towers
-from benchmarks.suites.accuracy import top1
 from benchmarks.timing import speeds, take_rounds, time_each
+from benchmarks.top1 import top1
 from clip_rt.specs import find_spec
 from clip_rt_commands.errors import command
 from export import int8, probes
-from export.road import random_clip
+from export.pipeline import random_clip
 from export.samples import Samples, calibration_batches, load_samples
 from training.model import CLIP
 from training.weights.load import load_clip

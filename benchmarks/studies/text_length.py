@@ -28,7 +28,7 @@ from clip_rt.requests.batches import MAX_ROWS, plan_texts
 from clip_rt.specs import TEXT_BUCKETS, find_spec
 from clip_rt_commands.errors import command
 from export.parity import onnx_encoder
-from export.road import random_clip
+from export.pipeline import random_clip
 
 NUM_PROMPTS, LONGEST_TOKENS = 256, 11
 AS_SENT = "as the client sends them"

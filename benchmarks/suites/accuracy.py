@@ -10,11 +10,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +23,11 @@ from benchmarks.contenders.runtimes import load_onnxruntime
 from benchmarks.findings import Accuracy
 from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case
-from clip_rt.requests.batches import MAX_ROWS, plan_texts
+from benchmarks.top1 import top1
 from clip_rt.specs import find_spec, image_model, text_model
 
 if TYPE_CHECKING:  # What brings torch stays in a process of its own.
-    from export.samples import Samples
+    pass
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = ROOT / "model_repository"
@@ -91,18 +90,6 @@ def measure_accuracy(bench: Bench, pixels: Case, jpegs: Case) -> None:
                     median_cosine=float(np.median(cosines[name])),
                 )
             )
-
-
-def top1(
-    images: Callable[[Any], NDArray[np.float32]],
-    texts: Callable[[Any], NDArray[np.float32]],
-    samples: Samples,
-) -> float:
-    """Return the share of the images for which the right text is chosen."""
-    plan = plan_texts(samples.token_ids, max_rows=MAX_ROWS)
-    image_NE = np.concatenate([images(each) for each in samples.image_batches(MAX_ROWS)])
-    text_ME = np.concatenate([texts(each) for each in plan.batches])[plan.row_by_text]
-    return float(((image_NE @ text_ME.T).argmax(axis=1) == samples.right_N).mean())
 
 
 def measure_top1(num_drawings: int = 4096) -> tuple[dict[str, float], int]:

@@ -91,7 +91,7 @@ CONTENDERS = [
 WHATS = {
     "peer": "What people use instead, as its documentation says to use it.",
     "runtime": "The engine, called directly in one process.",
-    "served": "clip_rt.Client, the embedded Triton and the engine: the whole road.",
+    "served": "clip_rt.Client, the embedded Triton and the engine: the whole path.",
 }
 
 

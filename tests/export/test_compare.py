@@ -19,8 +19,8 @@ from export import compare, drift
 from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure
 from export.parity import Precision
+from export.pipeline import fingerprint_of, make_manifest
 from export.repository import publish, switch_version
-from export.road import fingerprint_of, make_manifest
 from export.samples import NO_TEXT
 from export.served import find_reference
 from export.version_folder import CONFIG

@@ -35,8 +35,8 @@ from export.engine import (
 from export.engine_runner import count_fused
 from export.graphs import ImageGraph, TextGraph
 from export.onnx_writer import write_onnx
+from export.pipeline import Towers
 from export.precision import bake_fp16
-from export.road import Towers
 from export.trt import TrtConfig, _place
 
 RTX = BuildOptions(runtime="rtx", max_batch_size=16)

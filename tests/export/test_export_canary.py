@@ -15,8 +15,8 @@ from clip_rt.errors import InputError
 from clip_rt.wire import canary
 from export import parity
 from export.canary import add_canary, make_canary
+from export.pipeline import make_manifest
 from export.repository import publish, switch_version
-from export.road import make_manifest
 from export.triton_config import read_config, read_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -24,8 +24,8 @@ from export import console, onnx_writer, parity, probes, storage
 from export.graphs import ImageGraph, TextGraph
 from export.onnx import OnnxConfig, export
 from export.onnx_writer import write_onnx
+from export.pipeline import make_manifest, random_clip
 from export.repository import publish
-from export.road import make_manifest, random_clip
 from export.triton_config import read_manifest
 from training.weights.load import fingerprint
 

@@ -14,8 +14,8 @@ from clip_rt.specs import image_model, text_model
 from clip_rt.wire.canary import TEXT
 from clip_rt.wire.transport import Transport
 from export import probes
+from export.pipeline import make_manifest
 from export.repository import configure, publish
-from export.road import make_manifest
 from export.triton_config import Serving
 
 RUNTIMES = ("onnxruntime", "openvino")

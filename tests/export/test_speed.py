@@ -7,7 +7,7 @@ import pytest
 from clip_rt import processor
 from clip_rt.processor import Processor
 from export import int8, probes, speed
-from export.road import Towers
+from export.pipeline import Towers
 from export.speed import Comparison
 
 ZEN4 = Processor("AMD EPYC", ("avx2", "avx512f", "avx512_bf16", "avx512_vnni"))

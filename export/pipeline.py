@@ -1,4 +1,4 @@
-"""The road of every export: weights, FP32 torch, precision in the graph, ONNX, gate, repository.
+"""The pipeline of an export: weights, FP32 torch, precision in the graph, ONNX, gate, repository.
 
 Each stage takes what the one before made. What is made is kept by content (`export.store`); what is
 measured is measured every time.
