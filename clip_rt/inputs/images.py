@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from clip_rt.inputs.decoding import (
     is_array_like,
     is_file,
 )
-from clip_rt.inputs.items import check_list, count_axes
+from clip_rt.inputs.items import check_list, check_whole_number, count_axes
 from clip_rt.inputs.transform import Square, check_side, is_square, prepare
 
 if TYPE_CHECKING:
@@ -91,33 +90,9 @@ def preprocess(
     if not squares:
         side_px = check_side(side_px)
         return np.empty((0, side_px, side_px, 3), dtype=np.uint8)
-    return np.stack(squares)
+    return np.stack(cast("list[Square]", squares))
 
 
-@overload
-def prepare_each(
-    images: Images,
-    *,
-    side_px: int = ...,
-    exif: bool = ...,
-    decode: Decode = ...,
-    num_threads: int = ...,
-    on_error: Literal["raise"] = ...,
-    max_pixels: int = ...,
-    max_bytes: int = ...,
-) -> Generator[Square, None, None]: ...
-@overload
-def prepare_each(
-    images: Images,
-    *,
-    side_px: int = ...,
-    exif: bool = ...,
-    decode: Decode = ...,
-    num_threads: int = ...,
-    on_error: OnError,
-    max_pixels: int = ...,
-    max_bytes: int = ...,
-) -> Generator[Square | ImageError, None, None]: ...
 def prepare_each(
     images: Images,
     *,
@@ -163,7 +138,7 @@ def prepare_each(
             generator.
     """
     side_px = check_side(side_px)
-    num_threads = _check_num_threads(num_threads)
+    num_threads = check_whole_number(num_threads, "num_threads")
     check_decode(decode)
     check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
 
@@ -225,16 +200,6 @@ def iterate(images: Images) -> Iterator[ImageInput]:
     if isinstance(images, Iterable) and count_axes(images) == 4:
         return iter(cast("Iterable[ImageInput]", images))
     return iter(check_list(images, "images", "images", ImageError))
-
-
-def _check_num_threads(num_threads: int) -> int:
-    try:
-        number = operator.index(num_threads)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise InputError(f"num_threads is {num_threads!r}; it must be a whole number from 1.")
-    return number
 
 
 def _is_one(images: object) -> bool:

@@ -8,6 +8,7 @@ else than its author means: the names of its columns, its keys, no certain order
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Iterable, Mapping, MappingView, Set
 from typing import Any, Literal, TypeAlias
 
@@ -107,3 +108,19 @@ def check_on_error(on_error: str) -> None:
     """
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error is {on_error!r:.40}; it must be 'raise' or 'skip'.")
+
+
+def check_whole_number(given: object, name: str, *, most: int | None = None) -> int:
+    """Return what was given as a number.
+
+    Raises:
+        InputError: it is no whole number, below 1 or above `most`.
+    """
+    try:
+        number = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1 or (most is not None and number > most):
+        span = "from 1" if most is None else f"1 to {most}"
+        raise InputError(f"{name} is {given!r}; it must be a whole number {span}.")
+    return number

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import math
-import operator
 import os
 import threading
 from typing import TypeAlias
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from clip_rt import telemetry
-from clip_rt.errors import ImageError, InputError
+from clip_rt.errors import ImageError
 from clip_rt.inputs.decoding import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -34,6 +33,7 @@ from clip_rt.inputs.decoding import (
     open_image,
     shrink,
 )
+from clip_rt.inputs.items import check_whole_number
 
 MAX_SIDE_PX = 2048
 """Largest square made; more than any CLIP reads."""
@@ -163,13 +163,7 @@ def check_side(side_px: int) -> int:
     Raises:
         InputError: it is none, or too large.
     """
-    try:
-        side = operator.index(side_px)
-    except TypeError:
-        side = 0
-    if not 1 <= side <= MAX_SIDE_PX:
-        raise InputError(f"side_px is {side_px!r}; it must be a whole number 1 to {MAX_SIDE_PX}.")
-    return side
+    return check_whole_number(side_px, "side_px", most=MAX_SIDE_PX)
 
 
 def is_square(image: object, side_px: int) -> bool:

@@ -159,7 +159,7 @@ NA.__name__ = "NAType"
 
 @pytest.mark.parametrize(
     "missing",
-    [None, math.nan, np.nan, np.float32("nan"), np.datetime64("NaT"), NA(), np.ma.masked],
+    [None, math.nan, np.nan, np.float32("nan"), np.datetime64("NaT", "s"), NA(), np.ma.masked],
     ids=repr,
 )
 def test_a_missing_value_is_named_by_its_index(missing, client):
