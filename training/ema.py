@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -30,13 +31,15 @@ class WeightAverage:
             step: Updates of the weights before this one, a number or int64 ().
             is_due: bool (); where false, the average stays as it is.
         """
-        device = next(iter(self.average.values())).device
-        step = torch.as_tensor(step, device=device).double()
+        reference = next(iter(self.average.values()))
+        step = torch.as_tensor(step, device=reference.device).double()
         weight = 1 - ((1 + step) / (10 + step)).clamp(max=self._decay)
+        weight = weight.to(reference.dtype)
         if is_due is not None:
             weight = weight * is_due
-        for name, average in self.average.items():
-            average.lerp_(self._live[name], weight.to(average.dtype))
+        averages = [_own_part(average) for average in self.average.values()]
+        live = [_own_part(self._live[name]) for name in self.average]
+        torch._foreach_lerp_(averages, live, [weight] * len(live))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -54,3 +57,8 @@ class WeightAverage:
             kept = live.detach().clone()
             live.copy_(average)
             average.copy_(kept)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
