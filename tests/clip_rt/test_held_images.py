@@ -141,10 +141,13 @@ def test_a_file_open_as_text_is_told_to_be_opened_as_bytes(tmp_path):
     path.write_bytes(PNG)
     wrapped = Upload(PNG)
     wrapped.read = lambda size: "text"
-    spool = tempfile.SpooledTemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115
-    spool.write("text")
-    spool.seek(0)
-    with path.open(encoding="utf-8") as text, path.open(encoding="latin-1") as latin:
+    with (
+        tempfile.SpooledTemporaryFile(mode="w+", encoding="utf-8") as spool,
+        path.open(encoding="utf-8") as text,
+        path.open(encoding="latin-1") as latin,
+    ):
+        spool.write("text")
+        spool.seek(0)
         for file in (text, latin, io.StringIO("text"), wrapped, spool):
             with pytest.raises(clip_rt.ImageError, match="'rb'"):
                 see(file)
