@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import clip_rt
 from export.version_folder import PYTHON_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,3 +89,11 @@ def test_the_bundled_model_runs_what_an_export_would_write(tower: str) -> None:
 @pytest.mark.parametrize("name", ["processor.py", "embedded/runtime_choice.py"])
 def test_what_is_copied_into_a_server_imports_the_standard_library_only(name: str) -> None:
     assert imported(ROOT / "clip_rt" / name) <= sys.stdlib_module_names
+
+
+def test_every_page_names_the_version_of_the_wheel() -> None:
+    version = clip_rt.__version__
+    assert f"Version {version}." in (ROOT / "README.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d$", changes, re.MULTILINE)
+    assert released[0] == version
