@@ -31,7 +31,7 @@ from clip_rt.wire import canary
 from clip_rt.wire.manifest import CANARY
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import parity
+from export import parity, parity_report
 from export.console import console
 from export.graphs import ImageGraph, TextGraph
 from export.models import served_version
@@ -98,7 +98,9 @@ def _inputs(side_px: int, context_length: int) -> tuple[NDArray[np.uint8], NDArr
 
 def _min_cosine(precision: str) -> float:
     """Return what the gate asked for, but no more than of FP16: a GPU may compute FP32 in TF32."""
-    asked = {str(name): tolerance.min_cosine for name, tolerance in parity.TOLERANCES.items()}
+    asked = {
+        str(name): tolerance.min_cosine for name, tolerance in parity_report.TOLERANCES.items()
+    }
     return min(asked[precision], asked["fp16"])
 
 

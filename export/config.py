@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Activation
-from export.parity import Precision
+from export.parity_report import Precision
 from export.repository import KEEP_VERSIONS
 from export.triton_config import MAX_BATCH_SIZE
 

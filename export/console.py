@@ -66,7 +66,7 @@ def print_parity(report: Mapping[str, Any], *, only_failed: bool = False) -> Non
     """Print a `ParityReport` in its JSON form, one row a case; rows over the limit are red.
 
     Args:
-        report: As `parity.ParityReport.to_json` returns it.
+        report: As `parity_report.ParityReport.to_json` returns it.
         only_failed: Leave out the cases that pass, and all but the `MAX_FAILED` worst.
     """
     limit, cases = report["tolerance"], report["cases"]

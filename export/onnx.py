@@ -23,10 +23,10 @@ from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import int8, parity, speed
+from export import int8, parity, parity_report, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
-from export.parity import Precision
+from export.parity_report import Precision
 from export.pipeline import (
     RANDOM,
     choose_islands,
@@ -86,7 +86,7 @@ class OnnxConfig(ExportConfig):
             )
 
 
-def export(config: OnnxConfig) -> parity.ParityReport | None:
+def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     """Do what `config` says.
 
     Returns:
@@ -105,7 +105,7 @@ def export(config: OnnxConfig) -> parity.ParityReport | None:
         max_batch_size=config.max_batch_size,
     )
     if config.dry_run:
-        limit = parity.TOLERANCES[config.precision]
+        limit = parity_report.TOLERANCES[config.precision]
         print_plan(
             ("load the weights", f"{config.weights}, as {spec.name}"),
             ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),

@@ -26,7 +26,7 @@ from clip_rt import specs
 from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec, slug
 from clip_rt.wire.manifest import Manifest
-from export import graphs, int8, onnx_writer, parity, precision, probes, storage
+from export import graphs, int8, onnx_writer, parity_report, precision, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import (
@@ -41,7 +41,7 @@ from export.console import (
 from export.graphs import Graph, ImageGraph, TextGraph
 from export.islands import Proposal, print_proposal, propose_islands
 from export.models import list_versions, served_version
-from export.parity import ParityReport, Precision
+from export.parity_report import ParityReport, Precision
 from export.precision import bake_fp16, match_islands
 from export.repository import tell_published
 from export.samples import Samples, calibration_batches, load_samples
@@ -135,7 +135,7 @@ def choose_islands(
     names = [name for tower in towers for name in tower.layers()]
     islands = match_islands(names, config.fp32_island)
     if config.find_islands:
-        limit = parity.TOLERANCES["fp16"].min_cosine
+        limit = parity_report.TOLERANCES["fp16"].min_cosine
         images = [probes.images(clip.spec.side_px)]
         images += [each.pixels_NSSC[:ISLAND_IMAGES] for each in samples]
         pixels = torch.from_numpy(np.concatenate(images))

@@ -18,14 +18,11 @@ which a client refuses (`clip_rt.requests.connection`) and the next export puts 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -42,6 +39,7 @@ from clip_rt_commands.errors import command
 from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
 from export.models import TITLES, find_manifest, list_models, list_versions, served_version
+from export.staging import alone, staging_folder
 from export.triton_config import (
     Backend,
     Device,
@@ -76,8 +74,8 @@ RELOAD = (
 def tell_published(repository: Path, name: str) -> None:
     """Print which version of a model is published, and how running servers come to it."""
     version = served_version(_folders(repository, name)[0])
-    said = f"{name} is published in version {version}. {RELOAD}"
-    console.print(said, markup=False, soft_wrap=True)
+    text = f"{name} is published in version {version}. {RELOAD}"
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def check_writable(repository: Path, name: str) -> None:
@@ -107,8 +105,7 @@ def check_known(repository: Path, name: str) -> None:
     owners = {_owner(folder) for folder in repository.glob("*_image")} - {None}
     known = ", ".join(sorted(map(str, owners))) or "none"
     raise InputError(
-        f"{repository} holds no model {name[:80]!r}; it holds {known}. Another folder is named "
-        "with --repository."
+        f"{repository} holds no model {name[:80]!r}; it holds {known}. Name another --repository."
     )
 
 
@@ -179,7 +176,7 @@ def publish(
     repository.mkdir(parents=True, exist_ok=True)
     targets = _folders(repository, manifest.model)
     towers: tuple[tuple[Tower, Path | Mapping[str, Path]], ...] = (("image", image), ("text", text))
-    with _alone(repository), _staging(repository) as staging:
+    with alone(repository), staging_folder(repository) as staging:
         # Again, now that nobody else can take the folders.
         check_name(manifest.model, repository)
         served = [served_version(target) for target in targets if target.exists()]
@@ -231,7 +228,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
     repository = Path(repository)
     targets = _folders(repository, name)
     check_known(repository, name)
-    with _alone(repository), _staging(repository) as staging:
+    with alone(repository), staging_folder(repository) as staging:
         kept = set.intersection(*(_switchable(target) for target in targets))
         now = served_version(targets[0])
         choice = version
@@ -266,7 +263,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
     repository = Path(repository)
     targets = _folders(repository, name)
     check_known(repository, name)
-    with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
+    with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         serving = replace(read_serving(read_config(targets[0])), **settings)  # type: ignore[arg-type]
         version = served_version(targets[0])
         towers: tuple[Tower, Tower] = ("image", "text")
@@ -330,7 +327,7 @@ def add_ensembles(
     check_name(name, repository)
     check_known(repository, name)
     folders = tuple(repository / each for each in folder_names(name))
-    with _alone(repository), _staging(repository) as staging, ExitStack() as undo:
+    with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
         limits = replace(
             _limits(targets[0], name),
@@ -363,43 +360,12 @@ def _folders(repository: Path, name: str) -> tuple[Path, Path]:
     return repository / image_model(name), repository / text_model(name)
 
 
-def _switchable(folder: Path) -> set[int]:
-    """Return the versions of a folder that know how they are served."""
+def _switchable(folder: Path) -> set[int]:  # Versions that know how they are served.
     return {each for each in list_versions(folder) if (folder / str(each) / CONFIG).is_file()}
 
 
 def _owner(folder: Path) -> str | None:
-    manifest = find_manifest(folder)
-    return None if manifest is None else manifest.model
-
-
-@contextmanager
-def _alone(repository: Path) -> Iterator[None]:
-    """Wait until no other export changes the repository, and keep others out."""
-    descriptor = os.open(repository, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _staging(repository: Path) -> Iterator[Path]:
-    """Make a folder on the file system of the repository, and outside it where possible.
-
-    A server that starts while a staging folder is in its repository fails to load it as a model.
-    What an export that was killed has left is removed; the caller is alone with the repository.
-    """
-    parent = repository.resolve().parent
-    same = parent.stat().st_dev == repository.stat().st_dev and os.access(parent, os.W_OK)
-    # Its own, whatever repositories lie beside it.
-    prefix = f".clip_rt-{hashlib.sha256(os.fsencode(repository.resolve())).hexdigest()[:16]}-"
-    folder = parent if same else repository
-    for left in folder.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as staging:
-        yield Path(staging)
+    return manifest.model if (manifest := find_manifest(folder)) else None
 
 
 def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitStack) -> None:

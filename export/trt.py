@@ -28,7 +28,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import Tower, ViTSpec, find_spec, slug
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import parity
+from export import parity, parity_report
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import console, mib, print_plan, stage
 from export.engine import (
@@ -100,7 +100,7 @@ class TrtConfig(ExportConfig):
         )
 
 
-def export(config: TrtConfig) -> parity.ParityReport | None:
+def export(config: TrtConfig) -> parity_report.ParityReport | None:
     """Do what `config` says.
 
     Returns:
@@ -196,7 +196,7 @@ def export(config: TrtConfig) -> parity.ParityReport | None:
 
 def _print_plan(config: TrtConfig, architecture: str) -> None:
     on_gpu, options = config.runtime == "tensorrt", config.options
-    limit = f"cosine at least {parity.TOLERANCES['fp16'].min_cosine}"
+    limit = f"cosine at least {parity_report.TOLERANCES['fp16'].min_cosine}"
     islands = "by measuring" if config.find_islands else ", ".join(config.fp32_island) or "none"
     where = config.repository if on_gpu else config.engines
     batches = f"batches 1 to {options.max_batch_size}, tuned for {options.opt_batch_size}"
@@ -245,7 +245,7 @@ def _build(
 
 def _gate_onnx(
     clip: CLIP, onnx: Towers, samples: Sequence[Samples], config: TrtConfig, store: Store
-) -> parity.ParityReport:
+) -> parity_report.ParityReport:
     return run_gate(
         "compare ONNX with torch",
         lambda: parity.check_files(
@@ -264,7 +264,7 @@ def _gate_engines(
     store: Store,
     *,
     samples: Sequence[Samples],
-) -> tuple[parity.ParityReport, dict[str, int]]:
+) -> tuple[parity_report.ParityReport, dict[str, int]]:
     """Run the engines on the GPU against torch, and look for their attentions."""
     runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
     report = run_gate(

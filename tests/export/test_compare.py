@@ -18,7 +18,7 @@ from clip_rt.errors import InputError
 from export import compare, drift
 from export.compare import CompareConfig, main
 from export.drift import Flips, count_flips, judge, measure
-from export.parity import Precision
+from export.parity_report import Precision
 from export.pipeline import fingerprint_of, make_manifest
 from export.repository import publish, switch_version
 from export.samples import NO_TEXT

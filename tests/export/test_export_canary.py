@@ -13,7 +13,7 @@ import pytest
 import clip_rt
 from clip_rt.errors import InputError
 from clip_rt.wire import canary
-from export import parity
+from export import parity, parity_report
 from export.canary import add_canary, make_canary
 from export.pipeline import make_manifest
 from export.repository import publish, switch_version
@@ -49,7 +49,7 @@ def test_an_export_carries_what_its_reference_answers(exported):
     cosines, min_cosine = canary.compare(manifest.canary, **ask(exported))
     assert min(cosines.values()) > 1 - 1e-6
     # A GPU may compute FP32 in TF32, so that no more than FP16's bar is asked for.
-    assert min_cosine == parity.TOLERANCES["fp16"].min_cosine
+    assert min_cosine == parity_report.TOLERANCES["fp16"].min_cosine
 
 
 def test_a_looser_precision_asks_for_less(exported_vit):

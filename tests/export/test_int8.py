@@ -14,7 +14,7 @@ from PIL import Image
 import clip_rt
 from clip_rt.embedded.bundled import find_sample
 from clip_rt.errors import InputError, ParityError
-from export import int8, parity, probes
+from export import int8, parity, parity_report, probes
 from export.onnx import OnnxConfig
 from export.samples import NO_TEXT, calibration_batches, load_samples
 
@@ -127,7 +127,7 @@ class TestSamples:
         encode_images = parity.onnx_encoder(exported_vit.image)
         encode_texts = parity.onnx_encoder(exported_vit.text)
 
-        def check(noise: float) -> parity.ParityReport:
+        def check(noise: float) -> parity_report.ParityReport:
             rng = np.random.default_rng(0)
             offset = noise * rng.standard_normal(spec.embedding_dim).astype(np.float32)
 

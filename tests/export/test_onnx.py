@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import EMBEDDINGS, MODELS
 from clip_rt_commands.errors import command
-from export import console, onnx_writer, parity, probes, storage
+from export import console, onnx_writer, parity, parity_report, probes, storage
 from export.graphs import ImageGraph, TextGraph
 from export.onnx import OnnxConfig, export
 from export.onnx_writer import write_onnx
@@ -253,14 +253,14 @@ def test_below_the_gate_nothing_is_published_and_what_was_served_stays(
 ):
     export(config(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    tolerance = parity.Tolerance(
+    tolerance = parity_report.Tolerance(
         min_cosine=1.1,
         max_difference=0,
         top1_agreement=1,
         max_batch_difference=0,
         max_top1_lost=0,
     )
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
+    monkeypatch.setitem(parity_report.TOLERANCES, "fp32", tolerance)
     for name in ("shop", "new"):
         with pytest.raises(ParityError, match="Nothing was published"):
             export(config(tmp_path, name=name))
@@ -347,14 +347,14 @@ class TestCommand:
 def test_failed_parity_ends_with_status_1_and_shows_the_table(
     tiny_spec, tmp_path, monkeypatch, capsys
 ):
-    tolerance = parity.Tolerance(
+    tolerance = parity_report.Tolerance(
         min_cosine=1.1,
         max_difference=0,
         top1_agreement=1,
         max_batch_difference=0,
         max_top1_lost=0,
     )
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
+    monkeypatch.setitem(parity_report.TOLERANCES, "fp32", tolerance)
     with pytest.raises(SystemExit) as ended, command():
         export(config(tmp_path))
     printed, said = capsys.readouterr()

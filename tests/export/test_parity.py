@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from clip_rt.errors import ParityError
 from clip_rt.specs import END_OF_TEXT
-from export import parity, probes
+from export import parity, parity_report, probes
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_what_depends_on_the_batch_fails(clip, encoders, monkeypatch):
         found = encode_images(pixels)
         return found + np.float32(3e-5) if len(found) == 3 else found
 
-    tolerance = dataclasses.replace(parity.TOLERANCES["fp32"], max_difference=1.0)
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", tolerance)
+    tolerance = dataclasses.replace(parity_report.TOLERANCES["fp32"], max_difference=1.0)
+    monkeypatch.setitem(parity_report.TOLERANCES, "fp32", tolerance)
     with pytest.raises(ParityError, match=r"3 images.*with the batch 3\.\d\de-05"):
         parity.check(clip, encode_images=encode, encode_texts=encode_texts, precision="fp32")
 

@@ -391,22 +391,22 @@ manifest ="""
 
     def test_an_export_spares_what_one_into_a_neighbour_is_making(self, tmp_path, towers):
         (tmp_path / "models-v2").mkdir()
-        with repository._staging(tmp_path / "models-v2") as staging:
+        with repository.staging_folder(tmp_path / "models-v2") as staging:
             publish(tmp_path / "models", MANIFEST, **towers)
             assert staging.is_dir()
 
     def test_a_name_taken_while_it_waits_is_refused(self, tmp_path, towers, monkeypatch):
-        models, alone = tmp_path / "models", repository._alone
+        models, alone = tmp_path / "models", repository.alone
 
         @contextmanager
         def wait_for_another(folder):
             with monkeypatch.context() as patch:
-                patch.setattr(repository, "_alone", alone)
+                patch.setattr(repository, "alone", alone)
                 publish(models, replace(MANIFEST, model="Shop v3"), **towers)
             with alone(folder):
                 yield
 
-        monkeypatch.setattr(repository, "_alone", wait_for_another)
+        monkeypatch.setattr(repository, "alone", wait_for_another)
         with pytest.raises(InputError, match="holds the model 'Shop v3'"):
             publish(models, MANIFEST, **towers)
         assert {served_version(folder) for folder in models.iterdir()} == {1}
