@@ -261,17 +261,17 @@ def run_module(arguments: list[str], say: Callable[[str], None]) -> None:
         errors="replace",
     )
     lines: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip():
-                lines.append(line.rstrip())
-                if line.lstrip()[0] not in BOXES:
-                    say(lines[-1])
-        process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    with process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.strip():
+                    lines.append(line.rstrip())
+                    if line.lstrip()[0] not in BOXES:
+                        say(lines[-1])
+            process.wait()
+        finally:
+            process.kill()
     if process.returncode:
         raise FailedError(f"{arguments[0]} failed: " + "\n".join(lines[-LAST_LINES:]))
 
