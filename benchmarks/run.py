@@ -379,7 +379,11 @@ def main(config: RunConfig) -> int:
 def command(arguments: Sequence[str] | None = None) -> int:
     """Do what arguments ask for, of this process unless some are given; return the exit code."""
     try:
-        return main(tyro.cli(RunConfig, description=__doc__, args=arguments))
+        return main(
+            tyro.cli(
+                RunConfig, prog="python benchmarks/run.py", description=__doc__, args=arguments
+            )
+        )
     except ClipRTError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
         return UNUSABLE

@@ -53,6 +53,7 @@ from benchmarks.serving.bench import MAX_DIFFERENCE, acquired
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerError, ServerStartError
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 
 MODEL = "drawings"
@@ -446,4 +447,4 @@ def main(config: SoakConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(SoakConfig, description=__doc__))
+        main(tyro.cli(SoakConfig, prog=program("benchmarks.soak"), description=__doc__))

@@ -39,9 +39,10 @@ from clip_rt.requests.results import Encoded, Gathering, number_parts
 Item = TypeVar("Item")
 
 MIN_PROMPTS, MAX_PROMPTS = 64, 4096
-CHUNK_S = 0.5
-"""Class embeddings are made and kept in chunks of about that time and of that many prompts: a call
-that ends early loses little, and a long chunk has more prompts of equal length."""
+CHUNK_S, MAX_LOST_SHARE = 0.5, 0.1
+"""Class embeddings are made and kept in chunks of about that time, or of that share of what is left
+of the call, and of that many prompts: a call that ends early loses little, and a long chunk has
+more prompts of equal length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,8 @@ def _make_classes(
             chunks.append(_Chunk(some, gathering, len(laid_out)))
             yield from laid_out
             # They are taken as fast as earlier ones come back.
-            is_quick = time.monotonic() - begun_s < CHUNK_S
+            chunk_s = min(CHUNK_S, MAX_LOST_SHARE * deadline.remaining_s())
+            is_quick = time.monotonic() - begun_s < chunk_s
             num_prompts = 2 * num_prompts if is_quick else num_prompts // 2
             num_prompts = min(max(num_prompts, MIN_PROMPTS), MAX_PROMPTS)
 

@@ -32,6 +32,7 @@ from clip_rt.specs import (
     ViTSpec,
     find_spec,
 )
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.config import ExportConfig
 from export.pipeline import fingerprint_of, load_weights
@@ -312,4 +313,4 @@ def main(config: FormConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(FormConfig, description=__doc__))
+        main(tyro.cli(FormConfig, prog=program("benchmarks.contenders.forms"), description=__doc__))

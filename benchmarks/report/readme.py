@@ -22,6 +22,7 @@ from benchmarks.findings import Row, Run
 from benchmarks.record import read_run
 from benchmarks.report import answers, words
 from clip_rt.errors import InputError
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 
 ROOT = Path(__file__).parents[2]
@@ -205,4 +206,4 @@ def main(config: ReadmeConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(ReadmeConfig, description=__doc__))
+        main(tyro.cli(ReadmeConfig, prog=program("benchmarks.report.readme"), description=__doc__))

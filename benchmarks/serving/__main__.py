@@ -43,6 +43,7 @@ from benchmarks.serving.images import (
 )
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import InputError
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 
 MODEL = "ViT-B/32"
@@ -140,4 +141,6 @@ def main(config: ServingConfig) -> int:
 
 if __name__ == "__main__":
     with command():
-        sys.exit(main(tyro.cli(ServingConfig, description=__doc__)))
+        sys.exit(
+            main(tyro.cli(ServingConfig, prog=program("benchmarks.serving"), description=__doc__))
+        )

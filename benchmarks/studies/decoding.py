@@ -41,6 +41,7 @@ from clip_rt.inputs.decoding import Decode
 from clip_rt.inputs.images import preprocess
 from clip_rt.inputs.transform import FAST_OVERSAMPLING
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.parity import Encoder, onnx_encoder
 from export.pipeline import random_clip
@@ -228,4 +229,8 @@ def main(config: DecodingConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(DecodingConfig, description=__doc__))
+        main(
+            tyro.cli(
+                DecodingConfig, prog=program("benchmarks.studies.decoding"), description=__doc__
+            )
+        )

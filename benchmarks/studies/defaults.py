@@ -36,6 +36,7 @@ from benchmarks.timing import median_interval, take_rounds, take_turns, time_eac
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
 from clip_rt.specs import ModelSpec, find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import int8, probes
 from export.pipeline import random_clip
@@ -231,4 +232,10 @@ def main(config: DefaultsConfig) -> int:
 
 if __name__ == "__main__":
     with command():
-        sys.exit(main(tyro.cli(DefaultsConfig, description=__doc__)))
+        sys.exit(
+            main(
+                tyro.cli(
+                    DefaultsConfig, prog=program("benchmarks.studies.defaults"), description=__doc__
+                )
+            )
+        )

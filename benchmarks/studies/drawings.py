@@ -24,6 +24,7 @@ import clip_rt
 from benchmarks.record import save
 from benchmarks.studies.common import ROOT, show
 from benchmarks.studies.emoji import HELD_OUT_DIR, load, load_style, names
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings, load_drawings
 from training.drawings import EMOJI_SETS, FLAG_SETS, HELD_OUT_ICON_SETS
@@ -160,4 +161,8 @@ def main(config: DrawingsConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(DrawingsConfig, description=__doc__))
+        main(
+            tyro.cli(
+                DrawingsConfig, prog=program("benchmarks.studies.drawings"), description=__doc__
+            )
+        )

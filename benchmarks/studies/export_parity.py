@@ -26,6 +26,7 @@ from benchmarks.record import save
 from benchmarks.studies.common import TOWERS, console, show, write_towers
 from clip_rt.errors import ParityError
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import parity
 from export.pipeline import random_clip
@@ -128,4 +129,10 @@ def main(config: ExportParityConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(ExportParityConfig, description=__doc__))
+        main(
+            tyro.cli(
+                ExportParityConfig,
+                prog=program("benchmarks.studies.export_parity"),
+                description=__doc__,
+            )
+        )

@@ -20,6 +20,7 @@ from benchmarks.record import save
 from benchmarks.studies.common import ROOT, console
 from benchmarks.studies.emoji import kind_by_hexcode, load_style, with_kinds
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training import few_shot
 from training.evaluation.embed import on_white, open_model
@@ -74,4 +75,8 @@ def main(config: FewShotConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(FewShotConfig, description=__doc__))
+        main(
+            tyro.cli(
+                FewShotConfig, prog=program("benchmarks.studies.few_shot"), description=__doc__
+            )
+        )

@@ -34,6 +34,7 @@ from benchmarks.studies.common import console, show, write_towers
 from benchmarks.timing import speeds, take_rounds, time_each
 from benchmarks.top1 import top1
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import int8, probes
 from export.pipeline import random_clip
@@ -219,4 +220,4 @@ def main(config: Int8Config) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(Int8Config, description=__doc__))
+        main(tyro.cli(Int8Config, prog=program("benchmarks.studies.int8"), description=__doc__))

@@ -32,6 +32,7 @@ from benchmarks.studies.common import show
 from benchmarks.studies.drawings import hog_features, small_pixels
 from benchmarks.studies.emoji import kind_by_hexcode, load_style, with_kinds
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings, load_drawings
 from training.evaluation.embed import embed_images, on_white, open_model
@@ -236,4 +237,8 @@ def main(config: RobustnessConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(RobustnessConfig, description=__doc__))
+        main(
+            tyro.cli(
+                RobustnessConfig, prog=program("benchmarks.studies.robustness"), description=__doc__
+            )
+        )

@@ -26,6 +26,7 @@ from benchmarks.timing import speeds, take_rounds, time_each
 from clip_rt.inputs import tokenizer
 from clip_rt.requests.batches import MAX_ROWS, plan_texts
 from clip_rt.specs import TEXT_BUCKETS, find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.parity import onnx_encoder
 from export.pipeline import random_clip
@@ -107,4 +108,10 @@ def main(config: TextLengthConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TextLengthConfig, description=__doc__))
+        main(
+            tyro.cli(
+                TextLengthConfig,
+                prog=program("benchmarks.studies.text_length"),
+                description=__doc__,
+            )
+        )

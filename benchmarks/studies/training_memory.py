@@ -24,6 +24,7 @@ from benchmarks.record import save
 from benchmarks.resources import peak_mib
 from benchmarks.studies.common import PRECISIONS, console, make_batch, make_step
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.data.batches import Batch
 from training.model import CLIP
@@ -91,4 +92,10 @@ def main(config: TrainingMemoryConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TrainingMemoryConfig, description=__doc__))
+        main(
+            tyro.cli(
+                TrainingMemoryConfig,
+                prog=program("benchmarks.studies.training_memory"),
+                description=__doc__,
+            )
+        )

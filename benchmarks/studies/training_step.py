@@ -33,6 +33,7 @@ from benchmarks.studies.common import (
 )
 from benchmarks.timing import speeds, take_rounds, time_each
 from clip_rt.specs import find_spec
+from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.accumulate import split_batch
 from training.data.batches import Batch
@@ -148,4 +149,10 @@ def main(config: TrainingStepConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(TrainingStepConfig, description=__doc__))
+        main(
+            tyro.cli(
+                TrainingStepConfig,
+                prog=program("benchmarks.studies.training_step"),
+                description=__doc__,
+            )
+        )
