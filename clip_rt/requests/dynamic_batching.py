@@ -31,7 +31,7 @@ from clip_rt.requests.batches import MAX_ROWS
 from clip_rt.requests.replica import Replica, Slot
 from clip_rt.requests.server_pool import ServerPool
 from clip_rt.specs import TEXT_BUCKETS
-from clip_rt.wire.messages import ServedModel, make_row_error
+from clip_rt.wire.messages import ServedModel, make_inference_request, make_row_error
 from clip_rt.wire.transport import Future
 
 MAX_IN_FLIGHT = 4
@@ -259,7 +259,8 @@ class DynamicBatcher:
             while (request := self._take()) is not None:
                 transport = request.replica.transport
                 try:
-                    future = transport.send(self.tower, request.stack(), request.deadline)
+                    message = make_inference_request(self.tower, request.stack(), request.deadline)
+                    future = transport.send("ModelInfer", message, request.deadline)
                 except ClipRTError as error:
                     self._end(request, error)
                 else:

@@ -30,7 +30,6 @@ from clip_rt.wire.messages import (
     ServedModel,
     ServerFacts,
     ServerStatistics,
-    make_inference_request,
     read_config,
     read_embeddings,
     read_statistics,
@@ -194,7 +193,7 @@ class Transport:
             ServerError: no answer, or it does not tell.
         """
         pending = {
-            name: self._send(
+            name: self.send(
                 "ModelStatistics", service_pb2.ModelStatisticsRequest(name=name), deadline
             )
             for name in names
@@ -204,13 +203,28 @@ class Transport:
             for name, future in pending.items()
         }
 
-    def send(self, model: ServedModel, array: NDArray[Any], deadline: Deadline) -> Future:
-        """Send one batch and return at once; its answer is for `read`, when it is done.
+    def send(self, method: str, request: Any, deadline: Deadline) -> Future:
+        """Send one request and return at once; `read` waits for the answer of a batch.
 
         Raises:
             ServerTimeoutError, ClientClosedError: it cannot be sent any more.
         """
-        return self._send("ModelInfer", make_inference_request(model, array, deadline), deadline)
+        remaining_s = deadline.remaining_s()
+        if remaining_s <= 0:
+            raise self.time_out(deadline)
+        try:
+            # Where only gRPC can notice that a deadline is over, it must.
+            is_left_to_grpc = self._may_cancel or stops_greenlets()
+            future = getattr(self._open(), method).future(
+                request,
+                timeout=remaining_s if is_left_to_grpc else remaining_s + ABANDONED_CALL_TIMEOUT_S,
+                metadata=self._headers,
+            )
+            self._pending.add(future)
+            future.add_done_callback(self._pending.discard)
+            return future
+        except ValueError as error:  # What gRPC says of a channel that was closed meanwhile.
+            raise ClientClosedError("the client was closed during the call.") from error
 
     def read(
         self, future: Future, model: ServedModel, num_rows: int, deadline: Deadline
@@ -266,7 +280,7 @@ class Transport:
             closing.join(CHANNEL_CLOSE_TIMEOUT_S)
 
     def _ask_config(self, name: str, deadline: Deadline) -> Future:
-        return self._send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
+        return self.send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
 
     def _read_configs(
         self, names: tuple[str, ...], pending: list[Future], deadline: Deadline
@@ -282,25 +296,7 @@ class Transport:
         return tuple(read_config(answer.config) for answer in answers)
 
     def _ask(self, method: str, request: Any, deadline: Deadline) -> Any:
-        return self._receive(self._send(method, request, deadline), deadline)
-
-    def _send(self, method: str, request: Any, deadline: Deadline) -> Any:
-        remaining_s = deadline.remaining_s()
-        if remaining_s <= 0:
-            raise self.time_out(deadline)
-        try:
-            # Where only gRPC can notice that a deadline is over, it must.
-            is_left_to_grpc = self._may_cancel or stops_greenlets()
-            future = getattr(self._open(), method).future(
-                request,
-                timeout=remaining_s if is_left_to_grpc else remaining_s + ABANDONED_CALL_TIMEOUT_S,
-                metadata=self._headers,
-            )
-            self._pending.add(future)
-            future.add_done_callback(self._pending.discard)
-            return future
-        except ValueError as error:  # What gRPC says of a channel that was closed meanwhile.
-            raise ClientClosedError("the client was closed during the call.") from error
+        return self._receive(self.send(method, request, deadline), deadline)
 
     def _receive(self, future: Future, deadline: Deadline) -> Any:
         self._wait(future, deadline)

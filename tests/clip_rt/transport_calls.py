@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.deadline import Deadline
-from clip_rt.wire.messages import ServedModel, make_row_error
+from clip_rt.wire.messages import ServedModel, make_inference_request, make_row_error
 from clip_rt.wire.transport import Transport
 
 
@@ -21,7 +21,8 @@ def infer(
         NonFiniteEmbeddingError: an embedding is no direction; carries its row.
     """
     deadline = Deadline.after(timeout_s)
-    future = transport.send(model, array, deadline)
+    message = make_inference_request(model, array, deadline)
+    future = transport.send("ModelInfer", message, deadline)
     embeddings, bad_rows = transport.read(future, model, len(array), deadline)
     for row in bad_rows:
         raise make_row_error(model, embeddings[row], transport.url, row)
