@@ -353,7 +353,7 @@ def torchrun(data: Path, out_dir: Path, *options: str, stop_at: int) -> None:
     given = ["--model", "tiny@32px", "--data", str(data), "--out-dir", str(out_dir)]
     given += "--batch-size 6 --total-steps 40 --warmup-steps 2 --log-every-steps 1".split()
     given += "--eval-every-steps 5 --num-workers 0 --num-threads 1 --device cpu".split()
-    given += ["--ema-decay", "0.9"]
+    given += ["--ema-decay", "0.9", "--peak-lr", "1e-3"]
     root = Path(tiny_run.__file__).parents[2]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with running(
