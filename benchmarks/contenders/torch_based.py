@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -69,17 +70,21 @@ class TorchBased(Implementation):
             rows = encode[call](prepared)
         return _to_numpy(rows)
 
+    @abstractmethod
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Embed normalised pixels, (N, 3, S, S), (N, D)."""
 
+    @abstractmethod
     def _encode_jpegs(self, jpegs: list[bytes]) -> torch.Tensor:
-        raise NotImplementedError
+        """Embed encoded photographs, (N, D)."""
 
+    @abstractmethod
     def _encode_texts(self, texts: list[str]) -> torch.Tensor:
-        raise NotImplementedError
+        """Embed texts, (N, D)."""
 
+    @abstractmethod
     def _encode_classes(self, labels: list[str]) -> torch.Tensor:
-        raise NotImplementedError
+        """Embed labels by the mean of their prompts, (N, D)."""
 
 
 class OpenClip(TorchBased):
