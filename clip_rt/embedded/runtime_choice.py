@@ -178,19 +178,24 @@ def default_folder(part: str = "runtimes") -> Path | None:
     return None
 
 
-def recall(folder: Path | None, machine: str, model: str) -> Choice | None:
+def recall(folder: Path | None, machine: str, model: str, name: str = "") -> Choice | None:
     """Return what was measured of a model on a machine; None where it was not, or is not legible.
 
-    The arguments are those of `default_folder`, `digest_machine` and `digest_model`.
+    The arguments are those of `default_folder`, `digest_machine` and `digest_model`. What was
+    measured of a copy of another name is remembered under `name` as well.
     """
-    found = _read(folder / f"{machine}-{model}.json") if folder else None
-    return found[1] if found else None
+    choice_by_name = recall_all(folder, machine, model)
+    choice = next(iter(choice_by_name.values()), None)
+    if choice is not None and name and name not in choice_by_name:
+        remember(folder, machine, model, choice, name=name)
+    return choice
 
 
-def recall_all(folder: Path | None, machine: str) -> dict[str, Choice]:
-    """Return the newest choice on a machine for each name of a model."""
+def recall_all(folder: Path | None, machine: str, model: str = "") -> dict[str, Choice]:
+    """Return the newest choice on a machine for each name of a model, or of all models."""
     with contextlib.suppress(OSError):
-        files = sorted(folder.glob(f"{machine}-*.json"), key=os.path.getmtime) if folder else ()
+        files = list(folder.glob(f"{machine}-{model}*.json")) if folder else []
+        files.sort(key=os.path.getmtime)
         return dict(found for file in files if (found := _read(file)))
     return {}
 
@@ -209,7 +214,7 @@ def remember(folder: Path | None, machine: str, model: str, choice: Choice, *, n
         descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        os.replace(partial, folder / f"{machine}-{model}.json")
+        os.replace(partial, folder / f"{machine}-{model}-{digest(name)}.json")
     except OSError:
         if partial is not None:
             with contextlib.suppress(OSError):

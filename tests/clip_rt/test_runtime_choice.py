@@ -110,6 +110,14 @@ def test_a_choice_is_remembered_for_its_machine_and_model(tmp_path) -> None:
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_a_copy_of_another_name_is_remembered_under_both(tmp_path) -> None:
+    remember(tmp_path, MACHINE, MODEL, CHOICE, name="tiny_text")
+    for _ in range(2):
+        assert recall(tmp_path, MACHINE, MODEL, "well_text") == CHOICE
+        assert recall_all(tmp_path, MACHINE) == {"tiny_text": CHOICE, "well_text": CHOICE}
+        assert len(list(tmp_path.iterdir())) == 2
+
+
 GOOD = {"model": "tiny_text", "runtime": "openvino", "times_ms": CHOICE.times_ms}
 
 

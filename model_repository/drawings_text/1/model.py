@@ -151,12 +151,12 @@ def _load_fastest(path, args, parameters):
     """Load into the runtime that is remembered as the faster here, or measure both first."""
     folder, machine = runtime_choice.default_folder(), _name_machine()
     model = _name_model(path, args, parameters)
-    choice = runtime_choice.recall(folder, machine, model)
+    choice = runtime_choice.recall(folder, machine, model, args["model_name"])
     has_both = all(map(runtime_choice.installed, runtime_choice.RUNTIMES))
     if choice is None and has_both:
         # One after the other, or the towers and instances of a model would slow each other.
         with runtime_choice.alone(folder) as is_alone:
-            choice = runtime_choice.recall(folder, machine, model)
+            choice = runtime_choice.recall(folder, machine, model, args["model_name"])
             if choice is None and is_alone:
                 return _measure(path, args, parameters, (folder, machine, model))
     reason = ""
