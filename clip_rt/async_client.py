@@ -10,22 +10,14 @@ import asyncio
 import contextvars
 import functools
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from clip_rt.cache.memory import PromptCache
-from clip_rt.classification.probe import Probe
-from clip_rt.classification.zero_shot import Scores
 from clip_rt.client import Client
 from clip_rt.deadline import Cancellation, cancellable
 from clip_rt.errors import ClientClosedError
-from clip_rt.inputs import tokenizer
 from clip_rt.inputs.images import Images
 from clip_rt.inputs.items import OnError
 from clip_rt.requests.results import Encoded
@@ -35,6 +27,21 @@ MAX_CALLS = 64
 """Calls at work at a time; more wait their turn, and their time runs meanwhile."""
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def _awaited(
+    method: Callable[Concatenate[Client, Arguments], Result],
+) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Result]]:
+    """Return a method of `Client` as one of `AsyncClient`, to be awaited."""
+
+    @functools.wraps(method)
+    async def call(
+        self: AsyncClient, /, *args: Arguments.args, **options: Arguments.kwargs
+    ) -> Result:
+        return await self._run(functools.partial(method, self._client, *args, **options))
+
+    return call
 
 
 class AsyncClient:
@@ -53,12 +60,7 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -73,26 +75,8 @@ class AsyncClient:
         """Return what `Client.manifest` is; connects if needed."""
         return await self._run(lambda: self._client.manifest)
 
-    @overload
-    async def encode_images(
-        self,
-        images: Images,
-        *,
-        on_error: Literal["raise"] = "raise",
-        timeout_s: float | None = None,
-    ) -> NDArray[np.float32]: ...
-
-    @overload
-    async def encode_images(
-        self, images: Images, *, on_error: Literal["skip"], timeout_s: float | None = None
-    ) -> Encoded: ...
-
-    async def encode_images(
-        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
-    ) -> NDArray[np.float32] | Encoded:
-        """As `Client.encode_images`."""
-        call = functools.partial(self._client.encode_images, images, timeout_s=timeout_s)
-        return await self._run(functools.partial(call, on_error=on_error))
+    encode_images = _awaited(Client.encode_images)
+    """As `Client.encode_images`."""
 
     async def stream_images(
         self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
@@ -117,77 +101,16 @@ class AsyncClient:
             # Not awaited: the source may be slow to let go, and whoever left need not wait.
             asyncio.get_running_loop().run_in_executor(None, end)
 
-    @overload
-    async def encode_texts(
-        self,
-        texts: tokenizer.Texts,
-        *,
-        truncate: bool = False,
-        on_error: Literal["raise"] = "raise",
-        timeout_s: float | None = None,
-    ) -> NDArray[np.float32]: ...
-
-    @overload
-    async def encode_texts(
-        self,
-        texts: tokenizer.Texts,
-        *,
-        truncate: bool = False,
-        on_error: Literal["skip"],
-        timeout_s: float | None = None,
-    ) -> Encoded: ...
-
-    async def encode_texts(
-        self,
-        texts: tokenizer.Texts,
-        *,
-        truncate: bool = False,
-        on_error: OnError = "raise",
-        timeout_s: float | None = None,
-    ) -> NDArray[np.float32] | Encoded:
-        """As `Client.encode_texts`."""
-        call = functools.partial(self._client.encode_texts, texts, truncate=truncate)
-        return await self._run(functools.partial(call, on_error=on_error, timeout_s=timeout_s))
-
-    async def class_embeddings(
-        self,
-        labels: Iterable[str],
-        *,
-        templates: str | Iterable[str] | None = None,
-        timeout_s: float | None = None,
-    ) -> NDArray[np.float32]:
-        """As `Client.class_embeddings`."""
-        call = functools.partial(self._client.class_embeddings, labels, templates=templates)
-        return await self._run(functools.partial(call, timeout_s=timeout_s))
-
-    async def zero_shot(
-        self,
-        images: Images,
-        labels: Iterable[str],
-        *,
-        templates: str | Iterable[str] | None = None,
-        on_error: OnError = "raise",
-        timeout_s: float | None = None,
-    ) -> Scores:
-        """As `Client.zero_shot`."""
-        call = functools.partial(self._client.zero_shot, images, labels, templates=templates)
-        return await self._run(functools.partial(call, on_error=on_error, timeout_s=timeout_s))
-
-    async def classify(
-        self,
-        images: Images,
-        probe: Probe,
-        *,
-        on_error: OnError = "raise",
-        timeout_s: float | None = None,
-    ) -> Scores:
-        """As `Client.classify`."""
-        call = functools.partial(self._client.classify, images, probe, on_error=on_error)
-        return await self._run(functools.partial(call, timeout_s=timeout_s))
-
-    async def reload(self, *, timeout_s: float | None = None) -> bool:
-        """As `Client.reload`."""
-        return await self._run(lambda: self._client.reload(timeout_s=timeout_s))
+    encode_texts = _awaited(Client.encode_texts)
+    """As `Client.encode_texts`."""
+    class_embeddings = _awaited(Client.class_embeddings)
+    """As `Client.class_embeddings`."""
+    zero_shot = _awaited(Client.zero_shot)
+    """As `Client.zero_shot`."""
+    classify = _awaited(Client.classify)
+    """As `Client.classify`."""
+    reload = _awaited(Client.reload)
+    """As `Client.reload`."""
 
     async def close(self) -> None:
         """As `Client.close`; calls under way end with `ClientClosedError`."""
@@ -199,10 +122,10 @@ class AsyncClient:
         """Make a call in a thread of the pool, and call it off when this task is cancelled."""
         if self._is_closed:
             raise ClientClosedError("the client is closed. Make a new one.")
-        cancellation, began_at_s = Cancellation(), time.monotonic()
+        cancellation = Cancellation()
 
         def work() -> Result:
-            with cancellable(cancellation, began_at_s):
+            with cancellable(cancellation):
                 return call()
 
         loop = asyncio.get_running_loop()

@@ -22,6 +22,8 @@ class Cancellation:
 
     def __init__(self) -> None:
         self.is_cancelled = False
+        self.began_at_s: float | None = time.monotonic()
+        """When the first deadline under it began, until that is made."""
         self._wakes: set[Callable[[], object]] = set()
         self._lock = threading.Lock()
 
@@ -47,28 +49,17 @@ class Cancellation:
                 self._wakes.discard(wake)
 
 
-@dataclass
-class _Scope:
-    """A call that another thread made, and began to count the time of."""
-
-    cancellation: Cancellation
-    began_at_s: float | None
-
-
-_scope: ContextVar[_Scope | None] = ContextVar("clip_rt.scope", default=None)
+_cancellation: ContextVar[Cancellation | None] = ContextVar("clip_rt.cancellation", default=None)
 
 
 @contextlib.contextmanager
-def cancellable(cancellation: Cancellation, began_at_s: float) -> Iterator[None]:
-    """Put the deadlines made in a `with` block under a cancellation.
-
-    The first of them counts from `began_at_s`, on the monotonic clock.
-    """
-    token = _scope.set(_Scope(cancellation, began_at_s))
+def cancellable(cancellation: Cancellation) -> Iterator[None]:
+    """Put the deadlines made in a `with` block under a cancellation."""
+    token = _cancellation.set(cancellation)
     try:
         yield
     finally:
-        _scope.reset(token)
+        _cancellation.reset(token)
 
 
 @dataclass(frozen=True)
@@ -82,12 +73,9 @@ class Deadline:
     @classmethod
     def after(cls, timeout_s: float) -> Deadline:
         """Return the deadline `timeout_s` from now; infinity means none."""
-        scope, began_at_s = _scope.get(), None
-        if scope is not None:
-            began_at_s, scope.began_at_s = scope.began_at_s, None
-        if began_at_s is None:
-            began_at_s = time.monotonic()
-        cancellation = None if scope is None else scope.cancellation
+        cancellation, began_at_s = _cancellation.get(), time.monotonic()
+        if cancellation is not None and cancellation.began_at_s is not None:
+            began_at_s, cancellation.began_at_s = cancellation.began_at_s, None
         return cls(timeout_s, began_at_s + min(timeout_s, MAX_TIMEOUT_S), cancellation)
 
     @property

@@ -298,7 +298,7 @@ def test_pauses_double_within_a_bound_and_differ():
 
 def test_a_deadline_that_is_called_off_has_no_time_left():
     cancellation, woken = Cancellation(), []
-    with cancellable(cancellation, time.monotonic()):
+    with cancellable(cancellation):
         deadline = Deadline.after(60)
     assert deadline.remaining_s() > 50
     with deadline.waking(lambda: woken.append(1)):
