@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import ipaddress
 import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -79,13 +79,6 @@ def report(
     as_json: bool,
 ) -> int:
     """Examine, print each finding when it is made, or all as one JSON object.
-
-    Args:
-        urls: As `examine` takes them; so are `repository` and `model`.
-        repository: The same.
-        model: The same.
-        timeout_s: For all of it.
-        as_json: Print one JSON object.
 
     Returns:
         The exit code: 1 if anything fails, else 0.
@@ -260,7 +253,7 @@ def _check_cache_folder() -> Iterator[Finding]:
 
 def _check_shared_memory() -> Finding:
     try:
-        free_bytes = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+        free_bytes = shutil.disk_usage("/dev/shm").free
     except OSError as error:
         detail = f"/dev/shm: {error.strerror}."
         return Finding("shared memory", "fail", detail, "Mount a tmpfs there.")
@@ -285,6 +278,8 @@ def _check_parts() -> Finding:
 
 def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -> Iterator[Finding]:
     """Examine the server at an address, or one of our own over a repository, as far as it goes."""
+    from clip_rt.wire.channel import is_loopback, parse_url
+
     name = source if isinstance(source, str) else "embedded"
     is_here = name == "embedded"
     check = "server"
@@ -293,7 +288,7 @@ def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -
             transport = _open_transport(source, deadline, stack)
             yield _check_version(transport, name, deadline)
             if isinstance(source, str):
-                is_here = _is_loopback(source)
+                is_here = is_loopback(parse_url(source)[0])
                 yield _check_encryption(source)
             check = "models"
             if transport.is_ready(timeout_s=_remaining_s(deadline)):
@@ -365,6 +360,8 @@ def _remaining_s(deadline: Deadline) -> float:
 
 
 def _check_version(transport: Transport, name: str, deadline: Deadline) -> Finding:
+    from clip_rt.wire.channel import is_loopback, parse_url
+
     facts = transport.read_server(timeout_s=_remaining_s(deadline))
     version = re.match(r"(\d+)\.(\d+)", facts.version)
     detail = f"version {facts.version[:40]}"
@@ -373,30 +370,20 @@ def _check_version(transport: Transport, name: str, deadline: Deadline) -> Findi
     detail += ", which has known vulnerabilities"
     minimum = ".".join(map(str, SAFE_TRITON))
     way_out = f"Run container 26.07 or newer (Triton {minimum}): {SECURITY_PAGE}"
-    if _is_loopback(transport.url):
+    if is_loopback(parse_url(transport.url)[0]):
         way_out = f"It is for development on this machine. {way_out}"
         return Finding("server", "warn", f"{detail}.", way_out, name)
     return Finding("server", "fail", f"{detail} and listens beyond loopback.", way_out, name)
 
 
 def _check_encryption(url: str) -> Finding:
-    from clip_rt.wire.channel import parse_url
+    from clip_rt.wire.channel import is_loopback, parse_url
 
-    _, is_secure = parse_url(url)
-    if is_secure or _is_loopback(url):
+    target, is_secure = parse_url(url)
+    if is_secure or is_loopback(target):
         return Finding("encryption", "ok", "TLS" if is_secure else "none, on loopback", server=url)
     way_out = "Use grpcs://, or a network nobody else is in."
     return Finding("encryption", "warn", "none: images and texts can be read.", way_out, url)
-
-
-def _is_loopback(url: str) -> bool:
-    from clip_rt.wire.channel import host_of, parse_url
-
-    host = host_of(parse_url(url)[0])
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_canary(client: Client, name: str, deadline: Deadline) -> Finding:

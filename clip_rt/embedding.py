@@ -47,7 +47,7 @@ more prompts of equal length."""
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How images are read; see `inputs.images.prepare`."""
+    """How images are read: arguments of `inputs.images.prepare`."""
 
     exif: bool = True
     max_pixels: int = MAX_PIXELS
@@ -141,12 +141,9 @@ def _prepare(
     return prepare_each(
         images,
         side_px=model.manifest.side_px,
-        exif=options.exif,
-        max_pixels=options.max_pixels,
-        max_bytes=options.max_bytes,
-        decode=options.decode,
         num_threads=count_threads(),
         on_error=on_error,
+        **vars(options),
     )
 
 

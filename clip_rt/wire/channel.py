@@ -6,6 +6,7 @@ Source: grpc/grpc `doc/naming.md` and `doc/load-balancing.md`.
 from __future__ import annotations
 
 import functools
+import ipaddress
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,9 +71,13 @@ def parse_url(url: str) -> tuple[str, bool]:
     return match[2], match[1] == "grpcs://"
 
 
-def host_of(target: str) -> str:
-    """Return the host of what gRPC dials, without a DNS server that is named, port and brackets."""
-    return re.sub(f"^{_DNS}", "", target).rpartition(":")[0].strip("[]")
+def is_loopback(target: str) -> bool:
+    """Whether what gRPC dials is this machine, by the name of its host."""
+    host = re.sub(f"^{_DNS}", "", target).rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def open_channel(target: str, *, tls: TLS | None) -> Any:
@@ -80,8 +85,6 @@ def open_channel(target: str, *, tls: TLS | None) -> Any:
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("threading"):
         _wait_like_greenlets()
-    host = host_of(target)
-    is_loopback = host in ("localhost", "::1") or host.startswith("127.")
     options: tuple[tuple[str, int | str], ...] = (
         ("grpc.max_send_message_length", MAX_SEND_BYTES),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
@@ -89,7 +92,7 @@ def open_channel(target: str, *, tls: TLS | None) -> Any:
         ("grpc.max_reconnect_backoff_ms", 1000),
         # Or closing one client's connection would be felt by another's.
         ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_http_proxy", int(not is_loopback)),
+        ("grpc.enable_http_proxy", int(not is_loopback(target))),
     )
     if target.startswith("dns://"):
         # One name for many servers: a connection to each, used in turn.
