@@ -1,63 +1,37 @@
-"""What happens at a fork of the process, in one place and in this order.
+"""What happens in a forked child: each object makes anew what it cannot share with the parent.
 
-A forked child has one thread, and copies of locks that others may have held, of channels that are
-the parent's and of servers that the parent ends. Each module says what it has to make anew.
+The child has one thread, and copies of locks that others may have held, of channels that are the
+parent's and of servers that the parent ends.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
+from typing import Any, TypeVar
 
-ORDER = (
-    "telemetry",
-    "cache",
-    "ownership",
-    "sharing",
-    "server",
-    "transport",
-    "connection",
-    "session",
+Owner = TypeVar("Owner")
+
+_restart_by_owner: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = (
+    weakref.WeakKeyDictionary()
 )
-"""In the child, and in the parent after the fork; before it the other way round. What is first is
-used by what comes later."""
-
-Hook = Callable[[], object]
-
-_before: dict[str, Hook] = {}
-_in_parent: dict[str, Hook] = {}
-_in_child: dict[str, Hook] = {}
 
 
-def register(
-    name: str, *, in_child: Hook, before: Hook | None = None, in_parent: Hook | None = None
-) -> None:
-    """Have hooks called at each fork.
-
-    Args:
-        name: One of `ORDER`; a module registers once.
-        in_child: After the fork, in the child.
-        before: Before it, in the parent.
-        in_parent: After it, in the parent.
-    """
-    if name not in ORDER:
-        raise ValueError(f"{name!r} has no place in ORDER")
-    _in_child[name] = in_child
-    if before is not None:
-        _before[name] = before
-    if in_parent is not None:
-        _in_parent[name] = in_parent
+def restart_in_child(owner: Owner, restart: Callable[[Owner], object]) -> None:
+    """Have `restart(owner)` called in each forked child, as long as `owner` exists."""
+    _restart_by_owner[owner] = restart
 
 
-def _call(hooks: dict[str, Hook], names: tuple[str, ...]) -> None:
-    for name in names:
-        if name in hooks:
-            hooks[name]()
+def in_child(hook: Callable[[], object]) -> None:
+    """Have `hook` called in each forked child."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=hook)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _call(_before, ORDER[::-1]),
-        after_in_parent=lambda: _call(_in_parent, ORDER),
-        after_in_child=lambda: _call(_in_child, ORDER),
-    )
+def _restart_all() -> None:
+    for owner, restart in list(_restart_by_owner.items()):
+        restart(owner)
+
+
+in_child(_restart_all)

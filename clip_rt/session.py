@@ -58,9 +58,7 @@ def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequen
 class Session:
     """Connects at the first call, and again in a forked child. Thread-safe; to be closed.
 
-    Args:
-        target: What to connect to.
-        timeout_s: Longest time of a call that does not say otherwise.
+    A call takes no longer than `timeout_s` unless it says otherwise.
     """
 
     def __init__(self, target: Target, timeout_s: float) -> None:
@@ -71,7 +69,7 @@ class Session:
         self._is_closed = False
         self._connection: Connection | None = None
         self._finalizer: weakref.finalize[..., Session] | None = None
-        _sessions.add(self)
+        fork.restart_in_child(self, Session._renew_locks)
 
     @property
     def connection(self) -> Connection | None:
@@ -215,17 +213,6 @@ class Session:
                 self._connection.close()
             self._connection = None
 
-    def renew_locks(self) -> None:
+    def _renew_locks(self) -> None:
         """In a forked child: another thread may have held them, and does not exist here."""
         self._lock, self._reloading = threading.Lock(), threading.Lock()
-
-
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _renew_locks_in_child() -> None:
-    for session in _sessions:
-        session.renew_locks()
-
-
-fork.register("session", in_child=_renew_locks_in_child)

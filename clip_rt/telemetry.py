@@ -25,7 +25,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from clip_rt import fork
@@ -197,12 +196,7 @@ class Call:
         self.listeners = current() if self.span is None else (*current(), self._timings)
 
     def end(self, error: BaseException | None = None, *, seconds: float | None = None) -> None:
-        """Note how the call ended.
-
-        Args:
-            error: What it raised.
-            seconds: How long it took, if not since it began.
-        """
+        """Note how the call ended, and how long it took if not since it began."""
         self._timings._end()
         seconds = self._timings.seconds[TOTAL] if seconds is None else seconds
         error_type = None if error is None else type(error).__name__
@@ -218,9 +212,7 @@ class Call:
 def call(name: str, **attributes: str | int | float) -> Iterator[Call]:
     """Report a `with` block as one public call, and the error that ends it by its type.
 
-    Args:
-        name: Of the method.
-        attributes: Numbers and the names of models, for the span.
+    Attributes, for the span, are numbers and names of models, never content.
     """
     begun = Call(name, attributes)
     try:
@@ -232,14 +224,12 @@ def call(name: str, **attributes: str | int | float) -> Iterator[Call]:
     begun.end()
 
 
-def stream(
-    name: str, items: Iterable[Item], **attributes: str | int | float
-) -> Generator[Item, None, None]:
+def stream(name: str, items: Iterable[Item]) -> Generator[Item, None, None]:
     """Report an iterator as one public call that lasts as long as its items are waited for.
 
     What its consumer does between two items is neither timed nor reported to it.
     """
-    begun = Call(name, attributes)
+    begun = Call(name, {})
     source, waited_s = iter(items), 0.0
     failure: BaseException | None = None
     try:
@@ -313,12 +303,7 @@ class _Stage:
     def __enter__(self) -> None:
         self._start_s = time.perf_counter()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         add(self._name, time.perf_counter() - self._start_s, self._count)
 
 
@@ -416,4 +401,4 @@ def _renew_lock() -> None:
     _lock = threading.RLock()
 
 
-fork.register("telemetry", in_child=_renew_lock)
+fork.in_child(_renew_lock)

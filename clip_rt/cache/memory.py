@@ -10,9 +10,10 @@ import hashlib
 import json
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,16 +47,8 @@ class Key(NamedTuple):
 
 _Entry = tuple[str, str]
 """Hash of all of a key but its label, and the label: no template is hashed again for each label."""
-
-
-class _Flight:
-    """Entries that one call is making while others may wait for them."""
-
-    def __init__(self) -> None:
-        self.entries: list[_Entry] = []
-        self.vector_by_entry: dict[_Entry, NDArray[np.float32]] = {}
-        """What has been made so far; in the end all of the entries, unless the call failed."""
-        self.has_landed = False
+_Vectors = dict[_Entry, NDArray[np.float32]]
+_Future = Future[NDArray[np.float32]]
 
 
 class PromptCache:
@@ -85,11 +78,10 @@ class PromptCache:
         """Embeddings that had to be made."""
         self._disk = None if folder is None else DiskCache(folder, max_disk_bytes)
         self._vector_by_entry: OrderedDict[_Entry, NDArray[np.float32]] = OrderedDict()
-        self._flight_by_entry: dict[_Entry, _Flight] = {}
+        self._future_by_entry: dict[_Entry, _Future] = {}
+        """What calls are making now, for others that want the same."""
         self._lock = threading.Lock()
-        self._landing = threading.Condition(self._lock)
-        with _caches_lock:
-            _caches.add(self)
+        fork.restart_in_child(self, PromptCache._restart)
 
     def __len__(self) -> int:
         return len(self._vector_by_entry)
@@ -143,21 +135,19 @@ class PromptCache:
             position_by_entry: dict[_Entry, int] = {}
             for position, entry in enumerate(entries):
                 position_by_entry.setdefault(entry, position)
-        vector_by_entry: dict[_Entry, NDArray[np.float32]] = {}
+        vector_by_entry: _Vectors = {}
         missing = list(position_by_entry)
         while missing:
-            flight = _Flight()
+            own: dict[_Entry, _Future] = {}
             try:
                 try:
-                    others = self._claim(missing, flight, vector_by_entry)
-                    self._find_or_make(flight, position_by_entry, make, dim)
+                    others = self._claim(missing, own, vector_by_entry)
+                    self._find_or_make(own, vector_by_entry, position_by_entry, make, dim)
                 finally:
                     # Also after an interrupt, or others would wait for nobody.
-                    self._land(flight)
-                    vector_by_entry |= flight.vector_by_entry
+                    self._give_up(own)
                 # Only now that its own are done, so that no two calls wait for each other.
-                for other in others:
-                    self._wait(other, missing, vector_by_entry, deadline)
+                self._wait(others, vector_by_entry, deadline)
             except ServerTimeoutError as error:
                 raise self._count_left(error, missing, vector_by_entry) from error
             missing = [entry for entry in missing if entry not in vector_by_entry]
@@ -172,17 +162,14 @@ class PromptCache:
             self._disk.clear()
 
     def _claim(
-        self,
-        missing: list[_Entry],
-        flight: _Flight,
-        vector_by_entry: dict[_Entry, NDArray[np.float32]],
-    ) -> list[_Flight]:
-        """Take what is in memory, and let `flight` make what no other flight is making.
+        self, missing: list[_Entry], own: dict[_Entry, _Future], vector_by_entry: _Vectors
+    ) -> dict[_Entry, _Future]:
+        """Take what is in memory, and put into `own` what no other call is making.
 
         Returns:
-            The other flights that have some of them.
+            What others are making.
         """
-        others: dict[_Flight, None] = {}
+        others: dict[_Entry, _Future] = {}
         num_found = 0
         with self._lock:
             for entry in missing:
@@ -191,68 +178,76 @@ class PromptCache:
                     self._vector_by_entry.move_to_end(entry)
                     vector_by_entry[entry] = vector
                     num_found += 1
-                elif (other := self._flight_by_entry.get(entry)) is not None:
-                    others[other] = None
+                elif (other := self._future_by_entry.get(entry)) is not None:
+                    others[entry] = other
                 else:
-                    flight.entries.append(entry)
-                    self._flight_by_entry[entry] = flight
+                    own[entry] = self._future_by_entry[entry] = Future()
             self.hits += num_found
         telemetry.count("cache_hits", num_found)
-        return list(others)
+        return others
 
     def _find_or_make(
         self,
-        flight: _Flight,
+        own: dict[_Entry, _Future],
+        vector_by_entry: _Vectors,
         position_by_entry: dict[_Entry, int],
         make: Callable[[Sequence[int]], Iterable[NDArray[np.float32]]],
         dim: int,
     ) -> None:
-        """Fill the flight from the folder and with what `make` gives, which is written there."""
+        """Take entries from the folder or from what `make` gives, which is written there."""
         with telemetry.stage("cache", 0):
-            found = self._read(flight.entries, dim)
-        with self._landing:
-            flight.vector_by_entry |= found
-            self._landing.notify_all()
+            found = self._read(list(own), dim)
+        for entry, row in found.items():
+            self._keep(entry, row, own[entry])
+        vector_by_entry |= found
+        with self._lock:
             self.disk_hits += len(found)
         telemetry.count("cache_disk_hits", len(found))
-        missing = [entry for entry in flight.entries if entry not in found]
+        missing = [entry for entry in own if entry not in found]
         if not missing:
             return
-        unwritten: list[_Entry] = []
+        unwritten: _Vectors = {}
         written_at_s = time.monotonic()
         try:
             rows = make([position_by_entry[entry] for entry in missing])
             for entry, row in zip(missing, rows, strict=True):
-                with self._landing:
-                    flight.vector_by_entry[entry] = row
-                    self.misses += 1
-                    self._landing.notify_all()
-                unwritten.append(entry)
+                vector_by_entry[entry] = unwritten[entry] = row
+                self._keep(entry, row, own[entry], num_made=1)
                 if time.monotonic() - written_at_s > WRITE_EVERY_S:
-                    self._write(unwritten, flight.vector_by_entry)
-                    unwritten, written_at_s = [], time.monotonic()
+                    self._write(unwritten)
+                    unwritten, written_at_s = {}, time.monotonic()
         finally:
-            telemetry.count("cache_misses", sum(each in flight.vector_by_entry for each in missing))
+            telemetry.count("cache_misses", sum(each in vector_by_entry for each in missing))
             # Before the disk, which may be slow.
-            self._land(flight)
+            self._give_up(own)
             with telemetry.stage("cache", 0):
-                self._write(unwritten, flight.vector_by_entry)
+                self._write(unwritten)
 
-    def _land(self, flight: _Flight) -> None:
+    def _keep(
+        self, entry: _Entry, row: NDArray[np.float32], future: _Future, *, num_made: int = 0
+    ) -> None:
+        """Keep an embedding, and hand it to whoever waits for it."""
         with self._lock:
-            for entry, vector in flight.vector_by_entry.items():
-                self._put(entry, vector)
-            for entry in flight.entries:
-                if self._flight_by_entry.get(entry) is flight:
-                    del self._flight_by_entry[entry]
-            flight.has_landed = True
-            self._landing.notify_all()
+            self.misses += num_made
+            self._put(entry, row)
+            if self._future_by_entry.get(entry) is future:
+                del self._future_by_entry[entry]
+        future.set_result(row)
+
+    def _give_up(self, own: dict[_Entry, _Future]) -> None:
+        """Leave what was not made to others that want it."""
+        with self._lock:
+            for entry, future in own.items():
+                if self._future_by_entry.get(entry) is future:
+                    del self._future_by_entry[entry]
+        for future in own.values():
+            future.cancel()
 
     def _count_left(
         self,
         error: ServerTimeoutError,
         missing: list[_Entry],
-        vector_by_entry: dict[_Entry, NDArray[np.float32]],
+        vector_by_entry: _Vectors,
     ) -> ServerTimeoutError:
         """Return the error with how many embeddings are left to make, and what is kept."""
         num_left = sum(entry not in vector_by_entry for entry in missing)
@@ -273,47 +268,34 @@ class PromptCache:
         )
 
     def _wait(
-        self,
-        other: _Flight,
-        missing: list[_Entry],
-        vector_by_entry: dict[_Entry, NDArray[np.float32]],
-        deadline: Deadline,
+        self, others: dict[_Entry, _Future], vector_by_entry: _Vectors, deadline: Deadline
     ) -> None:
-        wait_s = min(deadline.remaining_s(), threading.TIMEOUT_MAX)
-        others = set(other.entries)
-        wanted = [entry for entry in missing if entry in others]
-        num_there = 0
-
-        def is_over() -> bool:
-            # The rows come in order, so that each is looked at once.
-            nonlocal num_there
-            while num_there < len(wanted) and wanted[num_there] in other.vector_by_entry:
-                num_there += 1
-            is_complete = num_there == len(wanted)
-            return is_complete or other.has_landed or deadline.remaining_s() <= 0
-
-        with deadline.waking(self._wake), self._landing:
-            self._landing.wait_for(is_over, timeout=wait_s)
-            made = {
-                entry: other.vector_by_entry[entry]
-                for entry in wanted
-                if entry in other.vector_by_entry
-            }
-            vector_by_entry |= made
+        """Take what other calls make, as far as they have made it by the deadline."""
+        for future in others.values():
+            _wait_for(future, deadline)
+            if not future.done():
+                break
+        made = {
+            entry: future.result()
+            for entry, future in others.items()
+            if future.done() and not future.cancelled()
+        }
+        vector_by_entry |= made
+        with self._lock:
             self.hits += len(made)
         telemetry.count("cache_hits", len(made))
-        if len(made) < len(wanted) and not other.has_landed:
-            num_left = len(other.entries) - len(other.vector_by_entry)
+        if num_left := sum(not future.done() for future in others.values()):
             raise ServerTimeoutError(
                 f"another call was still making {num_left} of the same class embeddings "
                 f"after {deadline.timeout_s:g} s. Allow more with timeout_s=.",
                 timeout_s=deadline.timeout_s,
             )
 
-    def _wake(self) -> None:
-        """Have those who wait look at their deadlines; one was called off."""
-        with self._landing:
-            self._landing.notify_all()
+    def _restart(self) -> None:
+        """In a forked child: threads that were changing or making something are not here."""
+        self._lock = threading.Lock()
+        self._future_by_entry.clear()
+        self.num_bytes = sum(starmap(_count_bytes, self._vector_by_entry.items()))
 
     def _put(self, entry: _Entry, vector: NDArray[np.float32]) -> None:
         """Keep a copy of an embedding, and forget the least recently used beyond the bound."""
@@ -325,7 +307,7 @@ class PromptCache:
         while self.num_bytes > self.max_bytes and self._vector_by_entry:
             self.num_bytes -= _count_bytes(*self._vector_by_entry.popitem(last=False))
 
-    def _read(self, entries: list[_Entry], dim: int) -> dict[_Entry, NDArray[np.float32]]:
+    def _read(self, entries: list[_Entry], dim: int) -> _Vectors:
         if self._disk is None:
             return {}
         return {
@@ -334,43 +316,20 @@ class PromptCache:
             for label, vector in self._disk.read(namespace, labels, dim).items()
         }
 
-    def _write(
-        self, made: list[_Entry], vector_by_entry: dict[_Entry, NDArray[np.float32]]
-    ) -> None:
-        if self._disk is None or not made:
+    def _write(self, vector_by_entry: _Vectors) -> None:
+        if self._disk is None:
             return
-        for namespace, labels in _group(made).items():
+        for namespace, labels in _group(vector_by_entry).items():
             rows = np.stack([vector_by_entry[namespace, label] for label in labels])
             self._disk.write(namespace, labels, rows)
 
 
-_caches: weakref.WeakSet[PromptCache] = weakref.WeakSet()
-_caches_lock = threading.Lock()
-_held: list[threading.Lock] = []
-
-
-def _hold_all() -> None:
-    """Before a fork: no thread may be in the middle of a change, or the child inherits it so."""
-    _caches_lock.acquire()
-    _held.append(_caches_lock)
-    for cache in _caches:
-        cache._lock.acquire()
-        _held.append(cache._lock)
-
-
-def _release_all() -> None:
-    while _held:
-        _held.pop().release()
-
-
-def _release_all_in_child() -> None:
-    for cache in _caches:
-        # The threads that were making them are not in this process.
-        cache._flight_by_entry.clear()
-    _release_all()
-
-
-fork.register("cache", before=_hold_all, in_parent=_release_all, in_child=_release_all_in_child)
+def _wait_for(future: _Future, deadline: Deadline) -> None:
+    """Wait until it is done, or the deadline has passed or was called off."""
+    ended = threading.Event()
+    future.add_done_callback(lambda _: ended.set())
+    with deadline.waking(ended.set):
+        ended.wait(min(max(deadline.remaining_s(), 0.0), threading.TIMEOUT_MAX))
 
 
 def _index(keys: Sequence[Key]) -> list[_Entry]:
@@ -384,7 +343,7 @@ def _index(keys: Sequence[Key]) -> list[_Entry]:
     return entries
 
 
-def _group(entries: list[_Entry]) -> dict[str, list[str]]:
+def _group(entries: Iterable[_Entry]) -> dict[str, list[str]]:
     """Return the labels of each namespace."""
     labels_by_namespace: dict[str, list[str]] = {}
     for namespace, label in entries:

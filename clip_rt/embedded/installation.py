@@ -179,13 +179,12 @@ def check_shared_memory(models: dict[str, Path]) -> None:
     }
     need_bytes = sum(need_by_model.values())
     try:
-        found = os.statvfs(SHARED_MEMORY)
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:
         raise ServerStartError(
             f"the embedded server needs {SHARED_MEMORY}: {error.strerror}. Mount a tmpfs there. "
             f"{OTHER_WAY}"
         ) from error
-    free_bytes = found.f_bavail * found.f_frsize
     if free_bytes < need_bytes:
         largest = max(need_by_model, key=lambda name: need_by_model[name])
         raise ServerStartError(

@@ -22,17 +22,15 @@ from typing import Any
 from clip_rt import fork
 from clip_rt.embedded import sharing, supervisor
 from clip_rt.embedded.installation import OTHER_WAY, Home, find_way_out
-from clip_rt.errors import ServerError, ServerStartError
-from clip_rt.wire.transport import Transport
+from clip_rt.errors import ServerStartError
 
-_POLL_S = 0.02
 _COLLECT_S = 0.002
-_ANSWER_TIMEOUT_S = 1.0
 _HANDSHAKE_TIMEOUT_S = 5.0
 """How long a supervisor that runs may take to answer another owner."""
 _JOIN_SHARE = 0.25
 """Share of the time for a start after which a supervisor that does not answer is given up."""
 _END_TIMEOUT_S = 10.0
+_MAX_WAIT_S = 1e6
 _MESSAGE_CHARS = 600
 _SIGNALS = {
     "SIGKILL": f"it was killed, perhaps for want of memory. Give it more. {OTHER_WAY}",
@@ -111,13 +109,8 @@ def _spawn(command: list[str], stdin: int, stderr: int) -> _Process:
 class Run:
     """One life of a server, as one of its owners sees it: a connection to its supervisor.
 
-    Args:
-        link: The connection.
-        folder: The server's own.
-        process: The supervisor, if this process started it.
-        stderr: Open file that holds what the supervisor wrote to standard error.
-        deadline_s: On the monotonic clock, for its handshake. Who joins a server waits less, and
-            has time left to start another.
+    That is `process` if this process started it, and wrote its faults to the open file `stderr`.
+    Who joins a server waits less for the handshake, and has time left to start another.
 
     Raises:
         ServerStartError: the supervisor does not answer, or reports that it could not start it.
@@ -140,7 +133,7 @@ class Run:
         self._report: supervisor.Report | None = None
         self._ready_at_s: float | None = None
         self._is_over = False
-        _runs.add(self)
+        fork.restart_in_child(self, Run._leave_to_parent)
         timeout_s = _left_s(deadline_s)
         if process is None:
             timeout_s = min(_HANDSHAKE_TIMEOUT_S, _JOIN_SHARE * timeout_s)
@@ -173,20 +166,19 @@ class Run:
     def wait_until_ready(
         self, deadline_s: float, start_timeout_s: float, models: list[str]
     ) -> bool:
-        """Wait until the models are loaded, and make sure that it is our server that says so.
+        """Wait until the models are loaded.
 
         Returns:
             False when it died instead.
         """
-        while time.monotonic() < deadline_s:
-            if not self.is_alive():
-                return False
-            if self._is_listening() and self._is_ready():
-                self._ready_at_s = time.monotonic()
-                # From now on the supervisor watches the processes of the models as well.
-                self._send(supervisor.IS_READY)
-                return True
-            time.sleep(_POLL_S)
+        if self._ready_at_s is None and (link := self._link) is not None:
+            message = self._read_message(link, _left_s(deadline_s)) or {}
+            self._report = message.get("report")
+            self._note_if_ready(message)
+        if self._ready_at_s is not None:
+            return True
+        if self._report is not None or time.monotonic() < deadline_s:
+            return False
         report = self.end()
         raise ServerStartError(
             f"the embedded server was not ready after {start_timeout_s:g} s, loading "
@@ -206,7 +198,9 @@ class Run:
 
     def drain(self) -> None:
         """Have it end once its requests have, and return then."""
-        self._send(supervisor.DRAIN)
+        if (link := self._link) is not None:
+            with contextlib.suppress(OSError):
+                link.send(supervisor.DRAIN, socket.MSG_NOSIGNAL)
         self.wait()
 
     def end(self) -> supervisor.Report:
@@ -220,7 +214,7 @@ class Run:
                 link.close()
             return self._report or {"exit_code": None, "log_tail": "", "problem": ""}
 
-    def leave_to_parent(self) -> None:
+    def _leave_to_parent(self) -> None:
         """Drop the parent's connection and process, in a forked child."""
         self._lock = threading.RLock()
         self._process = None
@@ -236,6 +230,7 @@ class Run:
         weakref.finalize(self, link.close)
         message = self._read_message(link, timeout_s)
         if message is not None and "server" in message:
+            self._note_if_ready(message)
             return Facts(**message["server"])
         if message is not None and "report" in message:
             self._report = message["report"]
@@ -257,6 +252,10 @@ class Run:
             f"the supervisor of the embedded server does not answer: {words}. {OTHER_WAY}"
         )
 
+    def _note_if_ready(self, message: dict[str, Any]) -> None:
+        if message.get("is_ready"):
+            self._ready_at_s = time.monotonic()
+
     def _rejoin(self) -> bool:
         """Become an owner of one's own, in a forked child."""
         try:
@@ -270,6 +269,8 @@ class Run:
         """Read the report, clean up after a supervisor that sends none, collect it."""
         if self._report is None:
             message = self._read_message(link, _END_TIMEOUT_S)
+            if message is not None and "is_ready" in message:  # It became so a moment ago.
+                message = self._read_message(link, _END_TIMEOUT_S)
             if message is not None and "report" not in message:
                 return  # Others own it still.
             if message is None:
@@ -292,7 +293,7 @@ class Run:
         deadline_s = time.monotonic() + timeout_s
         try:
             while b"\n" not in self._received:
-                link.settimeout(max(deadline_s - time.monotonic(), 0.001))
+                link.settimeout(_left_s(deadline_s))
                 part = link.recv(65536)
                 if not part:
                     return None
@@ -307,46 +308,14 @@ class Run:
                 link.setblocking(False)
         return message
 
-    def _send(self, word: bytes) -> None:
-        link = self._link
-        if link is not None:
-            with contextlib.suppress(OSError):
-                link.send(word, socket.MSG_NOSIGNAL)
 
-    def _is_listening(self) -> bool:
-        with socket.socket() as probe:
-            probe.settimeout(1.0)
-            return probe.connect_ex(("127.0.0.1", self.facts.port)) == 0
-
-    def _is_ready(self) -> bool:
-        """Ask who listens there: Triton does once its models are loaded.
-
-        If it is somebody else, our server will find its port taken, and end; or it shares the port
-        with the one it is to replace, and the next connection may be to ours.
-        """
-        with contextlib.closing(Transport(self.facts.url)) as transport:
-            try:
-                found = transport.read_server(timeout_s=_ANSWER_TIMEOUT_S)
-                return found.name == self.facts.server_id and transport.is_ready(
-                    timeout_s=_ANSWER_TIMEOUT_S
-                )
-            except ServerError:
-                return False
-
-
-_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _supervisors: list[_Process] = []
 """Those that this process started and that may live: others may own their servers."""
+fork.in_child(_supervisors.clear)
 
 
 def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: float) -> Run:
     """Start a supervisor with its server; this process is the first owner.
-
-    Args:
-        home: What the server is made of.
-        job: What the supervisor is to do.
-        deadline_s: On the monotonic clock, for its handshake.
-        start_timeout_s: What the deadline was made of, for a message.
 
     Raises:
         ServerStartError: it does not start, or does not answer in time.
@@ -385,8 +354,8 @@ def launch(home: Home, job: supervisor.Job, deadline_s: float, start_timeout_s: 
 
 
 def _left_s(deadline_s: float) -> float:
-    """Return the time left, as a socket takes it: 0 would mean not to wait, not even a moment."""
-    return max(deadline_s - time.monotonic(), 0.001)
+    """Return the time left, as a socket takes it: neither 0, which is not to wait, nor infinity."""
+    return min(max(deadline_s - time.monotonic(), 0.001), _MAX_WAIT_S)
 
 
 def make_start_error(report: supervisor.Report, url: str | None) -> ServerStartError:
@@ -427,12 +396,3 @@ def find_cause(report: supervisor.Report) -> str:
 
 def _with_way_out(fault: str, *, default: str = OTHER_WAY) -> str:
     return f"{fault[:_MESSAGE_CHARS].rstrip('.')}. {find_way_out(fault, default=default)}"
-
-
-def _leave_to_parent_in_child() -> None:
-    for run in _runs:
-        run.leave_to_parent()
-    _supervisors.clear()
-
-
-fork.register("ownership", in_child=_leave_to_parent_in_child)

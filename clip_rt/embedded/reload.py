@@ -90,10 +90,7 @@ def reload(port: int, *, timeout_s: float) -> bool:
 
 
 def take_port(port: int) -> tuple[int, socket.socket]:
-    """Take a port, and return it with the socket where who serves it can be asked to reload.
-
-    Args:
-        port: 0 is any that is free.
+    """Take a port, or any that is free for 0, and a socket where its server is asked to reload.
 
     Raises:
         ServerStartError: somebody else has it.
@@ -117,13 +114,7 @@ def take_port(port: int) -> tuple[int, socket.socket]:
 
 
 class Reloader:
-    """Where a server can be asked to reload, and the server that serves now. Thread-safe.
-
-    Args:
-        listener: From `take_port`.
-        repository: What is served.
-        make_server: Makes a server over it, not started.
-    """
+    """Where a server can be asked to reload, and the server that serves now. Thread-safe."""
 
     def __init__(
         self, listener: socket.socket, repository: Path, make_server: Callable[[], EmbeddedServer]

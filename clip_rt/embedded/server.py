@@ -18,7 +18,6 @@ import secrets
 import socket
 import threading
 import time
-import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,7 +94,7 @@ class EmbeddedServer:
         self._port = port
         self._reference_count = 0
         """In this process, of one that is shared."""
-        _servers.add(self)
+        fork.restart_in_child(self, EmbeddedServer._renew_lock)
 
     def __enter__(self) -> EmbeddedServer:
         self.start()
@@ -247,12 +246,12 @@ class EmbeddedServer:
     ) -> Run:
         key = sharing.make_key(home, models) if self._is_shared else ""
         with sharing.open_folder(deadline_s) as parent:
-            if key:
-                for folder, link in sharing.find_servers(parent, key):
-                    with contextlib.suppress(ServerStartError):
-                        return Run(link, folder, deadline_s=deadline_s)
+            for folder in sorted(parent.glob(f"clip_rt-*-{key}")) if key else ():
+                with contextlib.suppress(OSError, ServerStartError):
+                    return Run(sharing.connect(folder), folder, deadline_s=deadline_s)
             check_shared_memory(models)
-            sharing.remove_dead_servers(parent)
+            for folder in parent.glob("clip_rt-*-*"):
+                sharing.remove_dead_server(folder, timeout_s=0.0)
             nonce = secrets.token_hex(8)
             folder = parent / sharing.name_folder(key, nonce)
             facts = Facts(f"clip_rt-{nonce}", self._port or _find_free_port(), self._token)
@@ -310,6 +309,10 @@ class EmbeddedServer:
             "for_owners": asdict(facts),
             "shows_log": self._shows_log,
         }
+
+    def _renew_lock(self) -> None:
+        """In a forked child: another thread of the parent may hold it."""
+        self._lock = threading.RLock()
 
     def _running(self) -> Run:
         run = self._run
@@ -394,9 +397,6 @@ class _Crashes:
         time.sleep(max(0.0, min(backoff_s - since_s, deadline_s - time.monotonic())))
 
 
-_servers: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
-
-
 def make_port_error(port: int) -> ServerStartError:
     """Make the error that says that somebody else listens on a port."""
     return ServerStartError(
@@ -413,12 +413,9 @@ def _find_free_port() -> int:
         return port
 
 
-def _renew_locks_in_child() -> None:
-    """Renew the locks that other threads of the parent may hold."""
+def _renew_shared_lock() -> None:
     global _shared_lock
     _shared_lock = threading.RLock()
-    for server in _servers:
-        server._lock = threading.RLock()
 
 
-fork.register("server", in_child=_renew_locks_in_child)
+fork.in_child(_renew_shared_lock)

@@ -72,9 +72,6 @@ def make_key(home: Home, models: dict[str, Path]) -> str:
 def open_folder(deadline_s: float) -> Iterator[Path]:
     """Lock and yield the folder in which the servers of this user lie.
 
-    Args:
-        deadline_s: On the monotonic clock, for the lock.
-
     Raises:
         ServerStartError: no place is safe to use, or somebody holds the lock for too long.
     """
@@ -131,19 +128,6 @@ def connect(folder: Path) -> socket.socket:
     finally:
         os.close(descriptor)
     return link
-
-
-def find_servers(folder: Path, key: str) -> Iterator[tuple[Path, socket.socket]]:
-    """Connect to the servers with this key, one after another: there is one, or none."""
-    for each in sorted(folder.glob(f"clip_rt-*-{key}")):
-        with contextlib.suppress(OSError):
-            yield each, connect(each)
-
-
-def remove_dead_servers(folder: Path) -> None:
-    """Remove what servers left behind whose supervisors were killed."""
-    for each in folder.glob("clip_rt-*-*"):
-        remove_dead_server(each, timeout_s=0.0)
 
 
 def remove_dead_server(folder: Path, *, timeout_s: float = 1.0) -> None:
@@ -232,4 +216,4 @@ def _close_in_child() -> None:
             os.close(_descriptors.pop())
 
 
-fork.register("sharing", in_child=_close_in_child)
+fork.in_child(_close_in_child)

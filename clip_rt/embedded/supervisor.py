@@ -2,7 +2,7 @@
 
 In: one line of JSON, the `Job`, on standard input, a socket whose other end is the first owner.
 Every further owner connects to the socket in the server's folder. Each is told what the `Job` has
-for owners, and what became of the server once that has ended. Connections are the reference count:
+for owners, when the server is ready, and what became of it. Connections are the reference count:
 the kernel closes one on any end of its process. When the last is gone the server is killed and what
 it used is removed: its processes, its folder and its entries in /dev/shm. The same when one of its
 own processes dies: Triton 2.51 would never replace it, and answer every request with an error.
@@ -41,8 +41,10 @@ ENVIRONMENTS = Path("/tmp")
 """Where the python backend makes a folder for packed environments, wherever TMPDIR is."""
 SOCKET = "owners"
 """Name of the socket in the server's folder."""
-IS_READY, DRAIN = b"r", b"d"
-"""What an owner may say: the models are loaded; let requests end, and then the server."""
+DRAIN = b"d"
+"""What an owner may say: let requests end, and then the server."""
+STARTED = b"Started GRPCInferenceService at "
+"""What Triton 2.51 logs once the models are loaded and the port is its own."""
 STUB_ENDED = "a process of the python backend ended before its model was loaded"
 """What the log says then: Triton 2.51 itself would wait for it for ever."""
 
@@ -285,6 +287,8 @@ class _Supervisor:
         if readable == self._output:
             if not self._read_log():
                 self._selector.unregister(self._output)
+            if not self._is_ready and STARTED in self._log:
+                self._note_ready()
         elif readable == self._wakeup:
             if set(os.read(self._wakeup, 4096)) - {signal.SIGCHLD}:
                 return False
@@ -307,7 +311,7 @@ class _Supervisor:
 
     def _send_handshake(self, owner: socket.socket) -> None:
         self._selector.register(owner, selectors.EVENT_READ)
-        tell(owner, {"server": self._job["for_owners"]})
+        tell(owner, {"server": self._job["for_owners"], "is_ready": self._is_ready})
 
     def _receive(self, owner: socket.socket) -> bool:
         """Read what an owner says; False when it was the last and has left."""
@@ -322,19 +326,23 @@ class _Supervisor:
             self._owners.discard(owner)
             tell(owner, {})
             owner.close()
-        elif IS_READY in words and not self._is_ready:
-            self._is_ready = True
-            self._environments.remove()
-            for pid, _, _ in _list_group(self._server.pid):
-                # It may end while we look; before Linux 5.3 there are no such descriptors.
-                with contextlib.suppress(OSError, AttributeError):
-                    self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ)
-        if DRAIN in words and self._drain_deadline_s is None:
+        elif self._drain_deadline_s is None:
             self._is_ready = True
             self._drain_deadline_s = time.monotonic() + DRAIN_TIMEOUT_S + _UNLOAD_TIMEOUT_S
             self._environments.restore()
             self._server.terminate()
         return True
+
+    def _note_ready(self) -> None:
+        """From now on watch the processes of the models as well."""
+        self._is_ready = True
+        self._environments.remove()
+        for pid, _, _ in _list_group(self._server.pid):
+            # It may end while we look; before Linux 5.3 there are no such descriptors.
+            with contextlib.suppress(OSError, AttributeError):
+                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ)
+        for owner in self._owners:
+            tell(owner, {"is_ready": True})
 
     def _has_lost_a_child(self) -> bool:
         """Whether a child of the server has ended for good, and the server goes on without it."""

@@ -11,7 +11,6 @@ import logging
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -79,12 +78,7 @@ class Description(NamedTuple):
 
 
 class Connection:
-    """One or several servers, and the model last found on them. Thread-safe; to be closed.
-
-    Args:
-        replicas: The servers.
-        on_close: Called once, when it is closed.
-    """
+    """One or several servers, and the model last found on them. Thread-safe; to be closed."""
 
     def __init__(
         self, replicas: Sequence[Replica], *, on_close: Callable[[], object] = lambda: None
@@ -97,7 +91,7 @@ class Connection:
         self._is_closed = False
         self._calls: dict[object, int] = {}
         self._is_retired = False
-        _connections.add(self)
+        fork.restart_in_child(self, Connection._restart_after_fork)
 
     @classmethod
     def to_urls(
@@ -139,21 +133,9 @@ class Connection:
                 same on all servers.
             ServerError: no answer, or our own server died and does not start any more.
         """
-
-        def find() -> Model | None:
-            model = self._model
-            if model is None or not self.pool.is_verified:
-                return None
-            if fingerprint not in (None, model.manifest.fingerprint):
-                return None
-            self._check_unhealthy(model)
-            return model
-
-        def check() -> Model:
-            with self._checking_alone(deadline):
-                return find() or self._check_all(name, fingerprint, deadline)
-
-        return find() or self._retry(check, deadline)
+        return self._find_in_use(fingerprint) or self._retry(
+            lambda: self._ask(name, fingerprint, deadline), deadline
+        )
 
     def verify(self, model: Model, deadline: Deadline) -> None:
         """Make sure that somebody serves the model a call began with, and nobody another.
@@ -162,13 +144,7 @@ class Connection:
             ModelReplacedError: another came back.
             ServerError: nobody answers.
         """
-        if self._model is model and self.pool.is_verified:
-            self._check_unhealthy(model)
-            return
-        with self._checking_alone(deadline):
-            found = self._model
-            if not self.pool.is_verified or found is None:
-                found = self._check_all(model.manifest.model, None, deadline)
+        found = self._find_in_use(None) or self._ask(model.manifest.model, None, deadline)
         if found is not model:
             before, now = model.manifest.fingerprint, found.manifest.fingerprint
             raise ModelReplacedError(
@@ -220,7 +196,7 @@ class Connection:
             replica.transport.close()
         self._on_close()
 
-    def restart_after_fork(self) -> None:
+    def _restart_after_fork(self) -> None:
         """Begin anew in a forked child: locks may be held, and nothing under way comes back."""
         self._lock, self._checking = threading.Lock(), threading.Lock()
         # Of the calls under way only those of the thread that forked go on in the child.
@@ -231,9 +207,18 @@ class Connection:
             for batcher in (self._model.image, self._model.text):
                 batcher.restart_after_fork()
 
-    @contextlib.contextmanager
-    def _checking_alone(self, deadline: Deadline) -> Iterator[None]:
-        """Let one thread ask; the others use what it finds."""
+    def _find_in_use(self, fingerprint: str | None) -> Model | None:
+        """Return the model last found, if all that is known of the servers holds still."""
+        model = self._model
+        if model is None or not self.pool.is_verified:
+            return None
+        if fingerprint not in (None, model.manifest.fingerprint):
+            return None
+        self._check_unhealthy(model)
+        return model
+
+    def _ask(self, name: str | None, fingerprint: str | None, deadline: Deadline) -> Model:
+        """Ask the servers in one thread; the others use what it finds."""
         if not self._checking.acquire(timeout=max(deadline.remaining_s(), 0.0)):
             raise ServerTimeoutError(
                 f"another thread is still connecting to {self.urls} after "
@@ -241,7 +226,7 @@ class Connection:
                 timeout_s=deadline.timeout_s,
             )
         try:
-            yield
+            return self._find_in_use(fingerprint) or self._check_all(name, fingerprint, deadline)
         finally:
             self._checking.release()
 
@@ -283,8 +268,11 @@ class Connection:
         """Ask servers at once; those that answer much later than the first are left out."""
         asked = [each for each in self.pool.replicas if each.is_healthy] or self.pool.replicas
         outcomes: queue.SimpleQueue[tuple[Replica, Description | ClipRTError]] = queue.SimpleQueue()
-        for replica in asked:
-            _describe_later(replica, name, deadline, lambda *outcome: outcomes.put(outcome))
+        if len(asked) == 1:
+            outcomes.put(_describe(asked[0], name, deadline))
+        else:
+            for replica in asked:
+                _describe_beside(replica, name, deadline, outcomes.put)
         found: dict[Replica, Description] = {}
         errors: dict[Replica, ClipRTError] = {}
         enough_at_s = float("inf")
@@ -349,22 +337,23 @@ class Connection:
         for replica in self.pool.replicas:
             if not replica.is_check_due or replica.server is not None:
                 continue
-            replica.begin_check()
+            replica.is_being_checked = True
 
-            def note(replica: Replica, outcome: Description | ClipRTError) -> None:
+            def note(described: tuple[Replica, Description | ClipRTError]) -> None:
+                replica, outcome = described
                 if isinstance(outcome, ClipRTError):
                     self.pool.mark_unhealthy(replica)
                 else:
                     self._put_back(replica, outcome, model)
-                replica.end_check()
+                replica.is_being_checked = False
                 telemetry.count("readmissions", int(replica.is_healthy))
 
             # Not of the call that happens to be the occasion: it may end before the answer.
             deadline = Deadline(CHECK_TIMEOUT_S, time.monotonic() + CHECK_TIMEOUT_S)
             try:
-                _describe_later(replica, model.manifest.model, deadline, note)
+                _describe_beside(replica, model.manifest.model, deadline, note)
             except BaseException:  # Ctrl-C, or it would never be asked again.
-                replica.end_check()
+                replica.is_being_checked = False
                 raise
 
     def _find_only_model(self, deadline: Deadline) -> str:
@@ -395,43 +384,30 @@ class Connection:
         )
 
 
-_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _restart_in_child() -> None:
-    for connection in _connections:
-        connection.restart_after_fork()
-
-
-fork.register("connection", in_child=_restart_in_child)
-
-
-def _describe_later(
-    replica: Replica,
-    name: str,
-    deadline: Deadline,
-    on_done: Callable[[Replica, Description | ClipRTError], None],
-) -> None:
+def _describe(
+    replica: Replica, name: str, deadline: Deadline
+) -> tuple[Replica, Description | ClipRTError]:
     """Ask a server what it has under a name, and check that it is what a client can use."""
     try:
         generation = replica.transport.dial()
+        names = image_model(name), text_model(name)
+        image, text = replica.transport.describe(names, deadline)
+        check_towers((image, text))
     except ClipRTError as error:
-        on_done(replica, error)
-        return
+        return replica, error
+    return replica, Description((image, text), generation)
 
-    def check(outcome: tuple[ServedModel, ...] | ClipRTError) -> None:
-        if isinstance(outcome, ClipRTError):
-            on_done(replica, outcome)
-            return
-        image, text = outcome
-        try:
-            check_towers((image, text))
-        except ContractError as error:
-            on_done(replica, error)
-        else:
-            on_done(replica, Description((image, text), generation))
 
-    replica.transport.describe_later((image_model(name), text_model(name)), deadline, check)
+def _describe_beside(
+    replica: Replica,
+    name: str,
+    deadline: Deadline,
+    on_done: Callable[[tuple[Replica, Description | ClipRTError]], object],
+) -> None:
+    """Do as `_describe` in another thread."""
+    threading.Thread(
+        target=lambda: on_done(_describe(replica, name, deadline)), daemon=True
+    ).start()
 
 
 def _name_only_model(transport: Transport, deadline: Deadline) -> str:

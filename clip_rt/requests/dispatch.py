@@ -113,8 +113,8 @@ def _collect(
     except InferenceError as error:
         if not error.may_be_one_item:
             raise
-        if isinstance(error, MessageTooLongError) and pending.sent is not None:
-            batcher.shrink(pending.sent.num_rows // 2)
+        if isinstance(error, MessageTooLongError) and pending.request is not None:
+            batcher.shrink(pending.request.num_rows // 2)
         return _bisect(model, batcher, pending, deadline, error)
     if answer.refused and batcher.pool.has_other(replica):
         # A replica may be broken where the others are not.
@@ -157,7 +157,7 @@ def _deliver(
             # Of a server that has just ended, or of one that took its place. If it is there, ask.
             with contextlib.suppress(ServerUnavailableError, ServerTimeoutError):
                 verify(model, deadline)
-        replica = None if pending.sent is None else pending.sent.replica
+        replica = None if pending.request is None else pending.request.replica
         return Answer(embeddings, outcome.refused), replica
 
     def may_retry(error: ClipRTError) -> bool:
@@ -195,15 +195,15 @@ def _wait(batcher: DynamicBatcher, pending: PendingBatch, deadline: Deadline) ->
     if outcome is not None:
         return outcome
     pending.abandon()
-    sent = pending.sent
-    if sent is None or deadline.is_called_off:
+    request = pending.request
+    if request is None or deadline.is_called_off:
         raise pool.time_out(deadline)
-    pool.report_silence(sent.replica, sent.at_s)
-    raise sent.replica.transport.time_out(deadline)
+    pool.report_silence(request.replica, request.at_s)
+    raise request.replica.transport.time_out(deadline)
 
 
 def _report_times(pending: PendingBatch, outcome: Outcome | None) -> None:
-    sent_at_s = pending.queued_at_s if pending.sent is None else pending.sent.at_s
+    sent_at_s = pending.queued_at_s if pending.request is None else pending.request.at_s
     ended_at_s = sent_at_s if outcome is None else outcome.at_s
     telemetry.add("queue", sent_at_s - pending.queued_at_s)
     telemetry.add("network", max(ended_at_s - sent_at_s, 0.0))
@@ -214,7 +214,7 @@ def _failover_after_s(batcher: DynamicBatcher, pending: PendingBatch) -> float:
     if len(batcher.pool.replicas) == 1:
         return float("inf")
     now_s = time.monotonic()
-    begun_at_s = now_s if pending.sent is None else pending.sent.at_s
+    begun_at_s = now_s if pending.request is None else pending.request.at_s
     share_s = FAILOVER_SHARE * (pending.deadline.at_s - begun_at_s)
     # Where that is over and the server answers others, look again now and then.
     return max(begun_at_s + min(share_s, MAX_FAILOVER_S) - now_s, HEALTH_CHECK_AFTER_S)
@@ -222,15 +222,15 @@ def _failover_after_s(batcher: DynamicBatcher, pending: PendingBatch) -> float:
 
 def _fail_over(batcher: DynamicBatcher, pending: PendingBatch) -> None:
     """Give up a server that answers nobody, if another can be asked in the time that is left."""
-    pool, sent = batcher.pool, pending.sent
-    if sent is None or not sent.replica.is_silent(sent.at_s):
+    pool, request = batcher.pool, pending.request
+    if request is None or not request.replica.is_silent(request.at_s):
         return
-    if not pool.has_other(sent.replica) or not pool.retry_budget.spend():
+    if not pool.has_other(request.replica) or not pool.retry_budget.spend():
         return
-    pool.report_silence(sent.replica, sent.at_s)
+    pool.report_silence(request.replica, request.at_s)
     telemetry.count("failovers")
     pending.abandon()
-    url, silent_s = sent.replica.transport.url, time.monotonic() - sent.at_s
+    url, silent_s = request.replica.transport.url, time.monotonic() - request.at_s
     raise ServerUnavailableError(
         f"{url} said nothing for {silent_s:.3g} s.", url=url, was_reached=True
     )
@@ -252,7 +252,7 @@ def _bisect(
         except InferenceError as own:
             return _bisect(model, batcher, alone, deadline, own)
 
-    if pending.sent is not None and pending.sent.is_joined:
+    if pending.request is not None and pending.request.is_joined:
         return deliver_alone(pending.array)
     num_rows = len(pending.array)
     if num_rows == 1:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,19 +40,6 @@ RETURN_TIMEOUT_S = 1.0
 """How long after its deadline a request may keep its slot."""
 MAX_LOOKED_AT = 256
 """Waiting batches that are considered for a request."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """How a batch was sent."""
-
-    replica: Replica
-    at_s: float
-    """On the monotonic clock."""
-    num_rows: int
-    """Of the request it is part of."""
-    is_joined: bool
-    """Whether it was sent together with others."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,45 +72,29 @@ class Outcome:
         return self.embeddings
 
 
+@dataclass(eq=False, repr=False)
 class PendingBatch:
-    """One caller's batch on its way.
+    """One caller's batch on its way."""
 
-    Args:
-        array: The rows.
-        deadline: When its caller stops waiting.
-        is_retry: Whether it was sent before.
-        is_alone: Not to be joined with others, so that a refusal is its own.
-        avoid: Where it should not go if there is another.
-    """
-
-    def __init__(
-        self,
-        array: NDArray[Any],
-        deadline: Deadline,
-        *,
-        is_retry: bool = False,
-        is_alone: bool = False,
-        avoid: Replica | None = None,
-    ) -> None:
-        self.array = array
-        self.deadline = deadline
-        self.is_retry = is_retry
-        self.is_alone = is_alone
-        self.avoid = avoid
-        self.queued_at_s = time.monotonic()
-        self._request: Request | None = None
-        self._sent: Sent | None = None
-        self._outcome: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
+    array: NDArray[Any]
+    deadline: Deadline
+    """When its caller stops waiting."""
+    _: KW_ONLY
+    is_retry: bool = False
+    """Whether it was sent before."""
+    is_alone: bool = False
+    """Not to be joined with others, so that a refusal is its own."""
+    avoid: Replica | None = None
+    """Where it should not go if there is another."""
+    request: Request | None = None
+    """What it was sent in; None while it waits."""
+    queued_at_s: float = field(default_factory=time.monotonic)
+    _outcome: concurrent.futures.Future[Outcome] = field(default_factory=concurrent.futures.Future)
 
     @property
     def is_over(self) -> bool:
         """Whether it was answered, failed, or nobody waits for it any more."""
         return self._outcome.done()
-
-    @property
-    def sent(self) -> Sent | None:
-        """How it was sent; None while it waits."""
-        return self._sent
 
     def wait(self, timeout_s: float) -> Outcome:
         """Return what came of it.
@@ -139,20 +110,8 @@ class PendingBatch:
 
     def abandon(self) -> None:
         """Note that nobody waits for it any more."""
-        if self._outcome.cancel() and (request := self._request) is not None:
+        if self._outcome.cancel() and (request := self.request) is not None:
             request.give_up_if_unwanted()
-
-    def travel_in(self, request: Request, sent: Sent) -> None:
-        """Note that it is part of a request."""
-        self._request, self._sent = request, sent
-
-    def is_part_of(self, request: Request) -> bool:
-        """Whether it is part of a request that has not ended."""
-        return self._request is request
-
-    def leave_request(self) -> None:
-        """Note that its request has ended, and keep no other caller's rows alive."""
-        self._request = None
 
     def end(self, outcome: Outcome) -> None:
         """Hand over what came of it, unless it is over."""
@@ -165,21 +124,20 @@ class Request:
 
     def __init__(self, batches: list[PendingBatch], replica: Replica, slot: Slot) -> None:
         self.batches = batches
+        """Empty once it has ended, so that none keeps the rows of other callers alive."""
         self.replica = replica
         self.slot = slot
         self.generation = replica.generation
-        self._future: Future = None
+        self.at_s = time.monotonic()
+        self.num_rows = sum(len(each.array) for each in batches)
+        self.is_joined = len(batches) > 1
+        self.future: Future = None
+        """What its answer will come in, once it is sent."""
         last = max((each.deadline for each in batches), key=lambda deadline: deadline.at_s)
         # One of its own, which no caller can call off for the others.
         self.deadline = Deadline(last.timeout_s, last.at_s)
-        sent = Sent(replica, time.monotonic(), self.num_rows, len(batches) > 1)
         for each in batches:
-            each.travel_in(self, sent)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all batches."""
-        return sum(len(each.array) for each in self.batches)
+            each.request = self
 
     def stack(self) -> NDArray[Any]:
         """Return the rows of all batches as one array; texts are padded to the longest."""
@@ -191,32 +149,20 @@ class Request:
             arrays = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
         return np.concatenate(arrays)
 
-    def attach(self, future: Future) -> None:
-        """Note what its answer will come in."""
-        self._future = future
-
     def give_up_if_unwanted(self) -> None:
         """Call it off when no caller waits for any of it."""
-        future = self._future
-        if future is not None and all(each.is_over for each in self.batches):
-            self.replica.transport.give_up(future)
+        if self.future is not None and all(each.is_over for each in self.batches):
+            self.replica.transport.give_up(self.future)
 
     def end(self, error: ClipRTError | None, *, may_retry: bool) -> None:
         """Part its batches; those that have no outcome yet fail."""
-        for each in self.batches:
-            each.leave_request()
-            if error is not None:
-                each.end(Outcome(at_s=time.monotonic(), error=error, may_retry=may_retry))
-        self._future = None
+        for each in self.batches if error is not None else ():
+            each.end(Outcome(at_s=time.monotonic(), error=error, may_retry=may_retry))
+        self.future, self.batches = None, []
 
 
 class DynamicBatcher:
-    """The way to one tower of one model, wherever it is served. Thread-safe.
-
-    Args:
-        tower: What is asked.
-        pool: The servers that have it.
-    """
+    """The way to one tower of one model, wherever it is served. Thread-safe."""
 
     def __init__(self, tower: ServedModel, pool: ServerPool) -> None:
         self.tower = tower
@@ -264,11 +210,11 @@ class DynamicBatcher:
                 except ClipRTError as error:
                     self._end(request, error)
                 else:
-                    request.attach(future)
+                    request.future = future
                     future.add_done_callback(partial(self.read, request))
                     request.give_up_if_unwanted()  # They may have left while it was being sent.
         except BaseException:  # Ctrl-C in this caller; the others of the request try again.
-            if request is not None and request.batches[0].is_part_of(request):
+            if request is not None and request.batches:
                 self._end(request, ServerUnavailableError("the sending thread was interrupted."))
             raise
         finally:

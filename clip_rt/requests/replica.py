@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -51,9 +52,7 @@ class ServerHandle(Protocol):
 class Replica:
     """A server and what is known of it. Its pool guards it with a lock.
 
-    Args:
-        transport: The way to it.
-        server: Ours, which is started again when it dies; None if it is somebody else's.
+    `server` is given where it is ours, to be started again when it dies.
     """
 
     def __init__(self, transport: Transport, server: ServerHandle | None = None) -> None:
@@ -63,11 +62,13 @@ class Replica:
         """Whether it was seen to serve the model that is in use, and has not failed since."""
         self.was_reached = False
         """Whether it ever answered, so that it is worth waiting for."""
-        self._slots_by_tower: dict[str, set[Slot]] = {}
+        self.is_being_checked = False
+        """Whether it is being asked whether it is back."""
+        self.generation: int | None = None
+        """Of the connection on which it was found healthy."""
+        self.slots_by_tower: defaultdict[str, set[Slot]] = defaultdict(set)
         """Requests under way, by the name of the tower."""
-        self._is_being_checked = False
         self._server_id = None if server is None else server.server_id
-        self._generation: int | None = None
         self._version_by_tower: dict[str, str] = {}
         self._starting: Future[str] | None = None
         self._answered_at_s = float("-inf")
@@ -91,24 +92,19 @@ class Replica:
         """
         silent_s = time.monotonic() - self._answered_at_s
         is_busy = self.num_in_flight > 0 and self._answered_at_s > float("-inf")
-        is_same = self.is_healthy and self.is_known(self._generation) and not self.is_gone
+        is_same = self.is_healthy and self.is_known(self.generation) and not self.is_gone
         return is_same and (is_busy or silent_s <= HEALTH_CHECK_AFTER_S)
 
     @property
     def is_check_due(self) -> bool:
         """Whether it is time to ask an unhealthy one whether it is back."""
-        is_unhealthy = not self.is_healthy and not self._is_being_checked
-        return is_unhealthy and time.monotonic() >= self._check_at_s
-
-    @property
-    def generation(self) -> int | None:
-        """Of the connection on which it was found healthy."""
-        return self._generation
+        is_away = not self.is_healthy and not self.is_being_checked
+        return is_away and time.monotonic() >= self._check_at_s
 
     @property
     def num_in_flight(self) -> int:
         """Requests under way to both towers."""
-        return sum(map(len, self._slots_by_tower.values()))
+        return sum(map(len, self.slots_by_tower.values()))
 
     def is_known(self, generation: int | None) -> bool:
         """Whether its connection is still that of a generation."""
@@ -126,26 +122,16 @@ class Replica:
         """
         if self._version_by_tower.get(tower, "") in ("", version):
             return True
-        self._generation = None
+        self.generation = None
         return False
 
     def has_room(self, tower: str, max_in_flight: int) -> bool:
         """Whether another request for a tower may be sent to it."""
-        slots = self._slots_by_tower.get(tower, set())
+        slots = self.slots_by_tower[tower]
         if len(slots) >= max_in_flight:
             now_s = time.monotonic()
             slots -= {slot for slot in slots if slot.free_at_s < now_s}
         return len(slots) < max_in_flight
-
-    def take_slot(self, tower: str, free_at_s: float) -> Slot:
-        """Count a request for a tower as under way."""
-        slot = Slot(free_at_s)
-        self._slots_by_tower.setdefault(tower, set()).add(slot)
-        return slot
-
-    def give_slot_back(self, tower: str, slot: Slot) -> None:
-        """Count a request as ended."""
-        self._slots_by_tower[tower].discard(slot)
 
     def restart(self, deadline: Deadline) -> None:
         """Start it again if it is ours and died, and find it where it is now.
@@ -180,19 +166,11 @@ class Replica:
                 timeout_s=deadline.timeout_s,
             ) from None
 
-    def begin_check(self) -> None:
-        """Note that an unhealthy one is being asked."""
-        self._is_being_checked = True
-
-    def end_check(self) -> None:
-        """Note that it is asked no more."""
-        self._is_being_checked = False
-
     def mark_healthy(self, generation: int, version_by_tower: Mapping[str, str]) -> None:
         """Note that it serves the model in use, as it said on a connection, in which versions."""
         self._version_by_tower = dict(version_by_tower)
         self.is_healthy = self.was_reached = True
-        self._generation = generation
+        self.generation = generation
         self._num_failures = 0
         self.note_answer()
 
@@ -218,8 +196,8 @@ class Replica:
 
     def restart_after_fork(self) -> None:
         """Forget in a forked child what is under way in the parent."""
-        self._slots_by_tower.clear()
-        self._is_being_checked = False
+        self.slots_by_tower.clear()
+        self.is_being_checked = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,13 +33,10 @@ class Encoded:
 
 @dataclass
 class Gathering:
-    """Which row of the answers belongs to which item, while a call is under way.
-
-    Args:
-        first_index: The caller's number of the first item.
-    """
+    """Which row of the answers belongs to which item, while a call is under way."""
 
     first_index: int = 0
+    """The caller's number of the first item."""
     row_by_item: list[int] = field(default_factory=list)
     """-1 for items without one."""
     failures: dict[int, ClipRTError] = field(default_factory=dict)

@@ -23,20 +23,19 @@ less than the failure before it."""
 Result = TypeVar("Result")
 
 
+@dataclass(kw_only=True)
 class RetryBudget:
-    """How much may be tried again: a share of what is sent, and a few beyond. Thread-safe.
+    """How much may be tried again: a share of what is sent, and a few beyond. Thread-safe."""
 
-    Args:
-        share: Tries earned with each request.
-        per_s: Tries earned with each second.
-        reserve: Tries that can be saved up; as many there are at the start.
-    """
+    share: float = 0.1
+    """Tries earned with each request."""
+    per_s: float = 0.5
+    """Tries earned with each second."""
+    reserve: float = 10.0
+    """Tries that can be saved up; as many there are at the start."""
 
-    def __init__(self, *, share: float = 0.1, per_s: float = 0.5, reserve: float = 10.0) -> None:
-        self.share = share
-        self.per_s = per_s
-        self.reserve = reserve
-        self._left = reserve
+    def __post_init__(self) -> None:
+        self._left = self.reserve
         self._counted_at_s = time.monotonic()
         self._lock = threading.Lock()
 

@@ -79,7 +79,9 @@ class ServerPool:
             self._turn += 1
             start = self._turn % len(free)
             chosen = min(free[start:] + free[:start], key=lambda each: each.num_in_flight)
-            return chosen, chosen.take_slot(tower, free_at_s)
+            slot = Slot(free_at_s)
+            chosen.slots_by_tower[tower].add(slot)
+            return chosen, slot
 
     def release(
         self, replica: Replica, tower: str, slot: Slot, error: ClipRTError | None
@@ -90,7 +92,7 @@ class ServerPool:
             Who may have waited for it.
         """
         with self._lock:
-            replica.give_slot_back(tower, slot)
+            replica.slots_by_tower[tower].discard(slot)
             if error is None:
                 replica.note_answer()
             elif isinstance(error, ServerUnavailableError):

@@ -6,8 +6,7 @@ Every request ends by its deadline with an answer or one of our errors. Nothing 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
@@ -83,7 +82,7 @@ class Transport:
         self._pending: set[Future] = set()
         self._given_up: set[Future] = set()
         self._is_closed = False
-        _transports.add(self)
+        fork.restart_in_child(self, Transport._forget)
 
     @property
     def generation(self) -> int:
@@ -132,8 +131,26 @@ class Transport:
             ServerError: no answer.
         """
         names = tuple(names)
-        pending = [self._ask_config(name, deadline) for name in names]
-        return self._read_configs(names, pending, deadline)
+        pending = [
+            self.send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
+            for name in names
+        ]
+        try:
+            answers = [self._receive(future, deadline) for future in pending]
+            return tuple(read_config(answer.config) for answer in answers)
+        except InferenceError as error:
+            if read_code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:
+                raise
+            raise UnknownModelError(
+                f"{self.url} serves no {' with '.join(names)}: {error}", model=None, known=()
+            ) from error
+        except ClipRTError:
+            raise
+        except Exception as error:
+            raise ProtocolError(
+                f"{self.url} describes its models in a way that cannot be read: {error!r:.300}",
+                url=self.url,
+            ) from error
 
     def dial(self) -> int:
         """Make sure of a connection, and return its generation.
@@ -143,44 +160,6 @@ class Transport:
         """
         self._open()
         return self.generation
-
-    def describe_later(
-        self,
-        names: tuple[str, ...],
-        deadline: Deadline,
-        on_done: Callable[[tuple[ServedModel, ...] | ClipRTError], None],
-    ) -> None:
-        """Ask as `describe` does without waiting; what comes of it is told to `on_done`, once.
-
-        From a thread of gRPC's, or from this one when the request cannot even be sent.
-        """
-        lock, left = threading.Lock(), len(names)
-
-        def count(_: Any) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                if left:
-                    return
-            outcome: tuple[ServedModel, ...] | ClipRTError
-            try:
-                outcome = self._read_configs(names, pending, deadline)
-            except ClipRTError as error:
-                outcome = error
-            except Exception as error:  # Or the caller would wait for nothing.
-                outcome = ProtocolError(
-                    f"{self.url} describes its models in a way that cannot be read: {error!r:.300}",
-                    url=self.url,
-                )
-            on_done(outcome)
-
-        try:
-            pending = [self._ask_config(name, deadline) for name in names]
-        except ClipRTError as error:
-            on_done(error)
-            return
-        for future in pending:
-            future.add_done_callback(count)
 
     def read_statistics(
         self, names: Iterable[str], deadline: Deadline
@@ -279,22 +258,6 @@ class Transport:
             closing.start()
             closing.join(CHANNEL_CLOSE_TIMEOUT_S)
 
-    def _ask_config(self, name: str, deadline: Deadline) -> Future:
-        return self.send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
-
-    def _read_configs(
-        self, names: tuple[str, ...], pending: list[Future], deadline: Deadline
-    ) -> tuple[ServedModel, ...]:
-        try:
-            answers = [self._receive(future, deadline) for future in pending]
-        except InferenceError as error:
-            if read_code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:
-                raise
-            raise UnknownModelError(
-                f"{self.url} serves no {' with '.join(names)}: {error}", model=None, known=()
-            ) from error
-        return tuple(read_config(answer.config) for answer in answers)
-
     def _ask(self, method: str, request: Any, deadline: Deadline) -> Any:
         return self._receive(self.send(method, request, deadline), deadline)
 
@@ -359,13 +322,4 @@ class Transport:
 
 
 _READY = grpc.ChannelConnectivity.READY.value[0]
-_transports: weakref.WeakSet[Transport] = weakref.WeakSet()
 _of_parents: list[Any] = []
-
-
-def _forget_in_child() -> None:
-    for transport in _transports:
-        transport._forget()
-
-
-fork.register("transport", in_child=_forget_in_child)

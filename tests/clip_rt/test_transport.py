@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import threading
 import time
@@ -199,20 +198,6 @@ def test_a_manifest_that_contradicts_its_model_is_refused(fake):
     servicer.parameters = replace(tiny_repository.MANIFEST, embedding_dim=16).to_parameters()
     with pytest.raises(clip_rt.ContractError, match="promises"):
         transport.describe(["tiny_image"], Deadline.after(5))
-
-
-def test_what_is_asked_later_is_told_once(fake, server):
-    servicer, transport = fake
-    outcomes = queue.SimpleQueue()
-    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
-    assert [model.name for model in outcomes.get(timeout=5)] == ["tiny_image"] * 2
-    servicer.parameters = {}
-    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
-    assert isinstance(outcomes.get(timeout=5), clip_rt.ContractError)
-    transport.close()
-    transport.describe_later(("tiny_image", "tiny_image"), Deadline.after(5), outcomes.put)
-    assert isinstance(outcomes.get(timeout=5), clip_rt.ClientClosedError)
-    assert outcomes.empty()
 
 
 def test_the_server_counts_what_it_did(real):
