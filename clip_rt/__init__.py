@@ -9,96 +9,55 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from clip_rt._version import __version__
+from clip_rt import errors
+from clip_rt._version import __version__ as __version__
 
 # A library does not print: the application says who listens.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from clip_rt import telemetry, testing
-    from clip_rt.async_client import AsyncClient
-    from clip_rt.classification.probe import Probe
-    from clip_rt.classification.zero_shot import Scores
-    from clip_rt.client import Client
-    from clip_rt.embedded.foreground import serve
-    from clip_rt.embedded.server import EmbeddedServer
-    from clip_rt.errors import (
-        CheckpointError,
-        ClientClosedError,
-        ClipRTError,
-        ContractError,
-        ExportError,
-        ImageError,
-        InferenceError,
-        InputError,
-        MessageTooLongError,
-        ModelReplacedError,
-        NonFiniteEmbeddingError,
-        ParityError,
-        ProtocolError,
-        ServerError,
-        ServerOverloadedError,
-        ServerStartError,
-        ServerTimeoutError,
-        ServerUnavailableError,
-        TemplateError,
-        TextError,
-        TextTooLongError,
-        TrainingError,
-        UnknownModelError,
-    )
-    from clip_rt.inputs.images import preprocess
-    from clip_rt.inputs.tokenizer import tokenize
-    from clip_rt.requests.results import Encoded
-    from clip_rt.specs import MODELS, ModelSpec
-    from clip_rt.telemetry import Timings, measure
-    from clip_rt.wire.channel import TLS
-    from clip_rt.wire.manifest import Manifest
+    from clip_rt import telemetry as telemetry
+    from clip_rt import testing as testing
+    from clip_rt.async_client import AsyncClient as AsyncClient
+    from clip_rt.classification.probe import Probe as Probe
+    from clip_rt.classification.zero_shot import Scores as Scores
+    from clip_rt.client import Client as Client
+    from clip_rt.embedded.foreground import serve as serve
+    from clip_rt.embedded.server import EmbeddedServer as EmbeddedServer
+    from clip_rt.errors import CheckpointError as CheckpointError
+    from clip_rt.errors import ClientClosedError as ClientClosedError
+    from clip_rt.errors import ClipRTError as ClipRTError
+    from clip_rt.errors import ContractError as ContractError
+    from clip_rt.errors import ExportError as ExportError
+    from clip_rt.errors import ImageError as ImageError
+    from clip_rt.errors import InferenceError as InferenceError
+    from clip_rt.errors import InputError as InputError
+    from clip_rt.errors import MessageTooLongError as MessageTooLongError
+    from clip_rt.errors import ModelReplacedError as ModelReplacedError
+    from clip_rt.errors import NonFiniteEmbeddingError as NonFiniteEmbeddingError
+    from clip_rt.errors import ParityError as ParityError
+    from clip_rt.errors import ProtocolError as ProtocolError
+    from clip_rt.errors import ServerError as ServerError
+    from clip_rt.errors import ServerOverloadedError as ServerOverloadedError
+    from clip_rt.errors import ServerStartError as ServerStartError
+    from clip_rt.errors import ServerTimeoutError as ServerTimeoutError
+    from clip_rt.errors import ServerUnavailableError as ServerUnavailableError
+    from clip_rt.errors import TemplateError as TemplateError
+    from clip_rt.errors import TextError as TextError
+    from clip_rt.errors import TextTooLongError as TextTooLongError
+    from clip_rt.errors import TrainingError as TrainingError
+    from clip_rt.errors import UnknownModelError as UnknownModelError
+    from clip_rt.inputs.images import preprocess as preprocess
+    from clip_rt.inputs.tokenizer import tokenize as tokenize
+    from clip_rt.requests.results import Encoded as Encoded
+    from clip_rt.specs import MODELS as MODELS
+    from clip_rt.specs import ModelSpec as ModelSpec
+    from clip_rt.telemetry import Timings as Timings
+    from clip_rt.telemetry import measure as measure
+    from clip_rt.wire.channel import TLS as TLS
+    from clip_rt.wire.manifest import Manifest as Manifest
 
-__all__ = [
-    "MODELS",
-    "TLS",
-    "AsyncClient",
-    "CheckpointError",
-    "Client",
-    "ClientClosedError",
-    "ClipRTError",
-    "ContractError",
-    "EmbeddedServer",
-    "Encoded",
-    "ExportError",
-    "ImageError",
-    "InferenceError",
-    "InputError",
-    "Manifest",
-    "MessageTooLongError",
-    "ModelReplacedError",
-    "ModelSpec",
-    "NonFiniteEmbeddingError",
-    "ParityError",
-    "Probe",
-    "ProtocolError",
-    "Scores",
-    "ServerError",
-    "ServerOverloadedError",
-    "ServerStartError",
-    "ServerTimeoutError",
-    "ServerUnavailableError",
-    "TemplateError",
-    "TextError",
-    "TextTooLongError",
-    "Timings",
-    "TrainingError",
-    "UnknownModelError",
-    "__version__",
-    "measure",
-    "preprocess",
-    "serve",
-    "telemetry",
-    "testing",
-    "tokenize",
-]
-
+_MODULES = ("telemetry", "testing")
 _MODULE_BY_NAME = {
     "AsyncClient": "async_client",
     "Client": "client",
@@ -115,20 +74,21 @@ _MODULE_BY_NAME = {
     "preprocess": "inputs.images",
     "serve": "embedded.foreground",
     "tokenize": "inputs.tokenizer",
-}
-"""Where a name comes from; those that are not listed are errors."""
+} | {name: "errors" for name in vars(errors) if name.endswith("Error")}
+"""Where a name comes from."""
 
-
-_MODULES = ("telemetry", "testing")
+__all__ = [
+    "__version__",
+    *sorted([*_MODULES, *_MODULE_BY_NAME], key=lambda name: (not name.isupper(), name)),
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    module = importlib.import_module(f"{__name__}.{_MODULE_BY_NAME.get(name, 'errors')}")
-    value = getattr(module, name)
+    if name not in _MODULE_BY_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_BY_NAME[name]}"), name)
     globals()[name] = value
     return value
 
