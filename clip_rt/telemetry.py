@@ -2,14 +2,7 @@
 
 Library code reports stages and events here, and pays next to nothing while nobody listens. In this
 process `measure` does; an application that configures OpenTelemetry's SDK has a span of each call
-and these metrics, which `enable_prometheus` also hands to Prometheus:
-
-| instrument | unit | attributes | in Prometheus |
-|---|---|---|---|
-| histogram `clip_rt.call` | s | method | `clip_rt_call_seconds` |
-| counter `clip_rt.errors` | {error} | method, error | `clip_rt_errors_total` |
-| counter `clip_rt.stage` | s | stage | `clip_rt_stage_seconds_total` |
-| counter `clip_rt.events` | {event} | event | `clip_rt_events_total` |
+and the metrics of `_Instruments`, which `enable_prometheus` also hands to Prometheus.
 
 Numbers and names of our own leave this file; texts, labels, paths, tokens, headers and the messages
 of errors never do.
