@@ -338,10 +338,10 @@ def _open_transport(
     if isinstance(source, str):
         transport = Transport(source)
     else:
-        from clip_rt.embedded.server import acquire_server, release_server
+        from clip_rt.embedded.server import acquire_server
 
         server = acquire_server(source, start_timeout_s=_remaining_s(deadline))
-        stack.callback(release_server, server)
+        stack.callback(server.stop)
         transport = Transport(server.url, headers=server.headers, may_cancel=False)
     return stack.enter_context(contextlib.closing(transport))
 

@@ -171,10 +171,10 @@ class Session:
         if not isinstance(source, Path):
             return Connection.to_urls(source, headers=target.headers, tls=target.tls)
         # Here, because it needs Linux, and a client of a remote server does not.
-        from clip_rt.embedded.server import acquire_server, release_server
+        from clip_rt.embedded.server import acquire_server
 
         server = acquire_server(source, start_timeout_s=target.start_timeout_s)
-        return Connection.to_server(server, on_close=lambda: release_server(server))
+        return Connection.to_server(server, on_close=server.stop)
 
     def reload(self, *, timeout_s: float | None = None) -> bool:
         """Take what the repository of the embedded server holds now; see `Client.reload`."""

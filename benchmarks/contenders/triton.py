@@ -13,7 +13,7 @@ import clip_rt
 from benchmarks.contenders.implementation import TEMPLATES, Implementation, installed
 from benchmarks.contenders.kit import Form, Kit
 from benchmarks.findings import CallKind
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 TIMEOUT_S = 1800.0
 START_TIMEOUT_S = 240.0
@@ -81,7 +81,7 @@ class Triton(Implementation):
         self.client.close()
         self._cold.close()
         if self._server is not None:
-            release_server(self._server)
+            self._server.stop()
 
 
 def make(
@@ -107,5 +107,5 @@ def make(
         return Triton(client, connect(cache_bytes=0), server, versions)
     except BaseException:
         if server is not None:
-            release_server(server)
+            server.stop()
         raise

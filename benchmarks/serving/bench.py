@@ -25,7 +25,7 @@ import clip_rt
 from benchmarks import photos
 from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
 from benchmarks.timing import take_rounds, time_once, way_of
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 INT8 = "int8"
 """Name under which the INT8 form of the model is served."""
@@ -80,7 +80,7 @@ def acquired(repository: Path) -> Iterator[EmbeddedServer]:
     try:
         yield server
     finally:
-        release_server(server)
+        server.stop()
 
 
 def check_equal(found: Array, expected: Array, what: str) -> float:

@@ -90,10 +90,10 @@ class EmbeddedServer:
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._crashes = _Crashes()
+        self.content_key = ""
+        """Of one that is shared: what it was made of, see `sharing.make_key`."""
         self._token = secrets.token_urlsafe(32)
         self._port = port
-        self._reference_count = 0
-        """In this process, of one that is shared."""
         fork.restart_in_child(self, EmbeddedServer._renew_lock)
 
     def __enter__(self) -> EmbeddedServer:
@@ -167,6 +167,9 @@ class EmbeddedServer:
             self._record_crash(self._run)
         home = find_home()
         models = find_models(self.repository)
+        if self._is_shared:
+            self.content_key = sharing.make_key(home, models)
+            self._crashes = _crashes_by_key.setdefault(self.content_key, _Crashes())
         for _ in range(MAX_TRIES):
             self._crashes.back_off(deadline_s)
             run = self._join_or_launch(home, models, deadline_s, timeout_s)
@@ -221,7 +224,7 @@ class EmbeddedServer:
     def _record_crash(self, run: Run) -> None:
         self._run = None
         report = run.end()
-        self._crashes.add(report, lived_s=run.lived_s())
+        self._crashes.add(run.facts.server_id, report, lived_s=run.lived_s())
         _log.warning(
             "the embedded Triton over %s ended by itself: %s",
             *(self.repository, find_cause(report)),
@@ -235,7 +238,7 @@ class EmbeddedServer:
                 raise make_port_error(self._fixed_port)
             self._port = 0
             return
-        self._crashes.add(report, lived_s=0.0)
+        self._crashes.add(run.facts.server_id, report, lived_s=0.0)
         # One that others have may have been in use, and killed for reasons of its own.
         was_killed = report["exit_code"] is None or report["exit_code"] < 0
         if not (run.is_joined and was_killed):
@@ -244,7 +247,7 @@ class EmbeddedServer:
     def _join_or_launch(
         self, home: Home, models: dict[str, Path], deadline_s: float, timeout_s: float
     ) -> Run:
-        key = sharing.make_key(home, models) if self._is_shared else ""
+        key = self.content_key
         with sharing.open_folder(deadline_s) as parent:
             for folder in sorted(parent.glob(f"clip_rt-*-{key}")) if key else ():
                 with contextlib.suppress(OSError, ServerStartError):
@@ -321,50 +324,21 @@ class EmbeddedServer:
         return run
 
 
-_shared: dict[tuple[Path, str], EmbeddedServer] = {}
-"""Shared servers of this process, by place and content of their repository. One that did not start
-stays, with a reference count of 0, and remembers how often it failed."""
-_shared_lock = threading.RLock()
-
-
 def acquire_server(
     repository: str | os.PathLike[str], *, start_timeout_s: float = START_TIMEOUT_S
 ) -> EmbeddedServer:
-    """Return the server that this user's processes share over a repository, started.
+    """Return a reference to the server that this user's processes share over a repository.
 
-    Each caller must `release_server` it. After the repository has changed, a new caller gets a new
-    server, and others keep theirs.
+    It is started, and ends with `stop` of the last reference. After the repository has changed, a
+    new one is to a new server, and others keep theirs.
 
     Raises:
         ServerStartError: see `EmbeddedServer.start`.
     """
     place = find_repository(repository)
-    key = place, sharing.make_key(find_home(), find_models(place))
-    with _shared_lock:
-        server = _shared.get(key)
-        if server is None:
-            server = EmbeddedServer(place, start_timeout_s=start_timeout_s, is_shared=True)
-            _shared[key] = server
-        server._reference_count += 1
-    try:
-        # Without the lock: others release servers that have nothing to do with this one.
-        server.start(timeout_s=start_timeout_s)
-    except BaseException:
-        with _shared_lock:
-            server._reference_count -= 1
-        raise
+    server = EmbeddedServer(place, start_timeout_s=start_timeout_s, is_shared=True)
+    server.start()
     return server
-
-
-def release_server(server: EmbeddedServer) -> None:
-    """Drop a reference to an acquired server; the last one in this process stops it."""
-    with _shared_lock:
-        server._reference_count = max(server._reference_count - 1, 0)
-        if server._reference_count > 0:
-            return
-        for key in [key for key, each in _shared.items() if each is server]:
-            del _shared[key]
-    server.stop()
 
 
 @dataclass
@@ -374,8 +348,13 @@ class _Crashes:
     count: int = 0
     at_s: float = 0.0
     last: supervisor.Report | None = None
+    last_id: str = ""
 
-    def add(self, report: supervisor.Report, *, lived_s: float) -> None:
+    def add(self, server_id: str, report: supervisor.Report, *, lived_s: float) -> None:
+        """Count a crash, once however many in this process have seen it."""
+        if server_id == self.last_id:
+            return
+        self.last_id = server_id
         self.count = 1 if lived_s >= STABLE_AFTER_S else self.count + 1
         self.at_s = time.monotonic()
         self.last = report
@@ -397,6 +376,10 @@ class _Crashes:
         time.sleep(max(0.0, min(backoff_s - since_s, deadline_s - time.monotonic())))
 
 
+_crashes_by_key: dict[str, _Crashes] = {}
+"""Of servers that are shared: whoever starts one anew remembers how often it failed."""
+
+
 def make_port_error(port: int) -> ServerStartError:
     """Make the error that says that somebody else listens on a port."""
     return ServerStartError(
@@ -411,11 +394,3 @@ def _find_free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _renew_shared_lock() -> None:
-    global _shared_lock
-    _shared_lock = threading.RLock()
-
-
-fork.in_child(_renew_shared_lock)

@@ -120,9 +120,12 @@ class Connection:
         return all(replica.server is not None for replica in self.pool.replicas)
 
     def serves_as(self, other: Connection) -> bool:
-        """Whether both lead to the same server of our own."""
-        servers = [[each.server for each in one.pool.replicas] for one in (self, other)]
-        return servers[0] == servers[1]
+        """Whether both lead to servers of our own over the same content."""
+        keys = [
+            [each.server and each.server.content_key for each in one.pool.replicas]
+            for one in (self, other)
+        ]
+        return keys[0] == keys[1]
 
     def find_model(self, name: str | None, fingerprint: str | None, deadline: Deadline) -> Model:
         """Return the model `name`, or the only one, asking the servers unless one just answered.

@@ -38,6 +38,10 @@ class ServerHandle(Protocol):
         """Another one after each start."""
 
     @property
+    def content_key(self) -> str:
+        """Of what it was made."""
+
+    @property
     def is_running(self) -> bool:
         """Whether it is up."""
 

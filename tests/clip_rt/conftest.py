@@ -10,7 +10,7 @@ import tiny_repository
 from owners import Owner
 
 import clip_rt
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def bare_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(repository: Path) -> Iterator[EmbeddedServer]:
     server = acquire_server(repository)
     yield server
-    release_server(server)
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import clip_rt
+from clip_rt.embedded.server import EmbeddedServer
+
 ROOT = Path(__file__).parents[2]
 GONE_WITHIN_S = 5.0
 
@@ -70,6 +73,15 @@ class Owner:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.communicate(timeout=60)
+
+
+def find_server(client: clip_rt.Client) -> EmbeddedServer:
+    """Return a client's reference to its embedded server."""
+    connection = client._session.connection
+    assert connection is not None
+    (replica,) = connection.pool.replicas
+    assert isinstance(replica.server, EmbeddedServer)
+    return replica.server
 
 
 def find_remains(owner_pid: int) -> list[str]:

@@ -17,13 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_repository
-from owners import find_processes, find_remains, is_listening, read_command, wait_until
+from owners import (
+    find_processes,
+    find_remains,
+    find_server,
+    is_listening,
+    read_command,
+    wait_until,
+)
 from PIL import Image
 from stopping import stopped
 
 import clip_rt
 from clip_rt import client as client_module
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.requests.dynamic_batching import MAX_IN_FLIGHT
 from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 
@@ -43,13 +50,6 @@ def encode(image, kind="PNG"):
 def shade(index):
     """Make an image of its own for each index below 16 million."""
     return solid((index % 256, index // 256 % 256, index // 65536), (64, 64))
-
-
-def find_own(repository: Path) -> EmbeddedServer:
-    """Return the server that this process's clients of a repository share."""
-    server = acquire_server(repository)
-    release_server(server)
-    return server
 
 
 def list_own(server: EmbeddedServer, pattern: str) -> list[int]:
@@ -287,7 +287,7 @@ def test_other_weights_after_a_restart_are_noticed_and_old_vectors_not_used(tmp_
     tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=tmp_path) as client:
         client.class_embeddings(["red"])
-        held = find_own(tmp_path)
+        held = find_server(client)
         for name in ("tiny_image", "tiny_text"):
             config = tmp_path / name / "config.pbtxt"
             config.write_text(config.read_text().replace("a" * 64, "b" * 64))
@@ -303,7 +303,7 @@ def test_a_stopped_server_times_out_at_the_deadline_and_works_again(tmp_path):
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=1.0) as client:
         before = client.encode_images(solid((1, 2, 3)), timeout_s=30)
-        server = find_own(repository)
+        server = find_server(client)
         (pid,) = list_own(server, "bin/tritonserver")
         stopped_id = server.server_id
         with stopped(pid):
@@ -321,7 +321,7 @@ def test_a_killed_server_comes_back_within_the_call(tmp_path, victim):
     repository = tiny_repository.write(tmp_path)  # its own: others share the session's server
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         before = client.encode_images([shade(index) for index in range(200)])
-        server = find_own(repository)
+        server = find_server(client)
 
         def images():
             for index in range(200):
@@ -337,7 +337,7 @@ def test_a_server_killed_between_two_calls_comes_back_before_anyone_noticed(tmp_
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository) as client:
         before = client.encode_images(shade(1))
-        (pid,) = list_own(find_own(repository), "bin/tritonserver")
+        (pid,) = list_own(find_server(client), "bin/tritonserver")
         time.sleep(1.1 * HEALTH_CHECK_AFTER_S)  # The next call asks for the model first.
         os.kill(pid, signal.SIGKILL)
         np.testing.assert_array_equal(client.encode_images(shade(1)), before)
@@ -385,7 +385,7 @@ def test_clients_of_one_repository_share_a_server_until_the_last_closes(bare_rep
     first, second = clip_rt.Client(repository=tmp_path), clip_rt.Client(repository=tmp_path)
     first.encode_texts(["red"])
     second.encode_texts(["red"])
-    url = find_own(tmp_path).url
+    url = find_server(first).url
     first.close()
     assert second.encode_texts(["red"]).shape == (1, 8)
     del second

@@ -53,13 +53,13 @@ import numpy as np
 import pytest
 import tiny_repository
 from fault_proxy import Corrupt, CutAfter, Delay, Drip, FaultProxy, Stall
-from owners import list_pids, read_command, wait_until
+from owners import find_server, list_pids, read_command, wait_until
 from PIL import Image
 from stopping import stopped
 
 import clip_rt
 from clip_rt import testing
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.requests.replica import HEALTH_CHECK_AFTER_S
 from clip_rt.requests.retries import RetryBudget
 
@@ -146,8 +146,7 @@ def test_f01_a_server_killed_with_32_requests_in_flight_mixes_up_nothing(tmp_pat
     repository = tiny_repository.write(tmp_path)
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         client.encode_images(shade(0))
-        server = acquire_server(repository)
-        release_server(server)
+        server = find_server(client)
         pid = find_own(server, "bin/tritonserver")
         with stopped(pid), ThreadPoolExecutor(32) as pool:
             calls = [pool.submit(client.encode_images, shades(i, i + 32)) for i in range(32)]
@@ -440,8 +439,7 @@ def test_f12_a_killed_python_process_leaves_no_shared_memory(tmp_path, truth):
 
     with clip_rt.Client(repository=repository, timeout_s=60.0) as client:
         client.encode_images(shade(0))
-        server = acquire_server(repository)
-        release_server(server)
+        server = find_server(client)
         first = server.server_id
         num_pages = len(list_pages(first))
         assert num_pages > 0
@@ -450,8 +448,7 @@ def test_f12_a_killed_python_process_leaves_no_shared_memory(tmp_path, truth):
             np.testing.assert_allclose(
                 client.encode_images(shade(index)), truth[[index]], atol=1e-6
             )
-        server = acquire_server(repository)
-        release_server(server)
+        server = find_server(client)
         assert wait_until(lambda: len(list_pages(server.server_id)) == num_pages)
         if server.server_id != first:
             assert wait_until(lambda: not list_pages(first))

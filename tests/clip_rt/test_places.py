@@ -45,8 +45,8 @@ server.find_home = lambda: replace(find_home(), python=python)
 assert str(place) in str(find_home().stub), find_home()
 with clip_rt.Client(repository=place / "models") as client:
     print(*client.zero_shot([str(place / "red.png")], ["blue", "red"], templates=["{}"]).best)
-    (held,) = server._shared.values()
-    print(held._run._folder)
+    (replica,) = client._session.connection.pool.replicas
+    print(replica.server._run._folder)
 """
 
 

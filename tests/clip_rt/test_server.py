@@ -30,7 +30,7 @@ import clip_rt
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import installation
 from clip_rt.embedded import server as server_module
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
 from clip_rt.wire.model_config import read_config
 from clip_rt.wire.transport import Transport
 
@@ -209,6 +209,11 @@ def test_it_is_gone_however_its_owner_ends(start_owner, bare_repository):
         assert len(owner.helpers) == 3, end  # Supervisor, server, stub.
 
 
+def test_a_start_may_take_as_long_as_it_takes(bare_repository):
+    with EmbeddedServer(bare_repository, start_timeout_s=float("inf")) as server:
+        assert is_listening(server.url)
+
+
 def test_it_outlives_the_thread_that_started_it(bare_repository):
     server = EmbeddedServer(bare_repository)
     thread = threading.Thread(target=server.start)
@@ -278,10 +283,10 @@ def test_a_server_that_somebody_else_runs_is_not_taken_for_ours(
 
 def test_clients_share_one_server_until_the_last_releases_it(bare_repository):
     first, second = acquire_server(bare_repository), acquire_server(bare_repository)
-    assert first is second
-    release_server(first)
+    assert first.server_id == second.server_id
+    first.stop()
     assert second.is_running
-    release_server(second)
+    second.stop()
     assert not second.is_running
 
 

@@ -26,13 +26,13 @@ import clip_rt
 from clip_rt.embedded import server as server_module
 from clip_rt.embedded import sharing
 from clip_rt.embedded.installation import find_home, find_models
-from clip_rt.embedded.server import EmbeddedServer, acquire_server, release_server
+from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 pytestmark = pytest.mark.slow
 
 SHARER = """
 import sys
-from clip_rt.embedded.server import acquire_server, release_server
+from clip_rt.embedded.server import acquire_server
 server = acquire_server(sys.argv[1])
 print(server.server_id, server.url, flush=True)
 for line in sys.stdin:
@@ -41,7 +41,7 @@ for line in sys.stdin:
         server.start()
         print(server.server_id, server.url, flush=True)
     elif line == "leave\\n":
-        release_server(server)
+        server.stop()
         print("left", flush=True)
 """
 
@@ -134,9 +134,9 @@ def test_after_an_export_new_processes_get_a_new_server_and_others_keep_theirs(
             assert other.read_line() == f"{new.server_id} {new.url}"
             assert old.is_running
         finally:
-            release_server(new)
+            new.stop()
     finally:
-        release_server(old)
+        old.stop()
     assert other.ask("leave") == "left"
 
 
@@ -185,7 +185,7 @@ def test_servers_lie_where_only_their_user_can_enter(own_repository, place):
         assert stat.S_IMODE(place.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert server.server_id.removeprefix("clip_rt-") in folder.name
     finally:
-        release_server(server)
+        server.stop()
     assert not place.exists()
 
 
@@ -254,7 +254,7 @@ def test_a_stopped_process_that_holds_the_lock_is_not_waited_for_for_ever(own_re
     finally:
         os.close(descriptor)
     server = acquire_server(own_repository)
-    release_server(server)
+    server.stop()
 
 
 def test_a_path_longer_than_a_socket_may_have_will_do(own_repository, tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_a_path_longer_than_a_socket_may_have_will_do(own_repository, tmp_path, 
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     server = acquire_server(own_repository)
-    release_server(server)
+    server.stop()
     assert not list(deep.iterdir())
 
 
@@ -321,7 +321,7 @@ def test_one_that_dies_again_and_again_is_left_alone_for_a_while(own_repository,
         monkeypatch.setattr(server_module, "COOL_DOWN_S", 0.0)
         server.start()
     finally:
-        release_server(server)
+        server.stop()
 
 
 def test_one_that_never_starts_is_not_tried_each_time(own_repository, monkeypatch):
@@ -337,4 +337,4 @@ def test_one_that_never_starts_is_not_tried_each_time(own_repository, monkeypatc
     assert time.monotonic() - start_s < 0.5
     # What is repaired is tried at once.
     model.write_text("class TritonPythonModel:\n    pass\n")
-    release_server(acquire_server(own_repository))
+    acquire_server(own_repository).stop()

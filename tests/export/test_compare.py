@@ -13,7 +13,7 @@ import tiny_clip as tiny
 from exported import Exported, export_towers
 from PIL import Image
 
-from clip_rt.embedded.server import acquire_server, release_server
+from clip_rt.embedded.server import acquire_server
 from clip_rt.errors import InputError
 from export import compare, drift
 from export.compare import CompareConfig, main
@@ -265,7 +265,7 @@ def test_a_running_server_and_no_samples(models, capsys):
         assert end.value.code == 1
         assert re.match("error: .*serves no shoes_image with shoes_text", capsys.readouterr().err)
     finally:
-        release_server(server)
+        server.stop()
 
 
 @served

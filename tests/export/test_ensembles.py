@@ -16,7 +16,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import clip_rt
-from clip_rt.embedded.server import acquire_server, release_server
+from clip_rt.embedded.server import acquire_server
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS
 from export.ensembles import folder_names, read_limits
@@ -75,7 +75,7 @@ def served(tmp_path_factory) -> Iterator[tuple[grpc.InferenceServerClient, clip_
         ):
             yield bare, client
     finally:
-        release_server(server)
+        server.stop()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="no embedded server")
@@ -226,4 +226,4 @@ def test_a_limit_of_the_ensembles_holds_and_is_the_one_its_error_names(repositor
             with pytest.raises(InferenceServerException, match=r"at most 3,080 .* max_pixels"):
                 ask(bare, "drawings_jpeg", "image", [encoded_images()[0]])
     finally:
-        release_server(server)
+        server.stop()

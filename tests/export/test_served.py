@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import clip_rt
-from clip_rt.embedded.server import acquire_server, release_server
+from clip_rt.embedded.server import acquire_server
 
 ROOT = Path(__file__).parents[2]
 TEXTS = (
@@ -79,7 +79,7 @@ def client(reference, tmp_path_factory):
         with clip_rt.Client(repository=folder / "models", timeout_s=300) as client:
             yield client
     finally:
-        release_server(server)
+        server.stop()
 
 
 def assert_same_embeddings(found: np.ndarray, expected: np.ndarray):
