@@ -16,7 +16,9 @@ from clip_rt.deadline import Deadline, check_timeout
 from clip_rt.embedded.bundled import choose_repository
 from clip_rt.errors import ClientClosedError, InputError, ModelReplacedError, ServerTimeoutError
 from clip_rt.requests.connection import Connection, Model
+from clip_rt.requests.replica import Replica, connect_to
 from clip_rt.wire.channel import TLS, split_urls
+from clip_rt.wire.transport import Transport
 
 URL_VARIABLE = "CLIP_RT_URL"
 
@@ -169,12 +171,13 @@ class Session:
         target = self._target
         source = choose_source(target.urls, target.repository)
         if not isinstance(source, Path):
-            return Connection.to_urls(source, headers=target.headers, tls=target.tls)
+            transports = (Transport(url, headers=target.headers, tls=target.tls) for url in source)
+            return Connection([Replica(transport) for transport in transports])
         # Here, because it needs Linux, and a client of a remote server does not.
         from clip_rt.embedded.server import acquire_server
 
         server = acquire_server(source, start_timeout_s=target.start_timeout_s)
-        return Connection.to_server(server, on_close=server.stop)
+        return Connection([Replica(connect_to(server), server)])
 
     def reload(self, *, timeout_s: float | None = None) -> bool:
         """Take what the repository of the embedded server holds now; see `Client.reload`."""
@@ -183,7 +186,7 @@ class Session:
         with self._reloading_alone(timeout_s + self._target.start_timeout_s):
             with self.begun(timeout_s) as (model, _):
                 before = model.connection
-            if not before.is_own:
+            if before.content_key is None:
                 raise InputError(
                     f"the server at {before.urls} is not this client's own, so it cannot have it "
                     "reload its models. Of a `python -m clip_rt serve`: python -m clip_rt reload "
@@ -191,7 +194,7 @@ class Session:
                 )
             found = self._connect()
             try:
-                is_new = not found.serves_as(before)
+                is_new = found.content_key != before.content_key
                 if is_new:
                     deadline = Deadline.after(timeout_s)
                     found.find_model(self._target.model, self._target.fingerprint, deadline)

@@ -63,7 +63,6 @@ class _DamagedError(Exception):
 @dataclass(frozen=True)
 class _Segment:
     path: Path
-    namespace: str
     head_sha256: str
     status: os.stat_result
 
@@ -175,7 +174,7 @@ class DiskCache:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    segments.append(_Segment(Path(entry.path), name[1], name[2], status))
+                    segments.append(_Segment(Path(entry.path), name[2], status))
         return segments
 
     def _read_segment(

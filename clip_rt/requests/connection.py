@@ -27,10 +27,9 @@ from clip_rt.errors import (
     UnknownModelError,
 )
 from clip_rt.requests.dynamic_batching import DynamicBatcher
-from clip_rt.requests.replica import Replica, ServerHandle, connect_to
+from clip_rt.requests.replica import Replica
 from clip_rt.requests.server_pool import ServerPool
 from clip_rt.specs import image_model, text_model
-from clip_rt.wire.channel import TLS
 from clip_rt.wire.contract import Towers, check_towers, find_differences
 from clip_rt.wire.manifest import Manifest
 from clip_rt.wire.messages import ServedModel
@@ -80,11 +79,8 @@ class Description(NamedTuple):
 class Connection:
     """One or several servers, and the model last found on them. Thread-safe; to be closed."""
 
-    def __init__(
-        self, replicas: Sequence[Replica], *, on_close: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, replicas: Sequence[Replica]) -> None:
         self.pool = ServerPool(replicas)
-        self._on_close = on_close
         self._model: Model | None = None
         self._lock = threading.Lock()
         self._checking = threading.Lock()
@@ -93,39 +89,16 @@ class Connection:
         self._is_retired = False
         fork.restart_in_child(self, Connection._restart_after_fork)
 
-    @classmethod
-    def to_urls(
-        cls,
-        urls: Sequence[str],
-        *,
-        headers: Mapping[str, str] | None = None,
-        tls: TLS | None = None,
-    ) -> Connection:
-        """Connect to running servers, at the first request."""
-        return cls([Replica(Transport(url, headers=headers, tls=tls)) for url in urls])
-
-    @classmethod
-    def to_server(cls, server: ServerHandle, *, on_close: Callable[[], object]) -> Connection:
-        """Connect to a server that this process started, and starts again when it dies."""
-        return cls([Replica(connect_to(server), server)], on_close=on_close)
-
     @property
     def urls(self) -> str:
         """All addresses, for messages."""
         return self.pool.urls
 
     @property
-    def is_own(self) -> bool:
-        """Whether it leads to a server that this process started."""
-        return all(replica.server is not None for replica in self.pool.replicas)
-
-    def serves_as(self, other: Connection) -> bool:
-        """Whether both lead to servers of our own over the same content."""
-        keys = [
-            [each.server and each.server.content_key for each in one.pool.replicas]
-            for one in (self, other)
-        ]
-        return keys[0] == keys[1]
+    def content_key(self) -> str | None:
+        """What a server of our own was made of; None of a server of somebody else."""
+        server = self.pool.replicas[0].server
+        return None if server is None else server.content_key
 
     def find_model(self, name: str | None, fingerprint: str | None, deadline: Deadline) -> Model:
         """Return the model `name`, or the only one, asking the servers unless one just answered.
@@ -197,7 +170,8 @@ class Connection:
             return
         for replica in self.pool.replicas:
             replica.transport.close()
-        self._on_close()
+            if replica.server is not None:
+                replica.server.stop()
 
     def _restart_after_fork(self) -> None:
         """Begin anew in a forked child: locks may be held, and nothing under way comes back."""
@@ -297,7 +271,8 @@ class Connection:
             # That one caller was in a hurry says little about a server.
             if found or not isinstance(error, ServerTimeoutError):
                 self.pool.mark_unhealthy(replica)
-        return found, errors
+        # In the order they are named, whoever was the first to answer.
+        return {each: found[each] for each in asked if each in found}, errors
 
     def _choose(self, found: Mapping[Replica, Description]) -> Model:
         """Return the model in use if somebody still has it, else the one that all have."""

@@ -52,6 +52,9 @@ class ServerHandle(Protocol):
     def start(self, *, timeout_s: float | None = None) -> str:
         """Start it unless it runs, and return its url."""
 
+    def stop(self) -> None:
+        """Release it."""
+
 
 class Replica:
     """A server and what is known of it. Its pool guards it with a lock.
