@@ -244,19 +244,21 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection; calls on their way end with `ClientClosedError`."""
+        self._is_closed = True
+        # It may wait for ever: for what Ctrl-C left locked within gRPC, or a call left half begun.
+        closing = threading.Thread(target=self._hang_up, daemon=True)
+        closing.start()
+        closing.join(CHANNEL_CLOSE_TIMEOUT_S)
+
+    def _hang_up(self) -> None:
         with self._lock:
-            self._is_closed = True
             channel, self._channel = self._channel, None
         # Those on a connection that was given up before end by this alone.
         for future in self._pending.copy():
             future.cancel()
         # Without the lock, for which callbacks of the calls that end now may wait.
         if channel is not None:
-            # It waits until every call has ended, and one whose start was interrupted by Ctrl-C
-            # never does.
-            closing = threading.Thread(target=channel.close, daemon=True)
-            closing.start()
-            closing.join(CHANNEL_CLOSE_TIMEOUT_S)
+            channel.close()
 
     def _ask(self, method: str, request: Any, deadline: Deadline) -> Any:
         return self._receive(self.send(method, request, deadline), deadline)

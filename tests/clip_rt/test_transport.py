@@ -252,6 +252,17 @@ def test_the_real_server_describes_its_models(real):
         real.describe(["nope"], Deadline.after(5))
 
 
+def test_it_closes_though_an_interrupted_thread_left_a_lock(fake):
+    _, transport = fake
+    infer(transport)
+    start_s = time.monotonic()
+    with transport._lock:
+        transport.close()
+    assert time.monotonic() - start_s < 5
+    with pytest.raises(clip_rt.ClientClosedError):
+        infer(transport)
+
+
 def test_a_stopped_server_times_out_at_the_deadline_and_works_again(server, real):
     with stopped(find_server(server)):
         start_s = time.monotonic()
