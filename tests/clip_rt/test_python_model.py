@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_repository
-from owners import find_processes
+from owners import find_processes, wait_until
 from transport_calls import infer
 
 import clip_rt
@@ -149,9 +149,17 @@ def serve(repository: Path, capfd) -> str:
         Its log.
     """
     capfd.readouterr()
+    log, num_models = "", len(list(repository.iterdir()))
+
+    def has_all() -> bool:
+        nonlocal log
+        log += capfd.readouterr().err
+        return log.count(" is run by ") >= num_models
+
     with EmbeddedServer(repository, shows_log=True):
-        pass
-    return capfd.readouterr().err
+        # What the processes of models log may come a moment after the server is ready.
+        wait_until(has_all)
+    return log + capfd.readouterr().err
 
 
 @pytest.fixture
