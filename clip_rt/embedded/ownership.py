@@ -1,4 +1,4 @@
-"""One process's reference to a server: a connection to its supervisor, from handshake to report.
+"""One owner's reference to a server: a connection to its supervisor, from handshake to report.
 
 The kernel closes the connection on any end of the process, and that is all the supervisor goes by.
 """
