@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from benchmarks.findings import Row, Run
-from benchmarks.report import answers, plots, style, words
+from benchmarks.report import answers, plots, words
 
 TEMPLATE = "page.html"
 
@@ -28,28 +28,12 @@ def render_page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        {
-            "suite": words.suite,
-            "label": words.label,
-            "number": words.number,
-            "duration": words.duration,
-            "times": words.times,
-            "percent": words.percent,
-            "plus_minus": words.plus_minus,
-            "low_to_high": words.low_to_high,
-            "cosine": words.cosine,
-            "plain": _plain,
-            "top1": lambda name: answers.top1(run, name),
-        }
-    )
-    colours = {
-        each.name: f"var(--{style.of_contender(each, each.name).name})" for each in run.contenders
-    }
+    names = "suite label number duration times percent plus_minus low_to_high cosine".split()
+    environment.filters.update({name: getattr(words, name) for name in names})
+    environment.filters.update(plain=_plain, top1=lambda name: answers.top1(run, name))
     return environment.get_template(TEMPLATE).render(
         run=run,
-        colour_of=lambda name: colours.get(name, "var(--other-peer)"),
-        colours=Markup(style.css()),
+        colour_of=lambda name: plots.colour_of(run, name),
         headline=answers.headline(run),
         remarks=answers.remarks(run),
         machine=answers.machine(run),
