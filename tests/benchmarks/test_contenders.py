@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec as find_module
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +173,7 @@ def test_what_is_no_plant_is_refused(text):
 
 def test_every_contender_is_named_once_and_has_a_module():
     expected = "onnxruntime, openvino, openvino int8, triton onnxruntime, triton openvino, "
-    expected += "triton int8, tensorrt, open_clip, transformers, onnx_clip, infinity"
+    expected += "triton int8, tensorrt, open_clip, transformers, infinity"
     assert ", ".join(contenders.NAMES) == expected
     for name in contenders.NAMES:
         assert (ROOT / f"benchmarks/contenders/{contenders.find(name).module}.py").is_file()
@@ -619,10 +618,3 @@ with ContenderProcess(facts, order) as contender:
         asker.send_signal(number)
         asker.wait(30)
     wait_for_end(pids)
-
-
-def test_onnx_clip_is_absent_where_it_is_not_installed():
-    if find_module("onnx_clip") is not None:
-        pytest.skip("it is installed")
-    reason = contenders.why_absent("onnx_clip", find_spec("ViT-B/32"))
-    assert reason == "onnx_clip is not installed"
