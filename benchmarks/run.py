@@ -210,7 +210,6 @@ def measure(
             pictures=Pictures(folder=cache / "pictures"),
             progress=progress,
             reference=running.reference,
-            write_items=running.write_items,
             served=running.served,
             # Now, so that there are some whatever happens.
             probe_s=probe.time(NUM_FIRST_PROBES),

@@ -2,7 +2,7 @@
 
     kit = make_kit("ViT-B/32", "random", default_folder(), find_needs(names, spec))
     with start("openvino int8", kit) as contender:
-        contender.load("one", "pixels", save_items(folder / "one", "pixels", pixels))
+        contender.load("one", "pixels", pixels)
         contender.time("one", 10)
 
 Nothing is imported of a contender until its own process does it.

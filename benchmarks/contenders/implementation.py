@@ -43,7 +43,7 @@ class Implementation(ABC):
     """What makes the calls, where that is a client, which can tell where the time goes."""
 
     def prepare(self, call: CallKind, items: Any) -> Any:
-        """Bring items, as `items.read_items` returns them, to the form its call takes; untimed."""
+        """Bring items, as `findings.CallKind` has them, to the form its call takes; untimed."""
         return items
 
     @abstractmethod

@@ -142,15 +142,15 @@ class ContenderProcess:
         """Who it is and how it started; `peak_rss_mib` up to now, or to its end."""
         return self._facts
 
-    def load(self, key: str, call: CallKind, items_file: Path) -> None:
-        """Let it read items and bring them to the form its call takes; untimed.
+    def load(self, key: str, call: CallKind, items: Any) -> None:
+        """Let it bring items to the form its call takes; untimed.
 
         Args:
             key: What they are called from now on; what had that name is forgotten.
             call: What they are for; one of `calls`.
-            items_file: What `items.save_items` returned.
+            items: As `findings.CallKind` has them.
         """
-        self._ask("load", key, call, items_file.absolute())
+        self._ask("load", key, call, items)
 
     def forget(self, key: str) -> None:
         """Let it give back the memory of items."""

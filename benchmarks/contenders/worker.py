@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +27,6 @@ from numpy.typing import NDArray
 
 import clip_rt
 from benchmarks.contenders.implementation import Implementation, Planted, UnfitError
-from benchmarks.contenders.items import read_items, split_items
 from benchmarks.contenders.process import LoadResult, Order
 from benchmarks.findings import CallKind
 from clip_rt.wire.canary import TEXT, draw_image
@@ -66,11 +64,10 @@ class Worker:
         self._implementation.run(call, prepared)
         return time.perf_counter() - start_s
 
-    def load(self, key: str, call: CallKind, items_file: Path) -> None:
-        """Read and prepare items."""
+    def load(self, key: str, call: CallKind, items: Any) -> None:
+        """Prepare items."""
         if call not in self._implementation.calls:
             raise ValueError(f"it has no call for {call}.")
-        items = read_items(items_file, call)
         self._loaded[key] = Loaded(call, items, self._implementation.prepare(call, items), {})
 
     def forget(self, key: str) -> None:
@@ -173,6 +170,20 @@ class Worker:
                 latencies_s.append(time.perf_counter() - since_s)
 
         return call
+
+
+def split_items(call: CallKind, items: Any, size: int) -> list[Any]:
+    """Return the items in parts of `size`, without the rest that would be smaller.
+
+    Raises:
+        ValueError: there are fewer items than that.
+    """
+    singles, labels = items if call == "zero_shot" else (items, None)
+    starts = range(0, len(singles) - size + 1, size)
+    if not starts:
+        raise ValueError(f"{len(singles)} items are not enough for calls of {size}.")
+    parts = [singles[start : start + size] for start in starts]
+    return parts if labels is None else [(part, labels) for part in parts]
 
 
 def _tell(failures: list[str]) -> None:

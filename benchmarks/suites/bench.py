@@ -130,7 +130,6 @@ class Bench:
     progress: Progress
     reference: Callable[[Case], Embeddings]
     """What FP32 answers."""
-    write_items: Callable[[Case], Path]
     served: Mapping[str, tuple[Path, str]]
     """Of those that the embedded Triton serves: the model repository, and the model's name."""
     probe_s: list[float] = field(default_factory=list)
@@ -171,7 +170,6 @@ class Bench:
             `notes`. Each is told once for each case, in whatever start it was seen first.
         """
         if case.key not in self._admitted:
-            file = self.write_items(case)
             if case.key not in self._reference:
                 self.progress.say(f"{case.key}: reference")
                 self._reference[case.key] = self.reference(case)
@@ -182,7 +180,7 @@ class Bench:
                     continue
                 self.progress.say(f"{case.key}: answers of {name}")
                 try:
-                    contender.load(case.key, case.call, file)
+                    contender.load(case.key, case.call, case.items)
                     cosines = row_cosines(contender.answer(case.key), expected)
                 except Exception as error:  # The others are still worth their time.
                     self._tell(self.failures, case, name, f"{case.key}: {name} raised {error!r}")

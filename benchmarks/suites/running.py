@@ -16,7 +16,6 @@ import clip_rt
 from benchmarks import contenders, findings
 from benchmarks.contenders import REFERENCE, AbsentError
 from benchmarks.contenders.implementation import Plant
-from benchmarks.contenders.items import save_items
 from benchmarks.contenders.kit import FailedError, Form, Kit, copy_models, make_kit, run_module
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
@@ -173,18 +172,10 @@ class RunningContenders:
         if self._reference is None:
             name = REFERENCE.name if self._wishes.repository is None else "onnxruntime"
             self._reference = self._start(name, None)
-        self._reference.load(case.key, case.call, self.write_items(case))
+        self._reference.load(case.key, case.call, case.items)
         answer = self._reference.answer(case.key)
         self._reference.forget(case.key)
         return answer
-
-    def write_items(self, case: Case) -> Path:
-        """Write the items of a case for the processes of the contenders."""
-        folder = self._scratch / re.sub(r"\W+", "_", case.key)
-        if not folder.is_dir():
-            folder.mkdir()
-            return save_items(folder / "items", case.call, case.items)
-        return next(folder.iterdir())
 
     def close(self) -> None:
         """End everyone."""

@@ -25,9 +25,9 @@ from benchmarks import contenders, findings
 from benchmarks.contenders import AbsentError, ContenderError, forms, start
 from benchmarks.contenders.implementation import Plant, Planted, parse_plant
 from benchmarks.contenders.infinity import find_executable
-from benchmarks.contenders.items import count_items, read_items, save_items, split_items
 from benchmarks.contenders.kit import Kit, make_kit
 from benchmarks.contenders.process import ContenderProcess, Order
+from benchmarks.contenders.worker import split_items
 from clip_rt import tokenize
 from clip_rt.errors import InputError, UnknownModelError
 from clip_rt.specs import END_OF_TEXT, MODELS, find_spec
@@ -61,10 +61,9 @@ def make_items(side_px: int) -> dict[str, object]:
     }
 
 
-def load_all(contender: ContenderProcess, items: dict[str, object], folder: Path) -> None:
-    folder.mkdir()
+def load_all(contender: ContenderProcess, items: dict[str, object]) -> None:
     for call in sorted(contender.calls):
-        contender.load(call, call, save_items(folder / call, call, items[call]))
+        contender.load(call, call, items[call])
 
 
 def min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
@@ -92,25 +91,16 @@ def wait_for_end(pids: list[int], limit_s: float = 20.0) -> None:
 
 
 @pytest.mark.parametrize("call", ["pixels", "jpegs", "texts", "classifier", "zero_shot"])
-def test_items_come_back_as_they_were(call, tmp_path):
+def test_items_are_dealt_out_in_parts_of_a_size(call):
     items = make_items(32)[call]
-    back = read_items(save_items(tmp_path / "items", call, items), call)
-    if isinstance(items, np.ndarray):
-        np.testing.assert_array_equal(back, items)
-        assert back.dtype == items.dtype
-    else:
-        assert back == items
-    parts = split_items(call, back, 2)
-    assert len(parts) == count_items(call, items) // 2
-    assert all(count_items(call, part) == 2 for part in parts)
+    parts = split_items(call, items, 2)
+    singles = [part[0] for part in parts] if call == "zero_shot" else parts
+    whole = items[0] if call == "zero_shot" else items
+    assert [len(part) for part in singles] == [2] * (len(whole) // 2)
+    np.testing.assert_array_equal(np.concatenate(singles), whole[: 2 * len(singles)])
+    assert call != "zero_shot" or all(labels == LABELS for _, labels in parts)
     with pytest.raises(ValueError, match="not enough"):
-        split_items(call, back, 6)
-
-
-def test_items_that_are_objects_are_not_read(tmp_path):
-    np.save(tmp_path / "items.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle"):
-        read_items(tmp_path / "items.npy", "pixels")
+        split_items(call, items, 6)
 
 
 # Plants
@@ -219,14 +209,14 @@ def drawings(tmp_path_factory) -> Kit:
 
 
 @pytest.fixture(scope="module")
-def expected(drawings, tmp_path_factory) -> dict[str, np.ndarray]:
+def expected(drawings) -> dict[str, np.ndarray]:
     with start("onnxruntime", drawings) as contender:
         items = make_items(drawings.spec.side_px)
-        load_all(contender, items, tmp_path_factory.mktemp("items") / "all")
+        load_all(contender, items)
         return {call: contender.answer(call) for call in contender.calls}
 
 
-def test_a_contender_says_what_it_is(drawings, tmp_path):
+def test_a_contender_says_what_it_is(drawings):
     with start("onnxruntime", drawings) as contender:
         facts = contender.facts
         assert facts.name == contender.name == "onnxruntime"
@@ -236,7 +226,7 @@ def test_a_contender_says_what_it_is(drawings, tmp_path):
         assert 0 < facts.startup.first_answer_s < 30
         now, peak = contender.memory_mib()
         assert 30 < now <= peak < 2000
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         times_s = contender.time("pixels", 3)
         assert len(times_s) == 3
         assert min(times_s) > 1e-4
@@ -250,15 +240,15 @@ def test_a_contender_says_what_it_is(drawings, tmp_path):
     assert contender.facts.startup.peak_rss_mib >= peak
 
 
-def test_openvino_says_which_operators_take_the_time(drawings, tmp_path):
+def test_openvino_says_which_operators_take_the_time(drawings):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), dtype=np.uint8)
     with start("openvino", drawings) as contender:
-        contender.load("many", "pixels", save_items(tmp_path / "many", "pixels", pixels))
+        contender.load("many", "pixels", pixels)
         _, peak_before = contender.memory_mib()
         calls = contender.stages("many", 3)
         _, peak = contender.memory_mib()
         assert peak - peak_before < 40  # The second copy was elsewhere.
-        contender.load("texts", "texts", save_items(tmp_path / "texts", "texts", TEXTS))
+        contender.load("texts", "texts", TEXTS)
         with pytest.raises(ContenderError, match="only the image tower"):
             contender.stages("texts", 1)
         assert contender.answer("many").shape == (32, 256)
@@ -271,9 +261,9 @@ def test_openvino_says_which_operators_take_the_time(drawings, tmp_path):
         assert {"matrix products", "elementwise"} <= set(call)
 
 
-def test_an_idle_contender_burns_nothing(drawings, tmp_path):
+def test_an_idle_contender_burns_nothing(drawings):
     with start("openvino", drawings) as contender:
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         contender.time("pixels", 20)
         process = psutil.Process(contender._process.pid)
         time.sleep(0.3)
@@ -295,18 +285,18 @@ def find_runtimes(contender: ContenderProcess) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["openvino", "triton openvino"])
-def test_all_answer_the_same(name, drawings, expected, tmp_path):
+def test_all_answer_the_same(name, drawings, expected):
     if name == "triton openvino":
         shutil.copytree(drawings.repository("onnxruntime"), drawings.repository("openvino"))
         configure(drawings.repository("openvino"), "drawings", runtime="openvino")
     with start(name, drawings) as contender:
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         check_answers(contender, expected)
         if name == "triton openvino":
             assert find_runtimes(contender) == {"libopenvino"}
 
 
-def test_the_int8_model_is_the_one_that_is_run(drawings, expected, tmp_path):
+def test_the_int8_model_is_the_one_that_is_run(drawings, expected):
     openvino = pytest.importorskip("openvino")
     for tower in ("image", "text"):
         file = drawings.tower("int8", tower, "model.xml")
@@ -315,13 +305,13 @@ def test_the_int8_model_is_the_one_that_is_run(drawings, expected, tmp_path):
         openvino.save_model(model, file, compress_to_fp16=True)
     with start("openvino int8", drawings) as contender:
         assert contender.facts.precision == "int8"
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         assert min_cosine(contender.answer("pixels"), expected["pixels"]) > 0.999
 
 
-def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expected, tmp_path):
+def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expected):
     with start("triton onnxruntime", drawings) as contender:
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         check_answers(contender, expected)
         assert find_runtimes(contender) == {"onnxruntime_pybind"}
         pids = contender._ask("pids")
@@ -347,7 +337,7 @@ def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expe
     wait_for_end(pids)
 
 
-def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
+def test_a_remote_triton_is_asked_by_url(drawings, expected):
     from clip_rt.embedded.server import EmbeddedServer
 
     with (
@@ -358,15 +348,15 @@ def test_a_remote_triton_is_asked_by_url(drawings, expected, tmp_path):
         nowhere = pool.submit(start, "triton localhost:1", drawings)
         with start(f"triton {server.url}", drawings, model="drawings") as contender:
             assert contender._ask("pids") == []
-            load_all(contender, make_items(64), tmp_path / "items")
+            load_all(contender, make_items(64))
             assert min_cosine(contender.answer("jpegs"), expected["jpegs"]) > 0.99999
         with pytest.raises(AbsentError, match=r"triton localhost:1:"):
             nowhere.result(60)
 
 
-def test_a_planted_fault_is_there_in_the_process(drawings, expected, tmp_path):
+def test_a_planted_fault_is_there_in_the_process(drawings, expected):
     with start("onnxruntime", drawings, plant=Plant(is_wrong=True)) as contender:
-        load_all(contender, make_items(64), tmp_path / "items")
+        load_all(contender, make_items(64))
         assert min_cosine(contender.answer("pixels"), expected["pixels"]) < 0.99
         assert min_cosine(contender.answer("pixels"), np.roll(expected["pixels"], 1, 0)) > 0.9999
 
@@ -399,28 +389,27 @@ def peers(tiny) -> Iterator[dict[str, ContenderProcess]]:
 
 
 @pytest.fixture(scope="module")
-def of_torch(tiny, peers, tmp_path_factory) -> dict[str, np.ndarray]:
+def of_torch(tiny, peers) -> dict[str, np.ndarray]:
     with peers["torch"] as contender:
         items = make_items(tiny.spec.side_px)
-        load_all(contender, items, tmp_path_factory.mktemp("items") / "all")
+        load_all(contender, items)
         return {call: contender.answer(call) for call in contender.calls}
 
 
 @pytest.mark.parametrize("name", ["open_clip", "transformers", "infinity"])
-def test_peers_answer_as_our_own_model(name, tiny, peers, of_torch, tmp_path):
+def test_peers_answer_as_our_own_model(name, tiny, peers, of_torch):
     if name not in peers:
         pytest.skip("infinity is not installed; $CLIP_RT_INFINITY may name its environment")
     with peers[name] as contender:
         assert contender.calls >= {"jpegs", "texts"}
-        load_all(contender, make_items(tiny.spec.side_px), tmp_path / "items")
+        load_all(contender, make_items(tiny.spec.side_px))
         for call in contender.calls:
             assert min_cosine(contender.answer(call), of_torch[call]) > 0.9999, call
         pids = contender._ask("pids")
         if name == "infinity":
             assert pids
             assert contender.run_clients("jpegs", 4, 0.5).num_failed == 0
-            failing = save_items(tmp_path / "bad", "jpegs", [b"no picture"])
-            contender.load("bad", "jpegs", failing)
+            contender.load("bad", "jpegs", [b"no picture"])
             with pytest.raises(ContenderError, match="HTTP 4"):
                 contender.answer("bad")
     wait_for_end(pids)
@@ -554,19 +543,19 @@ def test_whatever_it_started_ends_with_it(fake):
     contender.close()
 
 
-def test_a_contender_that_dies_is_told_with_its_last_words(fake, tmp_path):
+def test_a_contender_that_dies_is_told_with_its_last_words(fake):
     with fake() as contender:
         pids = pids_of(contender)
-        contender.load("x", "texts", save_items(tmp_path / "x", "texts", ["die"]))
+        contender.load("x", "texts", ["die"])
         with pytest.raises(ContenderError, match=r"exit code 3.*\n?.*\n?the last words"):
             contender.answer("x")
     wait_for_end(pids, 5)
 
 
-def test_a_contender_that_hangs_is_given_up(fake, tmp_path):
+def test_a_contender_that_hangs_is_given_up(fake):
     with fake(call_limit_s=0.5) as contender:
         pids = pids_of(contender)
-        contender.load("x", "texts", save_items(tmp_path / "x", "texts", ["hang"]))
+        contender.load("x", "texts", ["hang"])
         with pytest.raises(ContenderError, match=r"more than 0\.5 s to answer"):
             contender.answer("x")
         with pytest.raises(ContenderError, match="given up on"):
@@ -592,14 +581,13 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from benchmarks import findings
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.items import save_items
 from benchmarks.contenders.process import ContenderProcess, Order
 from clip_rt.specs import find_spec
 folder = Path({str(tmp_path)!r})
 facts = findings.Contender(name="fake", what="a test", kind="runtime", precision="fp32")
 order = Order(module="fake_contender", kit=Kit(folder=folder, spec=find_spec("RN50")), options={{}})
 with ContenderProcess(facts, order) as contender:
-    contender.load("x", "texts", save_items(folder / "x", "texts", ["hang"]))
+    contender.load("x", "texts", ["hang"])
     print(contender._process.pid, *contender._ask("pids"), flush=True)
     contender.answer("x")
 """

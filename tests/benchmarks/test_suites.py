@@ -76,7 +76,7 @@ class Answering:
         self.calls = frozenset({"texts"})
         self.facts = Contender(name="x", what="", kind=kind, precision=precision)  # type: ignore[arg-type]
 
-    def load(self, key: str, call: str, file: Path) -> None:
+    def load(self, key: str, call: str, items: Any) -> None:
         pass
 
     def answer(self, key: str) -> Any:
@@ -108,7 +108,6 @@ def make_bench(tmp_path: Path, **contenders: Answering) -> Bench:
         pictures=Pictures(folder=tmp_path),
         progress=Progress(Console(quiet=True)),
         reference=lambda case: expected,
-        write_items=lambda case: tmp_path,
         served={},
     )
 
