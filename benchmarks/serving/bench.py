@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from rich.progress import track
 
 import clip_rt
 from benchmarks import photos
-from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
+from benchmarks.contenders.runtimes import Encode, load_onnxruntime, load_openvino
 from benchmarks.timing import take_rounds, time_once, way_of
 from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
@@ -52,7 +52,7 @@ class Bench:
     repository: Path
     """Holds `model` in FP32 and `INT8`."""
     scratch: Path
-    """For inputs of other processes and for caches."""
+    """For caches."""
     model: str
     num_images: int
     num_rounds: int
@@ -224,31 +224,24 @@ class BareRuntime:
 
     Args:
         file: The tower, ONNX.
-        inputs: Rows it may be asked for; saved to `scratch`.
-        scratch: Folder.
+        inputs: Rows it may be asked for.
         runtime: What runs it.
     """
 
-    def __init__(
-        self, file: Path, inputs: Array, scratch: Path, *, runtime: Runtime = "onnxruntime"
-    ) -> None:
-        rows_file = scratch / f"{file.parents[1].name}_inputs.npy"
-        np.save(rows_file, inputs)
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_run_bare, args=(theirs, file, rows_file, runtime), daemon=True
+    def __init__(self, file: Path, inputs: Array, *, runtime: Runtime = "onnxruntime") -> None:
+        self._pool = ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_load_bare,
+            initargs=(file, inputs, runtime),
         )
-        self._process.start()
-        theirs.close()
-        self._pipe.recv()
+        self.pid = self._pool.submit(os.getpid).result()
 
     def __enter__(self) -> BareRuntime:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join()
+        self._pool.shutdown()
 
     def encode(self, start: int, stop: int) -> tuple[list[float], NDArray[np.float32]]:
         """Embed some rows, `BATCH_ROWS` at a time.
@@ -256,34 +249,31 @@ class BareRuntime:
         Returns:
             Seconds of each batch, measured over there, and float32 (stop - start, D).
         """
-        return self._ask(start, stop, BATCH_ROWS)
+        return self._pool.submit(_run_bare, start, stop, BATCH_ROWS).result()
 
     def encode_one(self, row: int) -> float:
         """Embed one row alone, and return the seconds it took over there."""
-        (time_s,), _ = self._ask(row, row + 1, 1)
+        (time_s,), _ = self._pool.submit(_run_bare, row, row + 1, 1).result()
         return time_s
 
-    def _ask(self, *order: int) -> tuple[list[float], NDArray[np.float32]]:
-        self._pipe.send(order)
-        return self._pipe.recv()
+
+_bare: tuple[Encode, Array]
+"""In the process of a `BareRuntime`: what encodes, and the rows."""
 
 
-def _run_bare(pipe: Connection, file: Path, rows_file: Path, runtime: Runtime) -> None:
-    """Be the other process of `BareRuntime`, until its end of the pipe is closed."""
+def _load_bare(file: Path, inputs: Array, runtime: Runtime) -> None:
+    global _bare
     if runtime == "openvino":
-        encode = load_openvino(file)
+        _bare = load_openvino(file), inputs
     else:
-        encode = load_onnxruntime(file, is_default=runtime != "onnxruntime")
-    rows = np.load(rows_file)
-    pipe.send("ready")
-    while True:
-        try:
-            start, stop, batch_rows = pipe.recv()
-        except EOFError:
-            return
-        times_s, found = [], []
-        for first in range(start, stop, batch_rows):
-            start_s = time.perf_counter()
-            found.append(encode(rows[first : min(first + batch_rows, stop)]))
-            times_s.append(time.perf_counter() - start_s)
-        pipe.send((times_s, np.concatenate(found)))
+        _bare = load_onnxruntime(file, is_default=runtime != "onnxruntime"), inputs
+
+
+def _run_bare(start: int, stop: int, batch_rows: int) -> tuple[list[float], NDArray[np.float32]]:
+    encode, rows = _bare
+    times_s, found = [], []
+    for first in range(start, stop, batch_rows):
+        start_s = time.perf_counter()
+        found.append(encode(rows[first : min(first + batch_rows, stop)]))
+        times_s.append(time.perf_counter() - start_s)
+    return times_s, np.concatenate(found)

@@ -58,7 +58,7 @@ def measure_classifier(bench: Bench) -> tuple[Found, list[Bar]]:
     file = bench.onnx_file(text_model(bench.model))
     with (
         bench.client(cache_dir=bench.scratch / "cache") as client,
-        BareRuntime(file, tokens, bench.scratch) as bare,
+        BareRuntime(file, tokens) as bare,
         console.status(f"a classifier of {len(labels)} classes"),
     ):
         # What only the first request pays.

@@ -58,7 +58,7 @@ def measure_overhead(bench: Bench) -> tuple[Found, list[Bar]]:
         arrays = preprocessed(bench, client)
         file, inputs = bench.onnx_file(image_model(bench.model)), np.stack(arrays)
         bare: dict[Runtime, BareRuntime] = {
-            runtime: stack.enter_context(BareRuntime(file, inputs, bench.scratch, runtime=runtime))
+            runtime: stack.enter_context(BareRuntime(file, inputs, runtime=runtime))
             for runtime in get_args(Runtime)
         }
         found = client.encode_images(arrays)

@@ -128,14 +128,14 @@ def test_the_bare_runtime_embeds_the_rows_it_is_asked_for(runtime: Runtime, tmp_
     opsets = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
     inputs = np.arange(80, dtype=np.int32).reshape(40, 2)
-    with BareRuntime(file, inputs, tmp_path, runtime=runtime) as bare:
+    with BareRuntime(file, inputs, runtime=runtime) as bare:
         times_s, rows = bare.encode(3, 40)
         assert len(times_s) == 2  # of 32 and of 5
         np.testing.assert_array_equal(rows, 2 * inputs[3:40])
         # Each answer is its own: the next does not overwrite it.
         np.testing.assert_array_equal(bare.encode(0, 3)[1], 2 * inputs[:3])
         assert 0 < bare.encode_one(3) < 5
-        maps = Path(f"/proc/{bare._process.pid}/maps").read_text()
+        maps = Path(f"/proc/{bare.pid}/maps").read_text()
         assert ("libopenvino" in maps) == (runtime == "openvino")
         assert ("onnxruntime_pybind" in maps) == (runtime != "openvino")
 
