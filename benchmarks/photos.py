@@ -23,6 +23,8 @@ PHOTOGRAPHS: Mapping[str, Callable[[], NDArray[np.uint8]]] = {
     "rocket": data.rocket,
 }
 """Those scenes in colour that its wheel holds, some 500 px wide."""
+SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
+"""Width and height of what most measurements take, and of what cameras take."""
 MAX_ENLARGEMENT = 2.0
 JPEG_QUALITY = 90
 
@@ -58,6 +60,12 @@ def jpeg(size: tuple[int, int], index: int) -> bytes:
     file = io.BytesIO()
     photo(size, index).save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
     return file.getvalue()
+
+
+@cache
+def jpegs(size: tuple[int, int], num: int) -> list[bytes]:
+    """Encode the first `num` pictures of a width and height; made once in a process."""
+    return [jpeg(size, index) for index in range(num)]
 
 
 def describe() -> dict[str, Any]:

@@ -51,7 +51,6 @@ from benchmarks.report.plots import render_png
 from benchmarks.report.terminal import show, show_comparison
 from benchmarks.suites.bars import find_bars
 from benchmarks.suites.bench import Bench, Progress, Settings
-from benchmarks.suites.cases import Pictures
 from benchmarks.suites.plan import SUITES
 from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
 from benchmarks.suites.timed import make_rows
@@ -207,7 +206,6 @@ def measure(
             contenders=running.contenders,
             baseline=running.baseline,
             probe=probe,
-            pictures=Pictures(folder=cache / "pictures"),
             progress=progress,
             reference=running.reference,
             served=running.served,

@@ -131,7 +131,7 @@ def check_distinct(kind: Kind) -> None:
 def make_kinds(client: clip_rt.Client) -> list[Kind]:
     """Compute the right answers, by calls that nothing disturbs."""
     side_px = client.manifest.side_px
-    files = [photos.jpeg((160, 120), index) for index in range(NUM_ITEMS)]
+    files = photos.jpegs((160, 120), NUM_ITEMS)
     squares = clip_rt.preprocess(files, side_px=side_px)
     # Arrays and files by turns.
     images = [files[n] if n % 2 else squares[n] for n in range(NUM_ITEMS)]

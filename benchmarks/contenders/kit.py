@@ -46,7 +46,6 @@ SERVED = "clip"
 """Name of the model in every repository."""
 MAX_BATCH_SIZE = 64
 NUM_PHOTOS = 160
-PHOTO_PX = (640, 480)
 SUBJECTS = (
     "an astronaut in front of a flag|a cat|cup of coffee|rocket on its launch pad|Golden Retriever|"
     "great white shark|the old town hall of a small city|12 red apples|snow|jazz|kitchen|violin|"
@@ -282,7 +281,7 @@ def _write_photos(folder: Path) -> Path:
         for index in range(NUM_PHOTOS):
             image = f"{index:03}.jpg"
             # Not the same ones as are measured, which begin at 0.
-            (folder / image).write_bytes(photos.jpeg(PHOTO_PX, 10_000 + index))
+            (folder / image).write_bytes(photos.jpeg(photos.SMALL_PX, 10_000 + index))
             template = templates[index % len(templates)]
             rows.writerow((image, fill(template, SUBJECTS[index % len(SUBJECTS)])))
     return table

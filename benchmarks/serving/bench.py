@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 import clip_rt
 from benchmarks import photos
@@ -29,7 +28,6 @@ from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 INT8 = "int8"
 """Name under which the INT8 form of the model is served."""
-SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
 TIMEOUT_S = 3600.0
 START_TIMEOUT_S = 300.0
 MAX_DIFFERENCE = 1e-4
@@ -124,16 +122,9 @@ def embed_singly(
     return elapsed_s
 
 
-@cache
-def pictures(size: tuple[int, int], num: int) -> list[bytes]:
-    """Return JPEG files of that many pictures."""
-    indices = track(range(num), description="draw pictures", console=console, transient=True)
-    return [photos.jpeg(size, index) for index in indices]
-
-
 def preprocessed(bench: Bench, client: clip_rt.Client) -> list[Array]:
     """Return the small pictures as the model reads them, uint8 (S, S, 3) each."""
-    encoded = pictures(SMALL_PX, bench.num_images)
+    encoded = photos.jpegs(photos.SMALL_PX, bench.num_images)
     return list(clip_rt.preprocess(encoded, side_px=client.manifest.side_px))
 
 

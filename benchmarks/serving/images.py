@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 import clip_rt
 from benchmarks import photos
 from benchmarks.findings import Bar, at_least, at_most
+from benchmarks.photos import LARGE_PX, SMALL_PX
 from benchmarks.serving.bench import (
     BATCH_ROWS,
     INT8,
-    LARGE_PX,
     SINGLES_A_TURN,
-    SMALL_PX,
     BareRuntime,
     Bench,
     Found,
@@ -32,7 +31,6 @@ from benchmarks.serving.bench import (
     describe_latencies,
     embed_singly,
     one_by_one,
-    pictures,
     preprocessed,
     rates,
 )
@@ -143,7 +141,7 @@ def measure_threads(bench: Bench) -> tuple[Found, list[Bar]]:
 
 def measure_jpeg(bench: Bench) -> tuple[Found, list[Bar]]:
     """Embed JPEG files, and the arrays that they become."""
-    encoded = pictures(SMALL_PX, bench.num_images)
+    encoded = photos.jpegs(SMALL_PX, bench.num_images)
     document: Found = {"pictures": photos.describe() | {"size_px": SMALL_PX, "num": len(encoded)}}
     shares = {}
     for precision, model in ("fp32", bench.model), (INT8, INT8):
@@ -167,7 +165,7 @@ def measure_jpeg(bench: Bench) -> tuple[Found, list[Bar]]:
 
 def measure_large_jpeg(bench: Bench) -> tuple[Found, list[Bar]]:
     """Embed JPEG files of 12 megapixels with INT8, decoded exactly and fast."""
-    encoded = pictures(LARGE_PX, min(NUM_LARGE, bench.num_images))
+    encoded = photos.jpegs(LARGE_PX, min(NUM_LARGE, bench.num_images))
     with bench.client(INT8) as exact, bench.client(INT8, decode="fast") as fast:
         cosines = np.sum(exact.encode_images(encoded) * fast.encode_images(encoded), axis=1)
         ways = {

@@ -48,7 +48,7 @@ from export.pipeline import random_clip
 from training.evaluation.embed import on_white
 
 OTHER_OVERSAMPLINGS = (1.0, 2.0)
-SIZES = ((4000, 3000), (1920, 1080), (640, 480))
+SIZES = (photos.LARGE_PX, (1920, 1080), photos.SMALL_PX)
 SIDE_PX = 224
 """Side of the squares that are timed."""
 DRAWING_PX = 1024
@@ -136,7 +136,7 @@ def measure_difference(num_photos: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         encoders = load_encoders(Path(folder))
         for size in SIZES:
-            files = [photos.jpeg(size, index) for index in range(num_photos)]
+            files = photos.jpegs(size, num_photos)
             for name, side_px in ENCODERS.items():
                 exact_NSSC = preprocess(files, side_px=side_px)
                 for factor in sorted((FAST_OVERSAMPLING, *OTHER_OVERSAMPLINGS)):
@@ -192,7 +192,7 @@ def measure_accuracy(max_drawings: int) -> dict[str, Any]:
 def main(config: DecodingConfig) -> None:
     """Measure speed, difference and accuracy."""
     torch.set_num_threads(2)
-    files = [photos.jpeg(SIZES[0], index) for index in range(config.num_photos)]
+    files = photos.jpegs(SIZES[0], config.num_photos)
     speed = measure_speed(files, config.num_rounds)
     show(("way", "ms", "speed"), [(name, *row.values()) for name, row in speed.items()])
     difference = measure_difference(config.num_photos)

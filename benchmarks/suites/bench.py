@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
 from benchmarks.machine import Probe
-from benchmarks.suites.cases import Case, Pictures
+from benchmarks.suites.cases import Case
 from clip_rt.specs import ModelSpec
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
@@ -126,7 +126,6 @@ class Bench:
     baseline: str
     """Whose times are the measure of `Row.speed`."""
     probe: Probe
-    pictures: Pictures
     progress: Progress
     reference: Callable[[Case], Embeddings]
     """What FP32 answers."""

@@ -1,25 +1,25 @@
 """The cases of each suite: which items go into a call. The same for every contender and run.
 
-Pictures are of `benchmarks.photos`; encoding them takes a while, so the files are kept. Texts are
-sentences of everyday words, made so that they have the number of tokens that a case is named for.
+Pictures are of `benchmarks.photos`. Texts are sentences of everyday words, made so that they have
+the number of tokens that a case is named for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 import clip_rt
 from benchmarks import photos
 from benchmarks.contenders.implementation import TEMPLATES
 from benchmarks.findings import CallKind
+from benchmarks.photos import LARGE_PX, SMALL_PX
 from clip_rt.inputs import prompts, tokenizer
 
-SMALL_PX, LARGE_PX = (640, 480), (4000, 3000)
 NUM_LABELS = 100
 """Of zero_shot; they are known already when the time is taken."""
 NUM_CLASSES = 8
@@ -66,39 +66,14 @@ class Case:
         return f"{self.suite}: {self.name}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """JPEG files that are encoded once and then kept.
-
-    Args:
-        folder: Where.
-    """
-
-    folder: Path
-
-    def jpegs(self, size_px: tuple[int, int], num: int) -> list[bytes]:
-        """Return the first `num` files of a width and height."""
-        return [self._jpeg(size_px, index) for index in range(num)]
-
-    def pixels(self, side_px: int, num: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return small pictures as a model reads them, uint8 (num, S, S, 3)."""
-        return np.stack(list(clip_rt.preprocess(self.jpegs(SMALL_PX, num), side_px=side_px)))
-
-    def _jpeg(self, size_px: tuple[int, int], index: int) -> bytes:
-        wide, high = size_px
-        file = self.folder / f"{wide}x{high}_{photos.JPEG_QUALITY}_{index}.jpg"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # Whole or not at all, whoever else makes it at the same time.
-            part = file.with_suffix(f".{id(self)}.part")
-            part.write_bytes(photos.jpeg(size_px, index))
-            part.replace(file)
-        return file.read_bytes()
+def photo_pixels(side_px: int, num: int) -> NDArray[np.uint8]:
+    """Return photographs as a model reads them, uint8 (num, S, S, 3)."""
+    return np.stack(list(clip_rt.preprocess(photos.jpegs(SMALL_PX, num), side_px=side_px)))
 
 
-def image_cases(pictures: Pictures, side_px: int) -> Iterable[Case]:
+def image_cases(side_px: int) -> Iterable[Case]:
     """Make the cases of the suite `image`: pixels in batches."""
-    pixels = pictures.pixels(side_px, 64)
+    pixels = photo_pixels(side_px, 64)
     for rows in (1, 8, 32, 64):
         yield Case("image", f"batch {rows}", "pixels", pixels[:rows], "images", rows <= 8)
 
@@ -117,20 +92,20 @@ def text_cases() -> Iterable[Case]:
         yield Case("text", name, "texts", texts, "texts", is_quick=len(texts) == 1)
 
 
-def jpeg_cases(pictures: Pictures, *, with_large: bool) -> Iterable[Case]:
+def jpeg_cases(*, with_large: bool) -> Iterable[Case]:
     """Make the cases of the suite `jpeg`: encoded files in, embeddings out."""
     sizes = [(SMALL_PX, 1, True), (SMALL_PX, 64, False)]
     if with_large:
         sizes.append((LARGE_PX, 8, False))
     for (wide, high), num, is_quick in sizes:
-        files = pictures.jpegs((wide, high), num)
+        files = photos.jpegs((wide, high), num)
         yield Case("jpeg", f"{num} of {wide}x{high}", "jpegs", files, "images", is_quick)
 
 
-def zero_shot_cases(pictures: Pictures) -> Iterable[Case]:
+def zero_shot_cases() -> Iterable[Case]:
     """Make the cases of the suite `zero_shot`: encoded files against labels that are known."""
     for num in (1, 32):
-        items = pictures.jpegs(SMALL_PX, num), list(NOUNS[:NUM_LABELS])
+        items = photos.jpegs(SMALL_PX, num), list(NOUNS[:NUM_LABELS])
         name = f"{num} of 640x480, {NUM_LABELS} labels"
         yield Case("zero_shot", name, "zero_shot", items, "images", is_quick=num == 1)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+from benchmarks import photos
 from benchmarks.suites import cases
 from benchmarks.suites.accuracy import measure_accuracy
 from benchmarks.suites.bench import Bench
@@ -58,7 +59,7 @@ def suite(
 
 @suite("preprocessed images in batches", is_quick=True, is_timed=True)
 def _image(bench: Bench) -> None:
-    measure_cases(bench, cases.image_cases(bench.pictures, bench.spec.side_px))
+    measure_cases(bench, cases.image_cases(bench.spec.side_px))
 
 
 @suite("strings of few and many tokens", is_quick=True, is_timed=True)
@@ -68,12 +69,12 @@ def _text(bench: Bench) -> None:
 
 @suite("JPEG files to embeddings", is_quick=True, is_timed=True)
 def _jpeg(bench: Bench) -> None:
-    measure_cases(bench, cases.jpeg_cases(bench.pictures, with_large=bench.settings.is_full))
+    measure_cases(bench, cases.jpeg_cases(with_large=bench.settings.is_full))
 
 
 @suite("JPEG files against known labels", is_quick=True, is_timed=True)
 def _zero_shot(bench: Bench) -> None:
-    measure_cases(bench, cases.zero_shot_cases(bench.pictures))
+    measure_cases(bench, cases.zero_shot_cases())
 
 
 @suite("ImageNet's classes x 80 templates: cold, from disk, from memory", is_timed=True)
@@ -89,12 +90,12 @@ def _classifier(bench: Bench) -> None:
 @suite("1 to 32 clients of each server that wait for their answers")
 def _concurrency(bench: Bench) -> None:
     texts = Case("load", "8 tokens", "texts", cases.short_texts(NUM_LOAD_TEXTS), "texts")
-    measure_concurrency(bench, _load_images(bench), texts)
+    measure_concurrency(bench, _load_images(), texts)
 
 
 @suite("images that arrive at 20 to 110 % of each server's capacity")
 def _arrivals(bench: Bench) -> None:
-    measure_arrivals(bench, _load_images(bench))
+    measure_arrivals(bench, _load_images())
 
 
 @suite("time and memory until the first answer", is_quick=True)
@@ -104,12 +105,12 @@ def _startup(bench: Bench) -> None:
 
 @suite("where the time of a call goes", is_quick=True)
 def _stages(bench: Bench) -> None:
-    _, many = cases.jpeg_cases(bench.pictures, with_large=False)
-    one, _ = cases.zero_shot_cases(bench.pictures)
+    _, many = cases.jpeg_cases(with_large=False)
+    one, _ = cases.zero_shot_cases()
     text, *_ = cases.text_cases()
     measure_stages(bench, [one, text, many] if bench.settings.is_full else [one, text])
     num = NUM_INSIDE_IMAGES if bench.settings.is_full else NUM_INSIDE_IMAGES // 4
-    images = cases.image_cases(bench.pictures, bench.spec.side_px)
+    images = cases.image_cases(bench.spec.side_px)
     measure_inside(bench, next(case for case in images if case.num_items == num))
 
 
@@ -117,8 +118,8 @@ def _stages(bench: Bench) -> None:
 def _accuracy(bench: Bench) -> None:
     num = NUM_PHOTOGRAPHS if bench.settings.is_full else NUM_PHOTOGRAPHS // 4
     name = f"{num} photographs"
-    pixels = bench.pictures.pixels(bench.spec.side_px, num)
-    jpegs = bench.pictures.jpegs(cases.SMALL_PX, num)
+    pixels = cases.photo_pixels(bench.spec.side_px, num)
+    jpegs = photos.jpegs(photos.SMALL_PX, num)
     measure_accuracy(
         bench,
         Case("accuracy", f"{name}, pixels", "pixels", pixels, "images"),
@@ -137,8 +138,8 @@ def _durations(bench: Bench) -> None:
             bench.durations.append(found)
 
 
-def _load_images(bench: Bench) -> Case:
-    files = bench.pictures.jpegs(cases.SMALL_PX, NUM_LOAD_IMAGES)
+def _load_images() -> Case:
+    files = photos.jpegs(photos.SMALL_PX, NUM_LOAD_IMAGES)
     return Case("load", "640x480", "jpegs", files, "images")
 
 

@@ -17,7 +17,7 @@ from benchmarks.contenders.process import ContenderProcess, LoadResult
 from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
 from benchmarks.suites.bench import Bench, Progress, Settings, Taken, row_cosines
-from benchmarks.suites.cases import Case, Pictures
+from benchmarks.suites.cases import Case
 from benchmarks.suites.running import RunningContenders, Wishes
 from benchmarks.suites.timed import find_share, make_rows
 from benchmarks.timing import PROBE
@@ -44,14 +44,6 @@ def test_every_label_is_one_token_and_there_are_enough() -> None:
     assert set(cases.count_tokens(cases.short_texts(100))) == {8}
     with pytest.raises(ValueError, match="short texts"):
         cases.short_texts(1000)
-
-
-def test_pictures_are_encoded_once(tmp_path: Path) -> None:
-    (first,) = Pictures(folder=tmp_path).jpegs((64, 48), 1)
-    (file,) = tmp_path.iterdir()
-    assert file.read_bytes() == first
-    file.write_bytes(b"kept")
-    assert Pictures(folder=tmp_path).jpegs((64, 48), 1) == [b"kept"]
 
 
 def test_a_classifier_takes_classes_from_all_over_the_list() -> None:
@@ -95,7 +87,7 @@ class Answering:
         return LoadResult([0.1] * len(due_at_s), 0, elapsed_s)
 
 
-def make_bench(tmp_path: Path, **contenders: Answering) -> Bench:
+def make_bench(**contenders: Answering) -> Bench:
     expected = np.eye(3, 8, dtype=np.float32)
     return Bench(
         model="ViT-B/32",
@@ -105,7 +97,6 @@ def make_bench(tmp_path: Path, **contenders: Answering) -> Bench:
         contenders=cast(dict[str, ContenderProcess], contenders),
         baseline="open_clip",
         probe=cast(Any, None),
-        pictures=Pictures(folder=tmp_path),
         progress=Progress(Console(quiet=True)),
         reference=lambda case: expected,
         served={},
@@ -116,12 +107,11 @@ PEAKS = peaks(220.0, 200.0)
 CASE = Case("text", "3", "texts", ["a", "b", "c"], "texts")
 
 
-def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
+def test_only_those_with_right_answers_are_admitted() -> None:
     right = np.eye(3, 8, dtype=np.float32)
     close = right.copy()
     close[1, 2] = 0.05
     bench = make_bench(
-        tmp_path,
         right=Answering(right),
         close=Answering(close),
         int8=Answering(close, precision="int8"),
@@ -145,10 +135,10 @@ def test_only_those_with_right_answers_are_admitted(tmp_path: Path) -> None:
     assert len(bench.failures) == 5  # Asked once, however many measure the case.
 
 
-def test_contenders_that_are_started_anew_answer_anew(tmp_path: Path) -> None:
+def test_contenders_that_are_started_anew_answer_anew() -> None:
     changing = Answering(np.eye(3, 8, dtype=np.float32))
     peer = Answering(np.roll(np.eye(3, 8, dtype=np.float32), 1, axis=0), "peer")
-    bench = make_bench(tmp_path, changing=changing, peer=peer)
+    bench = make_bench(changing=changing, peer=peer)
     assert list(bench.admit(CASE)) == ["changing"]
     changing.given = changing.given[:2]
     assert list(bench.admit(CASE)) == ["changing"]
@@ -163,8 +153,8 @@ def test_contenders_that_are_started_anew_answer_anew(tmp_path: Path) -> None:
     assert len(bench.notes) == 1  # Said once, though it was wrong in both.
 
 
-def test_a_row_is_made_of_all_starts(tmp_path: Path) -> None:
-    bench = make_bench(tmp_path, **{name: Answering(None) for name in ("open_clip", "openvino")})
+def test_a_row_is_made_of_all_starts() -> None:
+    bench = make_bench(**{name: Answering(None) for name in ("open_clip", "openvino")})
     seconds = {
         1: {"open_clip": [2.0, 2.2, 2.1], "openvino": [1.0, 1.1, 1.05], PROBE: [0.5] * 3},
         2: {"open_clip": [2.4, 2.4, 2.4, 2.4], "openvino": [1.2] * 4, PROBE: [0.5] * 4},
@@ -191,8 +181,8 @@ def test_a_row_is_made_of_all_starts(tmp_path: Path) -> None:
     assert ours.min_cosine == 0.9999
 
 
-def test_who_computes_elsewhere_has_no_share_of_what_this_machine_can(tmp_path: Path) -> None:
-    bench = make_bench(tmp_path)
+def test_who_computes_elsewhere_has_no_share_of_what_this_machine_can() -> None:
+    bench = make_bench()
     bench.probe = cast(Any, SimpleNamespace(peaks=PEAKS, flop_while_probe=1e11))
     seconds = [[1.0] * 6], [[0.5] * 6]
     assert find_share(bench, CASE, "openvino", *seconds) is not None
@@ -264,10 +254,9 @@ def test_the_knee_is_the_highest_rate_that_is_kept_up_with() -> None:
     assert not any(each.is_knee for each in load.mark_knee([level(10, 9)]))
 
 
-def test_the_load_finds_capacity_and_knee_of_those_who_are_served(tmp_path: Path) -> None:
+def test_the_load_finds_capacity_and_knee_of_those_who_are_served() -> None:
     right = np.eye(3, 8, dtype=np.float32)
     bench = make_bench(
-        tmp_path,
         bare=Answering(right),
         served=Answering(right, "served"),
         infinity=Answering(right),
@@ -373,21 +362,11 @@ def test_bars_are_of_what_was_measured() -> None:
     assert others[0].what.endswith("at its own shapes")
 
 
-def test_every_bar_is_about_a_case_that_there_is(tmp_path: Path) -> None:
+def test_every_bar_is_about_a_case_that_there_is() -> None:
     known = {(case.suite, case.name) for case in cases.text_cases()}
     known.add(
         ("classifier", cases.classifier_case([str(n) for n in range(1000)], cases.NUM_CLASSES).name)
     )
     known |= {("image", f"batch {rows}") for rows in (1, 8, 32, 64)}
-    known |= {
-        (case.suite, case.name)
-        for case in cases.jpeg_cases(Small(folder=tmp_path), with_large=False)
-    }
+    known |= {(case.suite, case.name) for case in cases.jpeg_cases(with_large=False)}
     assert {(suite, case) for suite, case, _, _ in bars.SPEEDS} <= known
-
-
-class Small(Pictures):
-    """Draws nothing."""
-
-    def jpegs(self, size_px: tuple[int, int], num: int) -> list[bytes]:
-        return [b""] * num
