@@ -447,4 +447,4 @@ def main(config: SoakConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(SoakConfig, prog=program("benchmarks.soak"), description=__doc__))
+        main(tyro.cli(SoakConfig, prog=program(__spec__.name), description=__doc__))

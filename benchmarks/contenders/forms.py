@@ -170,4 +170,4 @@ def main(config: FormConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(FormConfig, prog=program("benchmarks.contenders.forms"), description=__doc__))
+        main(tyro.cli(FormConfig, prog=program(__spec__.name), description=__doc__))

@@ -206,4 +206,4 @@ def main(config: ReadmeConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(ReadmeConfig, prog=program("benchmarks.report.readme"), description=__doc__))
+        main(tyro.cli(ReadmeConfig, prog=program(__spec__.name), description=__doc__))

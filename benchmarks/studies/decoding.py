@@ -229,8 +229,4 @@ def main(config: DecodingConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                DecodingConfig, prog=program("benchmarks.studies.decoding"), description=__doc__
-            )
-        )
+        main(tyro.cli(DecodingConfig, prog=program(__spec__.name), description=__doc__))

@@ -232,10 +232,4 @@ def main(config: DefaultsConfig) -> int:
 
 if __name__ == "__main__":
     with command():
-        sys.exit(
-            main(
-                tyro.cli(
-                    DefaultsConfig, prog=program("benchmarks.studies.defaults"), description=__doc__
-                )
-            )
-        )
+        sys.exit(main(tyro.cli(DefaultsConfig, prog=program(__spec__.name), description=__doc__)))

@@ -161,8 +161,4 @@ def main(config: DrawingsConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                DrawingsConfig, prog=program("benchmarks.studies.drawings"), description=__doc__
-            )
-        )
+        main(tyro.cli(DrawingsConfig, prog=program(__spec__.name), description=__doc__))

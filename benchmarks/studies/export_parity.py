@@ -129,10 +129,4 @@ def main(config: ExportParityConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                ExportParityConfig,
-                prog=program("benchmarks.studies.export_parity"),
-                description=__doc__,
-            )
-        )
+        main(tyro.cli(ExportParityConfig, prog=program(__spec__.name), description=__doc__))

@@ -75,8 +75,4 @@ def main(config: FewShotConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                FewShotConfig, prog=program("benchmarks.studies.few_shot"), description=__doc__
-            )
-        )
+        main(tyro.cli(FewShotConfig, prog=program(__spec__.name), description=__doc__))

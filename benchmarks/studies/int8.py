@@ -220,4 +220,4 @@ def main(config: Int8Config) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(tyro.cli(Int8Config, prog=program("benchmarks.studies.int8"), description=__doc__))
+        main(tyro.cli(Int8Config, prog=program(__spec__.name), description=__doc__))

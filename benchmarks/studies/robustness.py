@@ -237,8 +237,4 @@ def main(config: RobustnessConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                RobustnessConfig, prog=program("benchmarks.studies.robustness"), description=__doc__
-            )
-        )
+        main(tyro.cli(RobustnessConfig, prog=program(__spec__.name), description=__doc__))

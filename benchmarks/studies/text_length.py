@@ -108,10 +108,4 @@ def main(config: TextLengthConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                TextLengthConfig,
-                prog=program("benchmarks.studies.text_length"),
-                description=__doc__,
-            )
-        )
+        main(tyro.cli(TextLengthConfig, prog=program(__spec__.name), description=__doc__))

@@ -92,10 +92,4 @@ def main(config: TrainingMemoryConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                TrainingMemoryConfig,
-                prog=program("benchmarks.studies.training_memory"),
-                description=__doc__,
-            )
-        )
+        main(tyro.cli(TrainingMemoryConfig, prog=program(__spec__.name), description=__doc__))

@@ -149,10 +149,4 @@ def main(config: TrainingStepConfig) -> None:
 
 if __name__ == "__main__":
     with command():
-        main(
-            tyro.cli(
-                TrainingStepConfig,
-                prog=program("benchmarks.studies.training_step"),
-                description=__doc__,
-            )
-        )
+        main(tyro.cli(TrainingStepConfig, prog=program(__spec__.name), description=__doc__))
