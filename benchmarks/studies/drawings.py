@@ -72,19 +72,19 @@ def measure_model(client: clip_rt.Client) -> Figures:
     """Measure every held-out style, every held-out name, and retrieval in held-out icon sets."""
     styles = {style: load_style(style) for style in EMOJI_STYLES}
     labels = names(styles["openmoji"])
-    hands = {path.stem: load(path) for path in sorted((HELD_OUT_DIR / "names").glob("*.tar"))}
-    unseen = sorted({name for drawings in hands.values() for name in names(drawings)})
+    seen_styles = [load(path) for path in sorted((HELD_OUT_DIR / "names").glob("*.tar"))]
+    unseen = sorted({name for drawings in seen_styles for name in names(drawings)})
     results = {}
     for style, drawings in styles.items():
         results[f"{style}, all names"] = zero_shot(client, drawings, labels)
         results[f"{style}, unseen names among themselves"] = zero_shot(
             client, only(drawings, unseen), unseen
         )
-    seen_hands = Drawings(
-        np.concatenate([drawings.pixels for drawings in hands.values()]),
-        [record for drawings in hands.values() for record in drawings.records],
+    seen = Drawings(
+        np.concatenate([drawings.pixels for drawings in seen_styles]),
+        [record for drawings in seen_styles for record in drawings.records],
     )
-    results["seen hands, unseen names among themselves"] = zero_shot(client, seen_hands, unseen)
+    results["seen hands, unseen names among themselves"] = zero_shot(client, seen, unseen)
     for icon_set in HELD_OUT_ICON_SETS:
         drawings = load_style(icon_set)
         labels = sorted(set(names(drawings)))
@@ -99,7 +99,7 @@ def only(drawings: Drawings, wanted: Sequence[str]) -> Drawings:
 
 
 def measure_baselines(train_dir: Path) -> Figures:
-    """Fit each baseline on the emoji and flags the model learned from; test on the new hands."""
+    """Fit each baseline on the emoji and flags the model learned from; test on the new styles."""
     from sklearn.linear_model import RidgeClassifier
     from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 

@@ -25,7 +25,7 @@ def load(path: Path) -> Drawings:
 
 
 def load_style(name: str) -> Drawings:
-    """Read a hand that is held out of training, from the drawings that come with the code."""
+    """Read a drawing style that is held out of training; it comes with the code."""
     return load(STYLES_DIR / f"{name}.tar")
 
 

@@ -1,11 +1,11 @@
-"""How many examples each way of using them needs, on a hand the bundled model never saw.
+"""How many examples each way of using them needs, on drawings of a new style.
 
     python -m benchmarks.studies.few_shot --checkpoint runs/drawings/checkpoint.safetensors
 
 The classes are 30 kinds of emoji, drawn by OpenMoji, whose drawings are held out of training as a
 whole. The recipes in `training.few_shot` and the prompt were chosen on one draw of OpenMoji's black
 drawings. Those are outlines of the same pictures, so the choice is not independent of the test: the
-figures are a little kinder than a new hand would be. Writes docs/few_shot.png and a dated JSON.
+figures are a little kinder than a new style would be. Writes docs/few_shot.png and a dated JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FewShotConfig:
     checkpoint: Path
     """Weights of the bundled model."""
     style: str = "openmoji"
-    """Hand to learn and to test on."""
+    """Drawing style to learn and to test on."""
     seeds: int = 3
     """Draws of examples to average over."""
     threads: int = 2
@@ -56,7 +56,7 @@ def main(config: FewShotConfig) -> None:
     few_shot.draw(
         curves,
         config.picture,
-        title=f"Few-shot accuracy on {config.style}, a hand the model never saw",
+        title=f"Few-shot accuracy on {config.style}, a style the model never saw",
         subtitle=f"{len(labels)} kinds of emoji; mean and standard deviation of {config.seeds} "
         "draws of examples",
     )

@@ -1,16 +1,16 @@
-"""What a change of hand costs each way of naming drawings: the paper's section 3.3 in small.
+"""What a change of drawing style costs each way of naming drawings: the paper, 3.3.
 
     python -m benchmarks.studies.robustness --checkpoint runs/drawings/checkpoint.safetensors \
         --drawings data/drawings
 
-The task is to say of which kind an emoji is (`studies.emoji`). Classifiers are fitted on one hand,
-Noto's, and tested on emoji they were not fitted on, drawn by Noto, by hands the model learned from,
-and by hands it never saw. The same emoji are tested in every hand: only the hand differs.
+The task is to say of which kind an emoji is (`studies.emoji`). Classifiers are fitted on one
+drawing style, Noto's, and tested on emoji they were not fitted on, in Noto's style, in styles the
+model learned from, and in styles it never saw. The same emoji are tested in every style.
 
-Effective robustness (Taori et al. 2020) is the accuracy on other hands above what accuracy on Noto
+Effective robustness (Taori et al. 2020) is the accuracy on other styles above what accuracy on Noto
 would have led to expect: a line, on logit axes, through classifiers on pixels and on HOG features
-fitted on more and more of Noto. Zero-shot CLIP was fitted on no hand for this task, but its
-training showed it the seen hands with the names of these emoji; only the held-out hands are new.
+fitted on more and more of Noto. Zero-shot CLIP was fitted on no style for this task, but its
+training showed it the seen styles with the names of these emoji; only the held-out ones are new.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from training.model import CLIP
 from training.probe import fit_probe
 
 REFERENCE = "noto"
-SEEN_HANDS = ("twemoji", "emojione", "fluent-emoji-flat", "fluent-emoji")
-HELD_OUT_HANDS = ("openmoji", "openmoji-black")
-HANDS = (REFERENCE, *SEEN_HANDS, *HELD_OUT_HANDS)
+SEEN_STYLES = ("twemoji", "emojione", "fluent-emoji-flat", "fluent-emoji")
+HELD_OUT_STYLES = ("openmoji", "openmoji-black")
+STYLES = (REFERENCE, *SEEN_STYLES, *HELD_OUT_STYLES)
 MIN_EMOJI = 12
-"""Of a kind, in every hand; half of them are fitted on. Kinds with fewer are left out."""
+"""Of a kind, in every style; half of them are fitted on. Kinds with fewer are left out."""
 GROUPS = ("seen", "held_out")
 BASELINE_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Of Noto's training emoji, for the points the line goes through."""
 
 Features = dict[str, NDArray[np.float32]]
-"""One row for each emoji, by hand."""
+"""One row for each emoji, by style."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class RobustnessConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """The same emoji in every hand."""
+    """The same emoji in every style."""
 
-    pixels_by_hand: dict[str, NDArray[np.uint8]]
+    pixels_by_style: dict[str, NDArray[np.uint8]]
     """uint8 (N, S, S, 3) each, row for row the same emoji."""
     right_N: NDArray[np.int64]
     labels: tuple[str, ...]
@@ -79,24 +79,24 @@ class Task:
     test_rows: NDArray[np.int64]
 
 
-def load_hand(name: str, drawings_dir: Path) -> Drawings:
-    """Read all emoji of one hand that have a kind."""
-    if name in HELD_OUT_HANDS:
+def load_drawing_style(name: str, drawings_dir: Path) -> Drawings:
+    """Read all emoji of one style that have a kind."""
+    if name in HELD_OUT_STYLES:
         return with_kinds(load_style(name))[0]
     return with_kinds(load_drawings([drawings_dir / f"train/{name}.tar"], progress=False))[0]
 
 
 def make_task(drawings_dir: Path, *, seed: int) -> Task:
-    """Line up the emoji that every hand has, and choose half of each kind to fit on."""
+    """Line up the emoji that every style has, and choose half of each kind to fit on."""
     labels, kinds = kind_by_hexcode()
-    rows_by_hand, pixels_by_hand = {}, {}
-    for hand in HANDS:
-        drawings = load_hand(hand, drawings_dir)
-        pixels_by_hand[hand] = on_white(drawings.pixels)
-        rows_by_hand[hand] = {
+    rows_by_style, pixels_by_style = {}, {}
+    for style in STYLES:
+        drawings = load_drawing_style(style, drawings_dir)
+        pixels_by_style[style] = on_white(drawings.pixels)
+        rows_by_style[style] = {
             r["emoji"]: row for row, r in reversed([*enumerate(drawings.records)])
         }
-    shared = sorted(set.intersection(*(set(rows) for rows in rows_by_hand.values())))
+    shared = sorted(set.intersection(*(set(rows) for rows in rows_by_style.values())))
     count_by_kind = Counter(kinds[code] for code in shared)
     common = sorted(kind for kind, count in count_by_kind.items() if count >= MIN_EMOJI)
     shared = [code for code in shared if kinds[code] in common]
@@ -108,8 +108,8 @@ def make_task(drawings_dir: Path, *, seed: int) -> Task:
         fit[rows[: len(rows) // 2]] = True
     return Task(
         {
-            hand: pixels_by_hand[hand][[rows_by_hand[hand][code] for code in shared]]
-            for hand in HANDS
+            style: pixels_by_style[style][[rows_by_style[style][code] for code in shared]]
+            for style in STYLES
         },
         right_N,
         tuple(labels[kind] for kind in common),
@@ -121,7 +121,7 @@ def make_task(drawings_dir: Path, *, seed: int) -> Task:
 def probe_accuracy(
     features: Features, task: Task, *, share: float = 1.0, seed: int
 ) -> dict[str, float]:
-    """Fit a linear probe on a share of the reference hand; return its accuracy on every hand."""
+    """Fit a linear probe on a share of the reference style; return its accuracy on every style."""
     rng = np.random.default_rng(seed)
     rows = task.fit_rows
     if share < 1:
@@ -135,7 +135,8 @@ def probe_accuracy(
         rng=rng,
     )
     return {
-        hand: score(probe.classify(rows_of(features[hand], task)).logits, task) for hand in HANDS
+        style: score(probe.classify(rows_of(features[style], task)).logits, task)
+        for style in STYLES
     }
 
 
@@ -149,9 +150,9 @@ def score(logits_NC: NDArray[np.float32], task: Task) -> float:
     return accuracy(logits_NC, task.right_N[task.test_rows]).mean_per_class
 
 
-def shifted(scores: dict[str, float], hands: tuple[str, ...]) -> float:
-    """Average over some hands."""
-    return float(np.mean([scores[hand] for hand in hands]))
+def shifted(scores: dict[str, float], styles: tuple[str, ...]) -> float:
+    """Average over some styles."""
+    return float(np.mean([scores[style] for style in styles]))
 
 
 def expect(points: list[tuple[float, float]]) -> Callable[[float], float]:
@@ -164,19 +165,19 @@ def expect(points: list[tuple[float, float]]) -> Callable[[float], float]:
 def measure_once(
     model: CLIP, task: Task, *, seed: int
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
-    """Return the accuracy on every hand by classifier, and that of the baselines of the line."""
-    embedding = {hand: embed_images(model, task.pixels_by_hand[hand]) for hand in HANDS}
+    """Return the accuracy on every style by classifier, and that of the baselines of the line."""
+    embedding = {style: embed_images(model, task.pixels_by_style[style]) for style in STYLES}
     zero = zero_shot_probe(model, task.labels, templates=[DEFAULT_TEMPLATE])
     found = {
         "zero-shot": {
-            hand: score(zero.classify(rows_of(embedding[hand], task)).logits, task)
-            for hand in HANDS
+            style: score(zero.classify(rows_of(embedding[style], task)).logits, task)
+            for style in STYLES
         },
         "linear probe": probe_accuracy(embedding, task, seed=seed),
     }
     line = []
     for name, make in (("HOG", hog_features), ("16x16 pixels", small_pixels)):
-        features = {hand: unit(make(list(task.pixels_by_hand[hand]))) for hand in HANDS}
+        features = {style: unit(make(list(task.pixels_by_style[style]))) for style in STYLES}
         for share in BASELINE_SHARES:
             line.append(probe_accuracy(features, task, share=share, seed=seed))
         found[f"{name}, linear"] = line[-1]
@@ -186,30 +187,30 @@ def measure_once(
 def summarise(
     found: dict[str, dict[str, float]], line: list[dict[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """Add the averages of seen and of held-out hands, and the effective robustness on each."""
+    """Add the averages of seen and of held-out styles, and the effective robustness on each."""
     rows = {}
     for name, scores in found.items():
         row: dict[str, Any] = {"accuracy": scores}
-        for group, hands in zip(GROUPS, (SEEN_HANDS, HELD_OUT_HANDS), strict=True):
-            expected = expect([(each[REFERENCE], shifted(each, hands)) for each in line])
-            row[group] = shifted(scores, hands)
+        for group, styles in zip(GROUPS, (SEEN_STYLES, HELD_OUT_STYLES), strict=True):
+            expected = expect([(each[REFERENCE], shifted(each, styles)) for each in line])
+            row[group] = shifted(scores, styles)
             row[f"effective_robustness_{group}"] = row[group] - expected(scores[REFERENCE])
         rows[name] = row
     return rows
 
 
 def main(config: RobustnessConfig) -> None:
-    """Measure every classifier on every hand, and draw the line through the baselines."""
+    """Measure every classifier on every style, and draw the line through the baselines."""
     task = make_task(config.drawings, seed=config.seed)
     found, line = measure_once(open_model(config.checkpoint), task, seed=config.seed)
     results = summarise(found, line)
-    notes = {REFERENCE: "fitted on"} | dict.fromkeys(HELD_OUT_HANDS, "held out")
+    notes = {REFERENCE: "fitted on"} | dict.fromkeys(HELD_OUT_STYLES, "held out")
     rows = [
         (
-            f"{hand}, {notes.get(hand, 'seen')}",
-            *(f"{100 * row['accuracy'][hand]:.1f}" for row in results.values()),
+            f"{style}, {notes.get(style, 'seen')}",
+            *(f"{100 * row['accuracy'][style]:.1f}" for row in results.values()),
         )
-        for hand in HANDS
+        for style in STYLES
     ]
     rows += [
         (
@@ -221,8 +222,8 @@ def main(config: RobustnessConfig) -> None:
     show(("mean recall, %", *results), rows)
     document = {
         "reference": REFERENCE,
-        "seen_hands": SEEN_HANDS,
-        "held_out_hands": HELD_OUT_HANDS,
+        "seen_hands": SEEN_STYLES,
+        "held_out_hands": HELD_OUT_STYLES,
         "classes": task.labels,
         "fitted_emoji": len(task.fit_rows),
         "tested_emoji": len(task.test_rows),

@@ -1,8 +1,8 @@
 """What each contender's numbers cost: cosines on photographs, right answers on drawings.
 
-The drawings are of a hand that the bundled model has not learned from. INT8 is made of the FP32
+The drawings are of a style that the bundled model has not learned from. INT8 is made of the FP32
 file, calibrated on other drawings and on the names of their classes, as whoever has a model and
-knows what it is for would; a third of them are by the same hand, in black lines.
+knows what it is for would; a third of them are of the same style, in black lines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,6 @@ from benchmarks.suites.bench import Bench
 from benchmarks.suites.cases import Case
 from benchmarks.top1 import top1
 from clip_rt.specs import find_spec, image_model, text_model
-
-if TYPE_CHECKING:  # What brings torch stays in a process of its own.
-    pass
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = ROOT / "model_repository"

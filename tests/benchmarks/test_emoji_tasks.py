@@ -40,8 +40,8 @@ def test_the_expected_accuracy_is_the_line_on_logit_axes() -> None:
 
 def test_effective_robustness_is_the_gain_over_the_line() -> None:
     def scores(reference: float, other: float) -> dict[str, float]:
-        hands = dict.fromkeys((*robustness.SEEN_HANDS, *robustness.HELD_OUT_HANDS), other)
-        return {robustness.REFERENCE: reference, **hands}
+        styles = dict.fromkeys((*robustness.SEEN_STYLES, *robustness.HELD_OUT_STYLES), other)
+        return {robustness.REFERENCE: reference, **styles}
 
     # The line is the diagonal: what is right on Noto is right elsewhere.
     line = [scores(0.2, 0.2), scores(0.5, 0.5), scores(0.7, 0.7)]
