@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
-import signal
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,7 @@ from benchmarks.resources import peak_mib
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 1800.0
 PAIRS, STEPS = 32, 3
-POLL_S = 0.05
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def measure_durations(
@@ -66,45 +66,38 @@ def measure_durations(
         yield "training step: open_clip and torch are not installed"
 
 
-def time_command(
-    command: Sequence[str], what: str, note: str, *, timeout_s: float = TIMEOUT_S
-) -> Duration | str:
+def time_command(command: Sequence[str], what: str, note: str) -> Duration | str:
     """Run a command from the checkout's root and say how long it took, or its last words."""
-    with tempfile.TemporaryFile() as log:
-        start_s = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         try:
-            # Not process.wait(), which does not tell the memory.
-            while True:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                elapsed_s = time.perf_counter() - start_s
-                if pid:
-                    break
-                if elapsed_s > timeout_s:
-                    return f"{what}: not done after {timeout_s:.0f} s"
-                time.sleep(POLL_S)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if process.returncode:
-            log.seek(0)
-            words = log.read().decode(errors="replace").strip().splitlines()[-3:]
-            return f"{what}: exit code {process.returncode}: {' | '.join(words)}"
-    return Duration(what=what, seconds=elapsed_s, peak_rss_mib=usage.ru_maxrss / 1024, note=note)
+            done, elapsed_s, rss_mib = pool.submit(_run, command).result()
+        except subprocess.TimeoutExpired as error:
+            return f"{what}: {error}"
+    if done.returncode:
+        words = done.stdout.strip().splitlines()[-3:]
+        return f"{what}: exit code {done.returncode}: {' | '.join(words)}"
+    return Duration(what=what, seconds=elapsed_s, peak_rss_mib=rss_mib, note=note)
+
+
+def _run(command: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], float, float]:
+    """Be a process that has this one child, so that the most its children held is that."""
+    start_s = time.perf_counter()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S,
+    )
+    elapsed_s = time.perf_counter() - start_s
+    return done, elapsed_s, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
 def _training_steps() -> Iterator[Duration | str]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         try:
             steps_s, rss_mib = pool.submit(_time_training_steps).result(timeout=TIMEOUT_S)
         except Exception as error:  # Whatever a peer's package raises, the rest is worth its time.
