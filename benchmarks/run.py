@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +40,6 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from benchmarks import contenders
 from benchmarks.compare import compare
-from benchmarks.contenders.implementation import parse_plant
 from benchmarks.contenders.kit import default_folder
 from benchmarks.findings import Run
 from benchmarks.limits import ceilings
@@ -110,8 +109,6 @@ class RunConfig:
     """JSON of the later run, instead of a new one."""
     judge: Path | None = None
     """JSON to hold to the bars and to draw anew, without a run."""
-    plant: UseAppendAction[tuple[str, ...]] = ()
-    """slow:NAME:1.2 or wrong:NAME, to see that it is noticed."""
     list_: Annotated[FlagCreatePairsOff[bool], tyro.conf.arg(name="list")] = False
     """Only say which suites and contenders there are."""
 
@@ -141,14 +138,9 @@ class RunConfig:
         """Who takes part, with which model.
 
         Raises:
-            InputError: a contender is not known, or a plant none.
+            InputError: a contender is not known.
         """
         names = _split(self.contender, contenders.NAMES, "contender")
-        try:
-            plants = dict(map(parse_plant, self.plant))
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        _split(list(plants), contenders.NAMES, "contender")
         return Wishes(
             contenders=tuple(names or (contenders.NAMES if self.full else QUICK)),
             model=self.model,
@@ -158,7 +150,6 @@ class RunConfig:
             url=self.url,
             remote_model=self.remote_model,
             infinity=str(self.infinity) if self.infinity else None,
-            plants=plants,
         )
 
     @property
@@ -231,7 +222,6 @@ def measure(
             "target": settings.target,
             "budget_s": settings.budget_s,
             "num_starts": bench.num_starts,
-            "plants": {name: asdict(each) for name, each in wishes.plants.items()},
         },
         model=bench.model,
         weights=wishes.weights,

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import findings
 from benchmarks.contenders import process
-from benchmarks.contenders.implementation import Plant, UnfitError
+from benchmarks.contenders.implementation import UnfitError
 from benchmarks.contenders.kit import Form, Kit, Need
 from benchmarks.contenders.process import ContenderError, ContenderProcess, Order
 from benchmarks.limits import Precision
@@ -33,7 +33,7 @@ class Entry:
     what: str
     kind: findings.Kind
     module: str
-    """In this package."""
+    """With a function `make(kit, **options)` that returns an Implementation."""
     needs: tuple[Need, ...]
     options: dict[str, Any] = field(default_factory=dict)
     """Of its module's `make`."""
@@ -60,19 +60,21 @@ class AbsentError(Exception):
 def _runtime(name: str, what: str, form: Form, engine: str, precision: Precision) -> Entry:
     options = {"form": form, "is_openvino": engine == "openvino"}
     what = f"{what}, called directly"
-    return Entry(name, what, "runtime", "runtimes", (form,), options, (engine,), precision)
+    return Entry(
+        name, what, "runtime", f"{__name__}.runtimes", (form,), options, (engine,), precision
+    )
 
 
 def _served(form: Form, what: str, engine: str, precision: Precision = "fp32") -> Entry:
     what = f"clip_rt.Client over the embedded Triton: the whole stack, on {what}"
     imports = ("pytriton", engine)
     name, options = f"triton {form}", {"form": form}
-    return Entry(name, what, "served", "triton", (form,), options, imports, precision)
+    return Entry(name, what, "served", f"{__name__}.triton", (form,), options, imports, precision)
 
 
 def _torch_based(name: str, what: str, need: Need) -> Entry:
     what = f"{what}, eager torch in FP32"
-    return Entry(name, what, "peer", "torch_based", (need,), {"package": name}, (name,))
+    return Entry(name, what, "peer", f"{__name__}.torch_based", (need,), {"package": name}, (name,))
 
 
 _ENTRIES = (
@@ -101,7 +103,7 @@ _ENTRIES = (
         "infinity",
         "infinity's server over HTTP on loopback, torch in FP32; cuts texts to 20 tokens",
         "peer",
-        "infinity",
+        f"{__name__}.infinity",
         ("hub",),
         imports=("httpx", "transformers"),
     ),
@@ -114,7 +116,7 @@ REFERENCE = Entry(
     "torch",
     "the project's own model in FP32 torch, what answers are held against",
     "runtime",
-    "torch_based",
+    f"{__name__}.torch_based",
     ("checkpoint",),
     {"package": "clip_rt"},
 )
@@ -137,7 +139,7 @@ def find(name: str) -> Entry:
     if is_remote(name):
         url = name.removeprefix(REMOTE)
         what = f"clip_rt.Client over the Triton at {url}"
-        return Entry(name, what, "served", "triton", (), {"url": url})
+        return Entry(name, what, "served", f"{__name__}.triton", (), {"url": url})
     raise KeyError(f"no contender is called {name[:80]!r}; known are {', '.join(NAMES)}.")
 
 
@@ -178,7 +180,6 @@ def start(
     name: str,
     kit: Kit,
     *,
-    plant: Plant | None = None,
     infinity: str | None = None,
     model: str | None = None,
     start_limit_s: float = process.START_LIMIT_S,
@@ -189,7 +190,6 @@ def start(
     Args:
         name: One of `NAMES`, or "triton URL".
         kit: The forms of the model; `kit.make_kit` of `find_needs`.
-        plant: What shall be wrong with it.
         infinity: As for `why_absent`.
         model: Name of the model on a remote Triton, where it has several.
         start_limit_s: Longest wait for it.
@@ -213,7 +213,7 @@ def start(
         options["executable"] = infinity
     if "url" in options:
         options["model"] = model
-    order = Order(module=f"{__name__}.{entry.module}", kit=kit, options=options, plant=plant)
+    order = Order(module=entry.module, kit=kit, options=options)
     try:
         return ContenderProcess(
             entry.facts, order, start_limit_s=start_limit_s, call_limit_s=call_limit_s

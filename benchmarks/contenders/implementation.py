@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -56,60 +54,6 @@ class Implementation(ABC):
 
     def close(self) -> None:  # noqa: B027 - most have started nothing.
         """End what it started."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plant:
-    """What is wrong with a contender on purpose, so that the alarms of a run can be seen."""
-
-    slow_down: float = 1.0
-    """Times as long as it would take, at least 1."""
-    is_wrong: bool = False
-    """Whether its answers are those of other items."""
-
-
-def parse_plant(text: str) -> tuple[str, Plant]:
-    """Read `slow:NAME:1.2` or `wrong:NAME`.
-
-    Returns:
-        The name of the contender, and what is planted.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    what, _, rest = text.partition(":")
-    if what == "wrong" and rest:
-        return rest, Plant(is_wrong=True)
-    name, _, factor = rest.rpartition(":")
-    if what == "slow" and name:
-        try:
-            slow_down = float(factor)
-        except ValueError:
-            slow_down = 0.0
-        if 1.0 <= slow_down < 1e3:
-            return name, Plant(slow_down=slow_down)
-    raise ValueError(f"{text[:80]!r} is no fault to plant; write slow:NAME:1.2 or wrong:NAME.")
-
-
-class Planted:
-    """An implementation with a fault; otherwise it is the one inside."""
-
-    def __init__(self, inside: Implementation, plant: Plant) -> None:
-        self._inside = inside
-        self._plant = plant
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inside, name)
-
-    def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
-        """Run, and do what is planted."""
-        start_s = time.perf_counter()
-        answer = self._inside.run(call, prepared)
-        if self._plant.is_wrong:
-            # The answers of the neighbours; where there are none, one turned elsewhere.
-            answer = np.roll(answer, 1, axis=0 if len(answer) > 1 else 1)
-        time.sleep((self._plant.slow_down - 1.0) * (time.perf_counter() - start_s))
-        return answer
 
 
 def count_cores() -> int:

@@ -25,7 +25,7 @@ import psutil
 from numpy.typing import NDArray
 
 from benchmarks import findings
-from benchmarks.contenders.implementation import Plant, UnfitError
+from benchmarks.contenders.implementation import UnfitError
 from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
 from benchmarks.resources import peak_mib
@@ -63,7 +63,6 @@ class Order:
     """With a function `make(kit, **options)` that returns an Implementation."""
     kit: Kit
     options: dict[str, Any]
-    plant: Plant | None = None
 
 
 class ContenderProcess:

@@ -20,13 +20,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
-from benchmarks.contenders.implementation import Implementation, Planted, UnfitError
+from benchmarks.contenders.implementation import Implementation, UnfitError
 from benchmarks.contenders.process import LoadResult, Order
 from benchmarks.findings import CallKind
 from clip_rt.wire.canary import TEXT, draw_image
@@ -221,8 +221,6 @@ def main(descriptor: int) -> None:
         implementation: Implementation = importlib.import_module(order.module).make(
             order.kit, **order.options
         )
-        if order.plant is not None:
-            implementation = cast(Implementation, Planted(implementation, order.plant))
         made.append(implementation)
     except UnfitError as error:
         pipe.send(("unfit", str(error)))

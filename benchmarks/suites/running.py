@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 import clip_rt
 from benchmarks import contenders, findings
 from benchmarks.contenders import REFERENCE, AbsentError
-from benchmarks.contenders.implementation import Plant
 from benchmarks.contenders.kit import FailedError, Form, Kit, copy_models, make_kit, run_module
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
@@ -51,7 +50,6 @@ class Wishes:
     """Of a Triton somewhere, host:port, which takes part too."""
     remote_model: str | None = None
     infinity: str | None = None
-    plants: Mapping[str, Plant] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +133,7 @@ class RunningContenders:
         for name in [each for each in self._wishes.names if each not in self._absent | self._lost]:
             self._say(f"start {name}")
             try:
-                self.contenders[name] = self._start(name, self._wishes.plants.get(name))
+                self.contenders[name] = self._start(name)
             except AbsentError as error:
                 self._absent[name] = error.contender
         if not self.contenders:
@@ -171,7 +169,7 @@ class RunningContenders:
         """
         if self._reference is None:
             name = REFERENCE.name if self._wishes.repository is None else "onnxruntime"
-            self._reference = self._start(name, None)
+            self._reference = self._start(name)
         self._reference.load(case.key, case.call, case.items)
         answer = self._reference.answer(case.key)
         self._reference.forget(case.key)
@@ -181,12 +179,11 @@ class RunningContenders:
         """End everyone."""
         self._stack.close()
 
-    def _start(self, name: str, plant: Plant | None) -> ContenderProcess:
+    def _start(self, name: str) -> ContenderProcess:
         return self._stack.enter_context(
             contenders.start(
                 name,
                 self.kit,
-                plant=plant,
                 infinity=self._wishes.infinity,
                 model=self._wishes.remote_model,
             )

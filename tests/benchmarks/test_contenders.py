@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec as find_module
 from pathlib import Path
 
 import numpy as np
+import planted_contender
 import psutil
 import pytest
 import tiny_clip
@@ -23,7 +25,6 @@ from processes import running
 
 from benchmarks import contenders, findings
 from benchmarks.contenders import AbsentError, ContenderError, forms, start
-from benchmarks.contenders.implementation import Plant, Planted, parse_plant
 from benchmarks.contenders.infinity import find_executable
 from benchmarks.contenders.kit import Kit, make_kit
 from benchmarks.contenders.process import ContenderProcess, Order
@@ -128,34 +129,14 @@ class Rows:
 
 def test_what_is_planted_is_there():
     rows = np.eye(3, dtype=np.float32)
-    wrong = Planted(Rows(), Plant(is_wrong=True))
+    wrong = planted_contender.plant(Rows(), slow_down=1.0, is_wrong=True)
     np.testing.assert_array_equal(wrong.run("pixels", rows), rows[[2, 0, 1]])
     assert (wrong.run("pixels", rows[:1]) != rows[:1]).any()
-    slow = Planted(Rows(0.05), Plant(slow_down=2.0))
+    slow = planted_contender.plant(Rows(0.05), slow_down=2.0, is_wrong=False)
     start_s = time.perf_counter()
     np.testing.assert_array_equal(slow.run("pixels", rows), rows)
     assert time.perf_counter() - start_s >= 0.1
     assert slow.pids() == [7]
-
-
-def test_plants_are_read():
-    assert parse_plant("slow:triton int8:1.2") == ("triton int8", Plant(slow_down=1.2))
-    assert parse_plant("slow:triton localhost:8001:2") == (
-        "triton localhost:8001",
-        Plant(slow_down=2),
-    )
-    assert parse_plant("wrong:triton localhost:8001") == (
-        "triton localhost:8001",
-        Plant(is_wrong=True),
-    )
-
-
-@pytest.mark.parametrize(
-    "text", ["", "slow", "slow:x", "slow:x:0.5", "slow:x:nan", "bad:x", "wrong:"]
-)
-def test_what_is_no_plant_is_refused(text):
-    with pytest.raises(ValueError, match="fault to plant"):
-        parse_plant(text)
 
 
 # The registry
@@ -166,7 +147,7 @@ def test_every_contender_is_named_once_and_has_a_module():
     expected += "triton int8, tensorrt, open_clip, transformers, infinity"
     assert ", ".join(contenders.NAMES) == expected
     for name in contenders.NAMES:
-        assert (ROOT / f"benchmarks/contenders/{contenders.find(name).module}.py").is_file()
+        assert find_module(contenders.find(name).module) is not None
     remote = contenders.find("triton localhost:8001")
     assert (remote.options, remote.kind, remote.needs) == ({"url": "localhost:8001"}, "served", ())
     with pytest.raises(KeyError, match="openvino int8"):
@@ -354,8 +335,9 @@ def test_a_remote_triton_is_asked_by_url(drawings, expected):
             nowhere.result(60)
 
 
-def test_a_planted_fault_is_there_in_the_process(drawings, expected):
-    with start("onnxruntime", drawings, plant=Plant(is_wrong=True)) as contender:
+def test_a_planted_fault_is_there_in_the_process(drawings, expected, monkeypatch):
+    planted_contender.plant_in(monkeypatch, "onnxruntime", is_wrong=True)
+    with start("onnxruntime", drawings) as contender:
         load_all(contender, make_items(64))
         assert min_cosine(contender.answer("pixels"), expected["pixels"]) < 0.99
         assert min_cosine(contender.answer("pixels"), np.roll(expected["pixels"], 1, 0)) > 0.9999

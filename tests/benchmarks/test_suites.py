@@ -198,7 +198,7 @@ def test_who_does_not_start_again_fails_the_run_and_keeps_what_it_told(
     running = RunningContenders(wishes, cache=tmp_path, say=lambda _: None)
     num_starts: Counter[str] = Counter()
 
-    def start(name: str, plant: object) -> Any:
+    def start(name: str) -> Any:
         num_starts[name] += 1
         facts = Contender(name=name, what="", kind="runtime", precision="fp32")
         if name == "openvino" and num_starts[name] > 1:

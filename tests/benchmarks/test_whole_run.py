@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import planted_contender
 import pytest
 from rich.console import Console
 
@@ -161,10 +162,13 @@ def test_accuracy_is_of_the_same_photographs(before: tuple[Result, Run]) -> None
     assert all(0.9999 < each.min_cosine <= each.median_cosine < 1.0001 for each in accuracy)
 
 
-def test_a_wrong_answer_has_no_speed(probe: Probe, folder: Path) -> None:
+def test_a_wrong_answer_has_no_speed(
+    probe: Probe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted_contender.plant_in(monkeypatch, "openvino", is_wrong=True)
     result, found = measure(
         *(probe, folder, "wrong", "--suite", "zero_shot", "--starts", "1"),
-        *("--contender", BARE, "--plant", "wrong:openvino"),
+        *("--contender", BARE),
     )
     assert result.exit_code == 1
     assert [row.contender for row in found.rows] == ["onnxruntime"]
@@ -175,12 +179,13 @@ def test_a_wrong_answer_has_no_speed(probe: Probe, folder: Path) -> None:
 
 
 def test_what_became_slower_is_found(
-    probe: Probe, folder: Path, before: tuple[Result, Run]
+    probe: Probe, folder: Path, before: tuple[Result, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    planted_contender.plant_in(monkeypatch, "onnxruntime", slow_down=4.0)
     (old,) = (folder / "before").glob("*.json")
     result, found = measure(
         *(probe, folder, "slow", "--suite", "zero_shot", "--contender", BARE),
-        *("--plant", "slow:onnxruntime:4.0", "--compare", str(old)),
+        *("--compare", str(old)),
     )
     assert not found.failures
     assert result.exit_code == 3, result.output
@@ -241,8 +246,6 @@ def test_what_the_first_start_gave_is_kept_when_the_second_fails(
     [
         (["--suite", "image,speed"], "no suite is called 'speed'"),
         (["--contender", "vllm"], "no contender is called 'vllm'"),
-        (["--plant", "slow:openvino"], "slow:NAME:1.2"),
-        (["--plant", "wrong:vllm"], "no contender is called 'vllm'"),
         (["--model", "ViT-Z/99"], "unknown architecture 'ViT-Z/99'"),
         (["--against", "x.json"], "--against needs --compare"),
         (["--compare", "absent.json", "--against", "x.json"], "absent.json cannot be read"),
