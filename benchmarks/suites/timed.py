@@ -11,9 +11,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ import clip_rt
 from benchmarks import contenders
 from benchmarks.contenders.implementation import TEMPLATES, prompts_of
 from benchmarks.contenders.process import ContenderError
-from benchmarks.findings import Duration, Interval, Row
+from benchmarks.findings import Duration, Row
 from benchmarks.limits import flop_per_image, flop_per_text, share_of_limit, weight_bytes
 from benchmarks.machine import cache_bytes
 from benchmarks.suites.bench import Bench, Taken, row_cosines
@@ -129,7 +129,6 @@ def _row(bench: Bench, taken: Taken, name: str) -> Row:
     with_base = [start for start in starts if bench.baseline in start]
     speeds = [ratios(start[bench.baseline], start[name]) for start in with_base]
     time_s = median_interval(*samples_s)
-    share = find_share(bench, case, name, samples_s, probe_s)
     return Row(
         suite=case.suite,
         case=case.name,
@@ -143,11 +142,9 @@ def _row(bench: Bench, taken: Taken, name: str) -> Row:
         per_s=inverse(time_s, case.num_items),
         speed=median_interval(*speeds) if speeds else None,
         steadied=median_interval(*map(ratios, samples_s, probe_s)),
-        flop_per_item=None if share is None else share.flop_per_item,
-        share_of_limit=None if share is None else share.share,
-        limit=None if share is None else share.name,
         min_cosine=taken.min_cosine[name],
         is_noisy=not is_narrow(*samples_s, target=bench.settings.target),
+        **(find_share(bench, case, name, samples_s, probe_s) or {}),
     )
 
 
@@ -236,23 +233,13 @@ def _ask(
     return times_s, class_CE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What a row says of its limit."""
-
-    flop_per_item: float
-    share: Interval | None
-    """None where the peak of this precision is not known."""
-    name: str | None
-
-
 def find_share(
     bench: Bench,
     case: Case,
     name: str,
     samples_s: Sequence[Sequence[float]],
     probe_s: Sequence[Sequence[float]],
-) -> Share | None:
+) -> dict[str, Any] | None:
     """Hold the times of a contender against what this machine could do.
 
     Args:
@@ -263,7 +250,7 @@ def find_share(
         probe_s: Seconds of the probe in the same rounds.
 
     Returns:
-        None for those who do not compute here.
+        Those fields of a row; None for those who do not compute here.
     """
     # On another machine, or another processor of this one, than the one whose peaks are known.
     if contenders.is_remote(name) or name == "tensorrt":
@@ -281,7 +268,7 @@ def find_share(
         cache_bytes=cache_bytes(),
     )
     share, limit = found or (None, None)
-    return Share(flop_per_item=flop_per_item, share=share, name=limit)
+    return {"flop_per_item": flop_per_item, "share_of_limit": share, "limit": limit}
 
 
 def _work(bench: Bench, case: Case, name: str) -> tuple[float, Tower]:
