@@ -151,19 +151,6 @@ class Duration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceiling:
-    """The most a GPU could do by its data sheet. Computed, not measured."""
-
-    gpu: str
-    model: str
-    precision: str
-    images_per_s: float
-    texts_per_s: float
-    bound_by: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Peaks:
     """What this machine can do, measured in the run."""
 
@@ -240,7 +227,6 @@ class Run:
     stages: list[Stages] = field(default_factory=list)
     accuracy: list[Accuracy] = field(default_factory=list)
     durations: list[Duration] = field(default_factory=list)
-    ceilings: list[Ceiling] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Why the run is not to be believed: a row above the limit, a part that raised."""

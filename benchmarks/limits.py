@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
-from benchmarks.findings import Ceiling, Interval, Peaks
+from benchmarks.findings import Interval, Peaks
 from benchmarks.timing import median_interval, ratios
-from clip_rt.specs import CONTEXT_LENGTH, MODELS, ModelSpec, ResNetSpec, Tower, ViTSpec
+from clip_rt.specs import ModelSpec, ResNetSpec, Tower, ViTSpec
 
 Precision = Literal["fp32", "fp16", "int8"]
 BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -153,74 +152,6 @@ def share_of_limit(
         for start, start_s in zip(limits, samples_s, strict=True)
     ]
     return median_interval(*shares), max(names, key=names.count)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a data sheet promises, without sparsity."""
-
-    name: str
-    fp16_tflop_per_s: float
-    """Of the tensor cores, dense."""
-    read_gb_per_s: float
-    path: str
-    """Of its page at nvidia.com."""
-
-    @property
-    def source(self) -> str:
-        """Where the figures are from."""
-        page = f"https://www.nvidia.com/en-us/data-center/{self.path}/"
-        return f"NVIDIA {self.name.split()[0]} data sheet, {page}"
-
-
-GPUS = (
-    Gpu("L4", 121.0, 300.0, "l4"),
-    Gpu("A10", 125.0, 600.0, "products/a10-gpu"),
-    Gpu("A100 SXM 80 GB", 312.0, 2039.0, "a100"),
-    Gpu("H100 SXM", 989.0, 3350.0, "h100"),
-)
-"""Figures of tensor cores that a sheet gives with sparsity are halved, such as 242 and 1,979."""
-CEILING_MODELS = ("RN50", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "ViT-H/14")
-CEILING_ITEMS = 64
-"""Images or texts in a call; with fewer, reading the weights takes longer than the products."""
-
-
-def ceilings(
-    models: Sequence[str] = CEILING_MODELS, *, text_length: int = CONTEXT_LENGTH
-) -> list[Ceiling]:
-    """Compute the most that GPUs could do by their data sheets, in FP16. Nothing here is measured.
-
-    Sustained clocks of small cards are below those of the sheet, so nobody sees these rates.
-    """
-    found = []
-    for gpu, model in product(GPUS, models):
-        spec = MODELS[model]
-        image = _ceiling(gpu, flop_per_image(spec, is_pruned=True), spec, "image")
-        text = _ceiling(gpu, flop_per_text(spec, text_length, is_pruned=True), spec, "text")
-        names = ", ".join(dict.fromkeys((image.name, text.name)))
-        note = f"{names}; {CEILING_ITEMS} images or texts of {text_length} tokens a call"
-        found.append(
-            Ceiling(
-                gpu=gpu.name,
-                model=model,
-                precision="fp16",
-                images_per_s=CEILING_ITEMS / image.seconds,
-                texts_per_s=CEILING_ITEMS / text.seconds,
-                bound_by=note,
-                source=gpu.source,
-            )
-        )
-    return found
-
-
-def _ceiling(gpu: Gpu, flop_per_item: int, spec: ModelSpec, tower: Tower) -> Limit:
-    return limit_s(
-        flop=CEILING_ITEMS * flop_per_item,
-        num_bytes=weight_bytes(spec, tower, "fp16"),
-        flop_per_s=gpu.fp16_tflop_per_s * 1e12,
-        bytes_per_s=gpu.read_gb_per_s * 1e9,
-        precision="fp16",
-    )
 
 
 def _image_products(spec: ModelSpec, is_pruned: bool) -> list[Product]:

@@ -42,7 +42,6 @@ from benchmarks import contenders
 from benchmarks.compare import compare
 from benchmarks.contenders.kit import default_folder
 from benchmarks.findings import Run
-from benchmarks.limits import ceilings
 from benchmarks.machine import Probe, Watch
 from benchmarks.record import RESULTS_DIR, describe_result, read_run, write
 from benchmarks.report.page import write_page
@@ -235,7 +234,6 @@ def measure(
         stages=bench.stages,
         accuracy=bench.accuracy,
         durations=bench.durations,
-        ceilings=ceilings(),
         bars=find_bars(bench.model, bench.baseline, probe.peaks, bench.rows, bench.levels),
         failures=bench.failures + _above_limit(bench),
     )

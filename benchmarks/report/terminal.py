@@ -18,7 +18,7 @@ from benchmarks.timing import half_width
 
 _TEXTS = (
     *("suite", "case", "contender", "why it is absent", "what"),
-    *("stages, ms", "GPU", "precision", "note"),
+    *("stages, ms", "precision", "note"),
 )
 """Columns of text; all others are figures, set to the right."""
 
@@ -36,7 +36,6 @@ def show(run: Run, console: Console) -> None:
         _startup_table(run),
         _duration_table(run),
         _peak_table(run),
-        _ceiling_table(run),
         _absent_table(run),
         bar_table(run.bars),
     ):
@@ -213,23 +212,6 @@ def _peak_table(run: Run) -> Table:
         if found
     ]
     return _table("What this machine can do", ("what", "measured", "95 % interval"), rows)
-
-
-def _ceiling_table(run: Run) -> Table:
-    """Of the model that was measured; those of others are in the page."""
-    title = f"Ceilings of GPUs for {run.model}: computed, not measured"
-    rows = [
-        (
-            each.gpu,
-            each.precision,
-            words.number(each.images_per_s),
-            words.number(each.texts_per_s),
-            f"bound by {each.bound_by}",
-        )
-        for each in run.ceilings
-        if each.model == run.model
-    ]
-    return _table(title, ("GPU", "precision", "images/s", "texts/s", "note"), rows)
 
 
 def _absent_table(run: Run) -> Table:

@@ -24,7 +24,6 @@ from benchmarks.findings import (
     Accuracy,
     Bar,
     CallKind,
-    Ceiling,
     Conditions,
     Contender,
     Duration,
@@ -236,12 +235,6 @@ def make_run() -> Run:
             Duration(what="export, INT8", seconds=122.0, peak_rss_mib=3100.0, note="300 pictures"),
             Duration(what="training step, batch of 64", seconds=4.1),
         ],
-        ceilings=[
-            Ceiling(gpu=gpu, model="ViT-B/32", precision="fp16", images_per_s=images,
-                    texts_per_s=texts, bound_by="FLOP", source="data sheet, dense FP16")
-            for gpu, images, texts in (("L4", 13_700.0, 198_000.0), ("A100", 35_700.0, 511_000.0),
-                                       ("H100 SXM", 113_000.0, 1_620_000.0))
-        ],
         bars=[
             Bar(what="image, batch 1, FP32: times open_clip", value=1.31, limit=1.4,
                 side="at least"),
@@ -255,7 +248,7 @@ def quick(run: Run) -> Run:
     """Return what a quick run has: no load, no stages, no accuracy."""
     rows = [row for row in run.rows if row.suite in ("image", "text")]
     return dataclasses.replace(
-        run, rows=rows, levels=[], stages=[], accuracy=[], durations=[], ceilings=[], bars=[]
+        run, rows=rows, levels=[], stages=[], accuracy=[], durations=[], bars=[]
     )
 
 
