@@ -61,8 +61,6 @@ SOURCES = (
     "benchmarks/photos.py benchmarks/contenders/forms.py benchmarks/contenders/kit.py"
 ).split()
 """Files and folders whose code decides what is in a kit."""
-BOXES = frozenset("┏┃┡│└╭╰")
-"""What lines of tables begin with, which are no progress."""
 LAST_LINES = 12
 
 
@@ -132,7 +130,7 @@ def make_kit(
         weights: "random", or what `export.onnx` takes.
         folder: Of all kits; this one gets a folder below it.
         needs: What the chosen contenders read.
-        say: Gets the lines of progress.
+        say: Told what is made.
 
     Returns:
         The kit. What could not be made is in `missing`, and everything else is there.
@@ -159,14 +157,14 @@ def make_kit(
                 continue
             say(f"{model}: making {need}")
             try:
-                _make(kit, need, model, weights, say)
+                _make(kit, need, model, weights)
                 done.write_text(key, "utf-8")
             except FailedError as error:
                 kit.missing[need] = str(error)
         return _read_facts(kit, key)
 
 
-def _make(kit: Kit, need: Need, model: str, weights: str, say: Callable[[str], None]) -> None:
+def _make(kit: Kit, need: Need, model: str, weights: str) -> None:
     """Make one thing, from nothing.
 
     Raises:
@@ -174,28 +172,28 @@ def _make(kit: Kit, need: Need, model: str, weights: str, say: Callable[[str], N
     """
     common = ["--model", model, "--weights", weights]
     if need in ("checkpoint", "hub"):
-        run_module(["benchmarks.contenders.forms", need, "--folder", str(kit.folder), *common], say)
+        run_module(["benchmarks.contenders.forms", need, "--folder", str(kit.folder), *common])
         return
     repository = kit.repository(cast(Form, need))
     shutil.rmtree(repository, ignore_errors=True)
     published = ["--repository", str(repository), "--name", kit.name]
     if need == "openvino":
         copy_models(kit.repository("onnxruntime"), repository)
-        run_module(["export.repository", *published, "--runtime", "openvino"], say)
+        run_module(["export.repository", *published, "--runtime", "openvino"])
         return
     common += [*published, "--max-batch-size", str(MAX_BATCH_SIZE)]
     common += ["--cache", str(kit.folder.parent / "store")]
     if need == "onnxruntime":
         # Named, because left to itself the server takes OpenVINO.
-        run_module(["export.onnx", *common, "--runtime", "onnxruntime"], say)
+        run_module(["export.onnx", *common, "--runtime", "onnxruntime"])
     elif need == "int8":
         table = str(_write_photos(kit.folder / "photos"))
         common += ["--precision", "int8", "--calibration", table]
         # The command insists; what INT8 costs such weights is measured elsewhere.
         common += [] if weights == RANDOM else ["--samples", table]
-        run_module(["export.onnx", *common], say)
+        run_module(["export.onnx", *common])
     else:
-        run_module(["export.trt", *common], say)
+        run_module(["export.trt", *common])
 
 
 def _read_facts(kit: Kit, key: str) -> Kit:
@@ -236,35 +234,25 @@ class FailedError(Exception):
     """A command failed; the message is its last lines."""
 
 
-def run_module(arguments: list[str], say: Callable[[str], None]) -> None:
-    """Run a module of this project and hand its lines on.
+def run_module(arguments: list[str]) -> None:
+    """Run a module of this project.
 
     Raises:
         FailedError: it failed.
     """
-    process = subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
+        env=os.environ | {"NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        check=False,
     )
-    lines: list[str] = []
-    with process:
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.strip():
-                    lines.append(line.rstrip())
-                    if line.lstrip()[0] not in BOXES:
-                        say(lines[-1])
-            process.wait()
-        finally:
-            process.kill()
-    if process.returncode:
+    if done.returncode:
+        lines = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
         raise FailedError(f"{arguments[0]} failed: " + "\n".join(lines[-LAST_LINES:]))
 
 

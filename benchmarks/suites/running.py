@@ -242,7 +242,7 @@ class RunningContenders:
         """
         command = ["--repository", str(repository), "--name", name, "--runtime", runtime]
         try:
-            run_module(["export.repository", *command], say=lambda line: None)
+            run_module(["export.repository", *command])
         except FailedError as error:
             raise InputError(f"{name!r} cannot be served by {runtime}: {error}") from error
 
