@@ -10,6 +10,7 @@ from typing import Literal
 
 Kind = Literal["runtime", "served", "peer"]
 """An engine called directly; the whole path from client to engine; what people use instead."""
+Precision = Literal["fp32", "fp16", "int8"]
 CallKind = Literal["pixels", "jpegs", "texts", "classifier", "zero_shot"]
 """What goes into a call.
 
@@ -50,7 +51,7 @@ class Contender:
     what: str
     """One sentence for a reader."""
     kind: Kind
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     versions: dict[str, str] = field(default_factory=dict)
     absent: str | None = None
     """Why it did not take part."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from benchmarks.findings import Interval, Peaks
+from benchmarks.findings import Interval, Peaks, Precision
 from benchmarks.timing import median_interval, ratios
 from clip_rt.specs import ModelSpec, ResNetSpec, Tower, ViTSpec
 
-Precision = Literal["fp32", "fp16", "int8"]
 BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 

@@ -9,9 +9,9 @@ r"""How fast this is on your machine, where the time goes, how it compares with 
     python benchmarks/run.py --judge RUN.json         # the bars and the report of today
     python benchmarks/run.py --list
 
-The first run exports the model into a cache, which takes minutes. Everyone gets the same weights and
-items, answers right before anything is timed, and takes turns with the others. The exit
-code is 1 when the run is not to be believed, 3 when `--compare` finds something slower.
+The first run exports the model into a cache, which takes minutes. Everyone gets the same weights
+and items, answers right before anything is timed, and takes turns with the others. The exit code is
+1 when the run is not to be believed, 3 when `--compare` finds something slower.
 """
 
 from __future__ import annotations

@@ -18,10 +18,9 @@ from typing import Any
 
 from benchmarks import findings
 from benchmarks.contenders import process
-from benchmarks.contenders.implementation import UnfitError
+from benchmarks.contenders.implementation import Order, UnfitError
 from benchmarks.contenders.kit import Form, Kit, Need
-from benchmarks.contenders.process import ContenderError, ContenderProcess, Order
-from benchmarks.limits import Precision
+from benchmarks.contenders.process import ContenderError, ContenderProcess
 from clip_rt.specs import ModelSpec, ViTSpec
 
 
@@ -39,7 +38,7 @@ class Entry:
     """Of its module's `make`."""
     imports: tuple[str, ...] = ()
     """Packages without which it is absent."""
-    precision: Precision = "fp32"
+    precision: findings.Precision = "fp32"
 
     @property
     def facts(self) -> findings.Contender:
@@ -57,7 +56,7 @@ class AbsentError(Exception):
         self.contender = contender
 
 
-def _runtime(name: str, what: str, form: Form, engine: str, precision: Precision) -> Entry:
+def _runtime(name: str, what: str, form: Form, engine: str, precision: findings.Precision) -> Entry:
     options = {"form": form, "is_openvino": engine == "openvino"}
     what = f"{what}, called directly"
     return Entry(
@@ -65,7 +64,7 @@ def _runtime(name: str, what: str, form: Form, engine: str, precision: Precision
     )
 
 
-def _served(form: Form, what: str, engine: str, precision: Precision = "fp32") -> Entry:
+def _served(form: Form, what: str, engine: str, precision: findings.Precision = "fp32") -> Entry:
     what = f"clip_rt.Client over the embedded Triton: the whole stack, on {what}"
     imports = ("pytriton", engine)
     name, options = f"triton {form}", {"form": form}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
+from benchmarks.contenders.kit import Kit
 from benchmarks.findings import CallKind
 from clip_rt.inputs.prompts import fill, find_templates
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, MIN_NORM
@@ -23,6 +25,26 @@ ALL_CALLS: frozenset[CallKind] = frozenset({"pixels", "jpegs", "texts", "classif
 
 class UnfitError(Exception):
     """A contender cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What came of a contender under load."""
+
+    latencies_s: list[float]
+    """Of the calls that were answered."""
+    num_failed: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker is to be: all that it is told when it starts."""
+
+    module: str
+    """With a function `make(kit, **options)` that returns an Implementation."""
+    kit: Kit
+    options: dict[str, Any]
 
 
 class Implementation(ABC):

@@ -15,18 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from benchmarks import findings
-from benchmarks.contenders.implementation import UnfitError
-from benchmarks.contenders.kit import Kit
+from benchmarks.contenders.implementation import Order, UnfitError
 from benchmarks.findings import CallKind
 from benchmarks.resources import peak_mib
 
@@ -43,26 +41,6 @@ NOT_INHERITED = ("CLIP_RT_CACHE_DIR", "CLIP_RT_URL", "CLIP_RT_REPOSITORY")
 
 class ContenderError(Exception):
     """A contender failed, or took too long; the message ends with the last lines of its log."""
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """What came of a contender under load."""
-
-    latencies_s: list[float]
-    """Of the calls that were answered."""
-    num_failed: int
-    elapsed_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a worker is to be: all that it is told when it starts."""
-
-    module: str
-    """With a function `make(kit, **options)` that returns an Implementation."""
-    kit: Kit
-    options: dict[str, Any]
 
 
 class ContenderProcess:
@@ -116,7 +94,7 @@ class ContenderProcess:
             rss_mib, most_mib = self.memory_mib()
             startup = findings.StartUp(
                 ready_s=ready_s,
-                first_answer_s=self._ask("first_answer", limit_s=start_limit_s),
+                first_answer_s=self.first_answer(limit_s=start_limit_s),
                 rss_mib=rss_mib,
                 peak_rss_mib=most_mib,
             )
@@ -141,62 +119,15 @@ class ContenderProcess:
         """Who it is and how it started; `peak_rss_mib` up to now, or to its end."""
         return self._facts
 
-    def load(self, key: str, call: CallKind, items: Any) -> None:
-        """Let it bring items to the form its call takes; untimed.
-
-        Args:
-            key: What they are called from now on; what had that name is forgotten.
-            call: What they are for; one of `calls`.
-            items: As `findings.CallKind` has them.
-        """
-        self._ask("load", key, call, items)
-
-    def forget(self, key: str) -> None:
-        """Let it give back the memory of items."""
-        self._ask("forget", key)
-
-    def answer(self, key: str) -> NDArray[np.float32]:
-        """Run once with all items of a key, and return what comes out."""
-        return self._ask("answer", key)
-
-    def time(self, key: str, num_calls: int) -> list[float]:
-        """Run with all items of a key, one call after another; return the seconds of each."""
-        return self._ask("time", key, num_calls)
-
-    def run_clients(
-        self, key: str, num_clients: int, duration_s: float, *, items_per_call: int = 1
-    ) -> LoadResult:
-        """Keep some threads over there busy, each calling again when it has its answer.
-
-        Args:
-            key: Items that are dealt out, again from the first after the last.
-            num_clients: Threads.
-            duration_s: No call begins later than that; the last ones end later.
-            items_per_call: How many of the items a call takes.
-        """
-        return self._ask("run_clients", key, num_clients, duration_s, items_per_call)
-
-    def run_arrivals(
-        self, key: str, due_at_s: Sequence[float], *, items_per_call: int = 1
-    ) -> LoadResult:
-        """Make each call when it is due, whatever has become of those before.
-
-        Args:
-            key: As for `run_clients`.
-            due_at_s: Seconds from the beginning, rising; latencies count from these.
-            items_per_call: As for `run_clients`.
-        """
-        return self._ask("run_arrivals", key, list(due_at_s), items_per_call)
-
-    def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
-        """Run as `time` does; return for each call the seconds of each stage, and `total`.
-
-        Of a client the stages are those of `clip_rt.telemetry`; of an engine, kinds of operators.
+    def __getattr__(self, order: str) -> Callable[..., Any]:
+        """Return what has `worker.Worker` do one of its orders, and waits for its answer.
 
         Raises:
-            ContenderError: it has neither a client nor an engine that could tell.
+            ContenderError: by what is returned; it failed, took too long, or has ended.
         """
-        return self._ask("stages", key, num_calls)
+        if order.startswith("_"):
+            raise AttributeError(order)
+        return partial(self._ask, order)
 
     def memory_mib(self) -> tuple[float, float]:
         """Return what all its processes hold now, and the sum of the most that each has held.
@@ -204,7 +135,7 @@ class ContenderProcess:
         Pages that they share are counted once for each.
         """
         now = peak = 0.0
-        for pid in (self._process.pid, *self._ask("pids", limit_s=END_LIMIT_S)):
+        for pid in (self._process.pid, *self.pids(limit_s=END_LIMIT_S)):
             with contextlib.suppress(psutil.NoSuchProcess, OSError):
                 now += psutil.Process(pid).memory_info().rss / 2**20
                 peak += peak_mib(pid)
@@ -231,12 +162,12 @@ class ContenderProcess:
             self._process.wait()
             self._log.close()
 
-    def _ask(self, name: str, *arguments: Any, limit_s: float | None = None) -> Any:
+    def _ask(self, name: str, *arguments: Any, limit_s: float | None = None, **options: Any) -> Any:
         if self._is_behind:
             # Its answer would be taken for that of this order.
             raise ContenderError(f"{self.name} still works on what it was given up on.")
         try:
-            self._pipe.send((name, arguments))
+            self._pipe.send((name, arguments, options))
         except (BrokenPipeError, OSError) as error:
             raise ContenderError(f"{self.name} has ended. {self._last_words()}") from error
         return self._receive(self._call_limit_s if limit_s is None else limit_s, f"to {name}")

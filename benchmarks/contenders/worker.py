@@ -16,18 +16,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 import clip_rt
-from benchmarks.contenders.implementation import Implementation, UnfitError
-from benchmarks.contenders.process import LoadResult, Order
+from benchmarks.contenders.implementation import Implementation, LoadResult, Order, UnfitError
 from benchmarks.findings import CallKind
 from clip_rt.wire.canary import TEXT, draw_image
 
@@ -35,6 +34,10 @@ MAX_ARRIVAL_THREADS = 256
 """Calls under way at once when they arrive by themselves; a call that has to wait for one of these
 threads is as late as it would be in the queue of a server."""
 CLOSE_LIMIT_S = 10.0
+
+
+Call: TypeAlias = Callable[[int, float], None]
+"""Makes the call of a number, whose latency counts from a time."""
 
 
 @dataclass
@@ -65,22 +68,28 @@ class Worker:
         return time.perf_counter() - start_s
 
     def load(self, key: str, call: CallKind, items: Any) -> None:
-        """Prepare items."""
+        """Bring items to the form a call takes; untimed.
+
+        Args:
+            key: What they are called from now on; what had that name is forgotten.
+            call: What they are for; one of its `calls`.
+            items: As `findings.CallKind` has them.
+        """
         if call not in self._implementation.calls:
             raise ValueError(f"it has no call for {call}.")
         self._loaded[key] = Loaded(call, items, self._implementation.prepare(call, items), {})
 
     def forget(self, key: str) -> None:
-        """Drop items."""
+        """Give back the memory of items."""
         del self._loaded[key]
 
     def answer(self, key: str) -> NDArray[np.float32]:
-        """Run once."""
+        """Run once with all items of a key, and return what comes out."""
         loaded = self._loaded[key]
         return np.ascontiguousarray(self._implementation.run(loaded.call, loaded.prepared))
 
     def time(self, key: str, num_calls: int) -> list[float]:
-        """Time some runs."""
+        """Run with all items of a key, one call after another; return the seconds of each."""
         loaded, run = self._loaded[key], self._implementation.run
         times_s = []
         for _ in range(num_calls):
@@ -90,7 +99,13 @@ class Worker:
         return times_s
 
     def stages(self, key: str, num_calls: int) -> list[dict[str, float]]:
-        """Take some runs apart."""
+        """Run as `time` does; return for each call the seconds of each stage, and `total`.
+
+        Of a client the stages are those of `clip_rt.telemetry`; of an engine, kinds of operators.
+
+        Raises:
+            TypeError: it has neither a client nor an engine that could tell.
+        """
         loaded, implementation = self._loaded[key], self._implementation
         if profile := getattr(implementation, "profile", None):
             return profile(loaded.call, loaded.prepared, num_calls)
@@ -104,55 +119,59 @@ class Worker:
         return found
 
     def run_clients(
-        self, key: str, num_clients: int, duration_s: float, items_per_call: int
+        self, key: str, num_clients: int, duration_s: float, *, items_per_call: int = 1
     ) -> LoadResult:
-        """Keep threads busy."""
-        run = self._make_call(key, items_per_call)
-        numbers, barrier = itertools.count(), threading.Barrier(num_clients + 1)
-        latencies_s: list[float] = []
-        failures: list[str] = []
+        """Keep some threads busy, each calling again when it has its answer.
 
-        def work() -> None:
-            barrier.wait()
-            end_s = time.perf_counter() + duration_s
-            while (start_s := time.perf_counter()) < end_s:
-                run(next(numbers), start_s, latencies_s, failures)
+        Args:
+            key: Items that are dealt out, again from the first after the last.
+            num_clients: Threads.
+            duration_s: No call begins later than that; the last ones end later.
+            items_per_call: How many of the items a call takes.
+        """
+        numbers = itertools.count()
 
-        with ThreadPoolExecutor(num_clients) as pool:
-            futures = [pool.submit(work) for _ in range(num_clients)]
-            barrier.wait()
-            start_s = time.perf_counter()
-            for future in futures:
-                future.result()
-            elapsed_s = time.perf_counter() - start_s
-        _tell(failures)
-        return LoadResult(latencies_s, len(failures), elapsed_s)
+        def work(call: Call, end_s: float) -> None:
+            while (since_s := time.perf_counter()) < end_s:
+                call(next(numbers), since_s)
 
-    def run_arrivals(self, key: str, due_at_s: list[float], items_per_call: int) -> LoadResult:
-        """Make calls when they are due."""
-        run = self._make_call(key, items_per_call)
-        latencies_s: list[float] = []
-        failures: list[str] = []
-        with ThreadPoolExecutor(max(1, min(len(due_at_s), MAX_ARRIVAL_THREADS))) as pool:
-            start_s = time.perf_counter()
-            futures = []
+        def submit(pool: ThreadPoolExecutor, call: Call, start_s: float) -> None:
+            for _ in range(num_clients):
+                pool.submit(work, call, start_s + duration_s)
+
+        return self._run_threads(key, items_per_call, num_clients, submit)
+
+    def run_arrivals(
+        self, key: str, due_at_s: Sequence[float], *, items_per_call: int = 1
+    ) -> LoadResult:
+        """Make each call when it is due, whatever has become of those before.
+
+        Args:
+            key: As for `run_clients`.
+            due_at_s: Seconds from the beginning, rising; latencies count from these.
+            items_per_call: As for `run_clients`.
+        """
+
+        def submit(pool: ThreadPoolExecutor, call: Call, start_s: float) -> None:
             for number, at_s in enumerate(due_at_s):
                 time.sleep(max(0.0, start_s + at_s - time.perf_counter()))
-                futures.append(pool.submit(run, number, start_s + at_s, latencies_s, failures))
-            for future in futures:
-                future.result()
-            elapsed_s = time.perf_counter() - start_s
-        _tell(failures)
-        return LoadResult(latencies_s, len(failures), elapsed_s)
+                pool.submit(call, number, start_s + at_s)
+
+        num_threads = max(1, min(len(due_at_s), MAX_ARRIVAL_THREADS))
+        return self._run_threads(key, items_per_call, num_threads, submit)
 
     def pids(self) -> list[int]:
         """Return the processes beside this one."""
         return self._implementation.pids()
 
-    def _make_call(
-        self, key: str, items_per_call: int
-    ) -> Callable[[int, float, list[float], list[str]], None]:
-        """Return what makes the call of a number and notes what came of it."""
+    def _run_threads(
+        self,
+        key: str,
+        items_per_call: int,
+        num_threads: int,
+        submit: Callable[[ThreadPoolExecutor, Call, float], None],
+    ) -> LoadResult:
+        """Let `submit` give calls to threads, and note what came of each."""
         loaded, run = self._loaded[key], self._implementation.run
         if items_per_call not in loaded.parts:
             loaded.parts[items_per_call] = [
@@ -160,16 +179,25 @@ class Worker:
                 for part in split_items(loaded.call, loaded.items, items_per_call)
             ]
         parts = loaded.parts[items_per_call]
+        latencies_s: list[float] = []
+        failures: list[str] = []
 
-        def call(number: int, since_s: float, latencies_s: list[float], failed: list[str]) -> None:
+        def call(number: int, since_s: float) -> None:
             try:
                 run(loaded.call, parts[number % len(parts)])
             except Exception as error:  # A failure under load is a result.
-                failed.append(repr(error))
+                failures.append(repr(error))
             else:
                 latencies_s.append(time.perf_counter() - since_s)
 
-        return call
+        start_s = time.perf_counter()
+        with ThreadPoolExecutor(num_threads) as pool:
+            submit(pool, call, start_s)
+        elapsed_s = time.perf_counter() - start_s
+        # One of each sort, for the log.
+        for failure in dict.fromkeys(each[:200] for each in failures):
+            print("failed:", failure, flush=True)  # noqa: T201
+        return LoadResult(latencies_s, len(failures), elapsed_s)
 
 
 def split_items(call: CallKind, items: Any, size: int) -> list[Any]:
@@ -184,12 +212,6 @@ def split_items(call: CallKind, items: Any, size: int) -> list[Any]:
         raise ValueError(f"{len(singles)} items are not enough for calls of {size}.")
     parts = [singles[start : start + size] for start in starts]
     return parts if labels is None else [(part, labels) for part in parts]
-
-
-def _tell(failures: list[str]) -> None:
-    """Put one failure of each sort into the log."""
-    for failure in dict.fromkeys(each[:200] for each in failures):
-        print("failed:", failure, flush=True)  # noqa: T201
 
 
 def _read_orders(
@@ -231,9 +253,9 @@ def main(descriptor: int) -> None:
     pipe.send(("done", (implementation.calls, implementation.versions)))
     worker = Worker(implementation)
     while True:
-        name, arguments = orders.get()
+        name, arguments, options = orders.get()
         try:
-            outcome = ("done", getattr(worker, name)(*arguments))
+            outcome = ("done", getattr(worker, name)(*arguments, **options))
         except Exception as error:  # The one who gave the order is told.
             outcome = ("failed", f"{type(error).__name__}: {error}")
         with contextlib.suppress(OSError):  # It has gone: the other thread ends this process.

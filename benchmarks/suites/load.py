@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders.process import ContenderProcess, LoadResult
+from benchmarks.contenders.implementation import LoadResult
+from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Level
 from benchmarks.suites.bars import INFINITY
 from benchmarks.suites.bench import Bench

@@ -25,9 +25,10 @@ from processes import running
 
 from benchmarks import contenders, findings
 from benchmarks.contenders import AbsentError, ContenderError, forms, start
+from benchmarks.contenders.implementation import Order
 from benchmarks.contenders.infinity import find_executable
 from benchmarks.contenders.kit import Kit, make_kit
-from benchmarks.contenders.process import ContenderProcess, Order
+from benchmarks.contenders.process import ContenderProcess
 from benchmarks.contenders.worker import split_items
 from clip_rt import tokenize
 from clip_rt.errors import InputError, UnknownModelError
@@ -261,7 +262,7 @@ def check_answers(contender: ContenderProcess, expected: dict[str, np.ndarray]) 
 
 def find_runtimes(contender: ContenderProcess) -> set[str]:
     """What the processes of a server's models have loaded, whatever anyone says."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in contender._ask("pids"))
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in contender.pids())
     return {name for name in ("libopenvino", "onnxruntime_pybind") if name in maps}
 
 
@@ -295,7 +296,7 @@ def test_a_served_contender_answers_the_same_under_load_and_apart(drawings, expe
         load_all(contender, make_items(64))
         check_answers(contender, expected)
         assert find_runtimes(contender) == {"onnxruntime_pybind"}
-        pids = contender._ask("pids")
+        pids = contender.pids()
         names = [psutil.Process(pid).name() for pid in pids]
         assert any("triton" in name for name in names), names
         # Triton, two models, and the client.
@@ -328,7 +329,7 @@ def test_a_remote_triton_is_asked_by_url(drawings, expected):
         # A client tries for seconds; meanwhile the other one answers.
         nowhere = pool.submit(start, "triton localhost:1", drawings)
         with start(f"triton {server.url}", drawings, model="drawings") as contender:
-            assert contender._ask("pids") == []
+            assert contender.pids() == []
             load_all(contender, make_items(64))
             assert min_cosine(contender.answer("jpegs"), expected["jpegs"]) > 0.99999
         with pytest.raises(AbsentError, match=r"triton localhost:1:"):
@@ -387,7 +388,7 @@ def test_peers_answer_as_our_own_model(name, tiny, peers, of_torch):
         load_all(contender, make_items(tiny.spec.side_px))
         for call in contender.calls:
             assert min_cosine(contender.answer(call), of_torch[call]) > 0.9999, call
-        pids = contender._ask("pids")
+        pids = contender.pids()
         if name == "infinity":
             assert pids
             assert contender.run_clients("jpegs", 4, 0.5).num_failed == 0
@@ -514,7 +515,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def pids_of(contender: ContenderProcess) -> list[int]:
-    return [contender._process.pid, *contender._ask("pids")]
+    return [contender._process.pid, *contender.pids()]
 
 
 def test_whatever_it_started_ends_with_it(fake):
@@ -563,14 +564,15 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from benchmarks import findings
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.process import ContenderProcess, Order
+from benchmarks.contenders.implementation import Order
+from benchmarks.contenders.process import ContenderProcess
 from clip_rt.specs import find_spec
 folder = Path({str(tmp_path)!r})
 facts = findings.Contender(name="fake", what="a test", kind="runtime", precision="fp32")
 order = Order(module="fake_contender", kit=Kit(folder=folder, spec=find_spec("RN50")), options={{}})
 with ContenderProcess(facts, order) as contender:
     contender.load("x", "texts", ["hang"])
-    print(contender._process.pid, *contender._ask("pids"), flush=True)
+    print(contender._process.pid, *contender.pids(), flush=True)
     contender.answer("x")
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -13,7 +13,8 @@ from findings_made_up import exactly, peaks
 from rich.console import Console
 
 from benchmarks.contenders import AbsentError
-from benchmarks.contenders.process import ContenderProcess, LoadResult
+from benchmarks.contenders.implementation import LoadResult
+from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Contender, Level, Row
 from benchmarks.suites import bars, cases, load, stages
 from benchmarks.suites.bench import Bench, Progress, Settings, Taken, row_cosines
