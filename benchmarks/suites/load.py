@@ -7,15 +7,12 @@ time of each counts from then, however long it had to wait to be sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from benchmarks.contenders.implementation import LoadResult
-from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Level
 from benchmarks.suites.bars import INFINITY
 from benchmarks.suites.bench import Bench
@@ -35,20 +32,6 @@ WARM_UP_S = 1.0
 PERCENTILES = (50, 95, 99, 99.9)
 
 
-@dataclass(kw_only=True)
-class _Seen:
-    """All rounds of one level."""
-
-    latencies_s: list[float] = field(default_factory=list)
-    num_failed: int = 0
-    rates_per_s: list[float] = field(default_factory=list)
-
-    def add(self, result: LoadResult) -> None:
-        self.latencies_s += result.latencies_s
-        self.num_failed += result.num_failed
-        self.rates_per_s.append(len(result.latencies_s) / result.elapsed_s)
-
-
 def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
     """Load everyone who is served with more and more clients, by turns.
 
@@ -62,40 +45,33 @@ def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
         (texts, 1, NUM_CLIENTS_OF_TEXTS),
         (texts, BATCH_TEXTS, NUM_CLIENTS_OF_BATCHES),
     )
-    bench.progress.plan(sum(len(clients) for _, _, clients in sweeps))
-    for case, items, clients in sweeps:
+    bench.progress.plan(sum(len(counts) for _, _, counts in sweeps))
+    for case, items, counts in sweeps:
         takers = served(bench, case)
-        for num_clients in clients:
-            what = f"{items} x {case.key}, {num_clients} clients"
-            bench.progress.step(what)
-
-            ask = partial(_run_clients, key=case.key, num_clients=num_clients, items_per_call=items)
-            for name, seen in _by_turns(bench, takers, ask, what).items():
-                bench.levels.append(
-                    _level(name, case, items, seen, num_clients=num_clients, offered_per_s=None)
-                )
+        for clients in counts:
+            bench.progress.step(f"{items} x {case.key}, {clients} clients")
+            for name, results in _take_turns(bench, takers, case, items, clients).items():
+                bench.levels += _levels(bench, name, case, results, items=items, clients=clients)
             bench.progress.done()
 
 
-def _run_clients(contender: ContenderProcess, duration_s: float, **load: Any) -> LoadResult:
-    return contender.run_clients(duration_s=duration_s, **load)
-
-
-def _by_turns(
-    bench: Bench,
-    names: Sequence[str],
-    load: Callable[[ContenderProcess, float], LoadResult],
-    what: str,
-) -> dict[str, _Seen]:
+def _take_turns(
+    bench: Bench, names: Sequence[str], case: Case, items: int, clients: int
+) -> dict[str, list[LoadResult]]:
     """Load each in turn, in rounds that begin with another each time."""
-    seen = {name: _Seen() for name in names}
+
+    def load(name: str, duration_s: float) -> LoadResult:
+        contender = bench.contenders[name]
+        return contender.run_clients(case.key, clients, duration_s, items_per_call=items)
+
     for name in names:
-        load(bench.contenders[name], WARM_UP_S)
+        load(name, WARM_UP_S)
+    results: dict[str, list[LoadResult]] = {name: [] for name in names}
     for round_ in range(bench.settings.level_rounds):
         for name in in_turn(names, round_):
-            bench.progress.say(f"{what}: round {round_ + 1}, {name}")
-            seen[name].add(load(bench.contenders[name], bench.settings.level_s))
-    return {name: each for name, each in seen.items() if _is_usable(bench, name, each, what)}
+            bench.progress.say(f"{clients} clients: round {round_ + 1}, {name}")
+            results[name].append(load(name, bench.settings.level_s))
+    return results
 
 
 def measure_arrivals(bench: Bench, case: Case) -> None:
@@ -115,12 +91,8 @@ def measure_arrivals(bench: Bench, case: Case) -> None:
             bench.progress.say(f"arrivals of {case.key}, {share:.0%} of the capacity, {name}")
             offered_per_s = share * capacity_per_s[name]
             due_at_s = arrival_times(offered_per_s, bench.settings.arrivals_s, seed=number)
-            seen = _Seen()
-            seen.add(bench.contenders[name].run_arrivals(case.key, due_at_s))
-            if _is_usable(bench, name, seen, f"arrivals at {offered_per_s:.1f}/s"):
-                found[name].append(
-                    _level(name, case, 1, seen, num_clients=None, offered_per_s=offered_per_s)
-                )
+            result = bench.contenders[name].run_arrivals(case.key, due_at_s)
+            found[name] += _levels(bench, name, case, [result], offered_per_s=offered_per_s)
         bench.progress.done()
     for levels in found.values():
         bench.levels += mark_knee(levels)
@@ -176,41 +148,49 @@ def _capacity(bench: Bench, name: str, case: Case) -> float:
     ]
     if not seen_per_s:
         result = bench.contenders[name].run_clients(case.key, 8, bench.settings.level_s)
-        seen_per_s = [len(result.latencies_s) / result.elapsed_s]
+        seen_per_s = [_rate_per_s(result)]
     return max(seen_per_s)
 
 
-def _is_usable(bench: Bench, name: str, seen: _Seen, what: str) -> bool:
-    """Note failures; without a single answer there is no level."""
-    if seen.num_failed:
-        bench.failures.append(
-            f"{what}: {seen.num_failed} of {seen.num_failed + len(seen.latencies_s)} calls of "
-            f"{name} failed"
-        )
-    return bool(seen.latencies_s)
-
-
-def _level(
+def _levels(
+    bench: Bench,
     name: str,
     case: Case,
-    items: int,
-    seen: _Seen,
+    results: Sequence[LoadResult],
     *,
-    num_clients: int | None,
-    offered_per_s: float | None,
-) -> Level:
-    p50_ms, p95_ms, p99_ms, p999_ms = 1e3 * np.percentile(seen.latencies_s, PERCENTILES)
-    return Level(
-        contender=name,
-        call=case.call,
-        items=items,
-        num_clients=num_clients,
-        offered_per_s=offered_per_s,
-        answered_per_s=float(np.median(seen.rates_per_s)),
-        num_calls=len(seen.latencies_s) + seen.num_failed,
-        num_failed=seen.num_failed,
-        p50_ms=float(p50_ms),
-        p95_ms=float(p95_ms),
-        p99_ms=float(p99_ms),
-        p999_ms=float(p999_ms),
-    )
+    items: int = 1,
+    clients: int | None = None,
+    offered_per_s: float | None = None,
+) -> list[Level]:
+    """Make a level of all its rounds, and note failures; without an answer there is none."""
+    latencies_s = [each_s for each in results for each_s in each.latencies_s]
+    num_failed = sum(each.num_failed for each in results)
+    num_calls = len(latencies_s) + num_failed
+    if num_failed:
+        how = f"{clients} clients" if clients else f"arrivals at {offered_per_s:.1f}/s"
+        bench.failures.append(
+            f"{items} x {case.key}, {how}: {num_failed} of {num_calls} calls of {name} failed"
+        )
+    if not latencies_s:
+        return []
+    p50_ms, p95_ms, p99_ms, p999_ms = (1e3 * np.percentile(latencies_s, PERCENTILES)).tolist()
+    return [
+        Level(
+            contender=name,
+            call=case.call,
+            items=items,
+            num_clients=clients,
+            offered_per_s=offered_per_s,
+            answered_per_s=float(np.median([_rate_per_s(each) for each in results])),
+            num_calls=num_calls,
+            num_failed=num_failed,
+            p50_ms=p50_ms,
+            p95_ms=p95_ms,
+            p99_ms=p99_ms,
+            p999_ms=p999_ms,
+        )
+    ]
+
+
+def _rate_per_s(result: LoadResult) -> float:
+    return len(result.latencies_s) / result.elapsed_s
