@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks.findings import Stages
 from benchmarks.suites.bench import Bench
@@ -58,23 +59,9 @@ def summarise_inside(calls: Sequence[Mapping[str, float]], *, contender: str, wh
         contender: Whose.
         what: The case.
     """
-    means_ms = {
-        name: 1e3 * statistics.fmean(call.get(name, 0.0) for call in calls)
-        for name in dict.fromkeys(name for call in calls for name in call)
-    }
-    total_ms = means_ms.pop(TOTAL)
-    missing_ms = total_ms - sum(means_ms.values())
-    note = ""
-    if abs(missing_ms) > MAX_MISSING * total_ms:
-        note = f"{missing_ms:.2f} ms are in no operator: the engine's own work between them"
-    return Stages(
-        contender=contender,
-        what=what,
-        total_ms=total_ms,
-        stages_ms=means_ms,
-        missing_ms=missing_ms,
-        note=note,
-    )
+    means_ms = _means_ms(calls, dict.fromkeys(name for call in calls for name in call))
+    note = "are in no operator: the engine's own work between them"
+    return _stages(means_ms, note, contender=contender, what=what)
 
 
 def summarise(
@@ -92,32 +79,35 @@ def summarise(
     """
     ordered = sorted(calls, key=lambda call: call[TOTAL])
     cut = len(ordered) // 4
-    middle = ordered[cut : len(ordered) - cut]
-    means_ms = {
-        name: 1e3 * statistics.fmean(call.get(name, 0.0) for call in middle)
-        for name in (*STAGES, TOTAL)
-    }
-    total_ms = means_ms.pop(TOTAL)
+    means_ms = _means_ms(ordered[cut : len(ordered) - cut], (*STAGES, TOTAL))
     # Servers count each request of a call; side by side they may be longer than it.
     means_ms[NETWORK] -= sum(means_ms[name] for name in SERVER_STAGES)
-    stages_ms = {name: value for name, value in means_ms.items() if value > 0}
+    means_ms = {name: value for name, value in means_ms.items() if value > 0}
+    note = "are in no stage: the client's own work between them, and waiting for a thread to run"
+    found = _stages(means_ms, note, contender=contender, what=what)
+    if is_single or found.missing_ms >= 0:
+        return found
+    note = (
+        f"stages ran side by side: together they are {found.total_ms - found.missing_ms:.1f} ms of "
+        f"work in {found.total_ms:.1f} ms"
+    )
+    return replace(found, note=note)
+
+
+def _means_ms(calls: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
+    return {name: 1e3 * statistics.fmean(call.get(name, 0.0) for call in calls) for name in names}
+
+
+def _stages(means_ms: Mapping[str, float], note: str, *, contender: str, what: str) -> Stages:
+    """Say what is missing of the total; `note` is why, where it is much."""
+    stages_ms = {name: value for name, value in means_ms.items() if name != TOTAL}
+    total_ms = means_ms[TOTAL]
     missing_ms = total_ms - sum(stages_ms.values())
-    note = ""
-    if not is_single and missing_ms < 0:
-        note = (
-            f"stages ran side by side: together they are {total_ms - missing_ms:.1f} ms of work in "
-            f"{total_ms:.1f} ms"
-        )
-    elif abs(missing_ms) > MAX_MISSING * total_ms:
-        note = (
-            f"{missing_ms:.2f} ms are in no stage: the client's own work between them, and waiting "
-            "for a thread to run"
-        )
     return Stages(
         contender=contender,
         what=what,
         total_ms=total_ms,
         stages_ms=stages_ms,
         missing_ms=missing_ms,
-        note=note,
+        note=f"{missing_ms:.2f} ms {note}" if abs(missing_ms) > MAX_MISSING * total_ms else "",
     )
