@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 import clip_rt
 from benchmarks import contenders, findings
 from benchmarks.contenders import REFERENCE, AbsentError
-from benchmarks.contenders.kit import FailedError, Form, Kit, copy_models, make_kit, run_module
+from benchmarks.contenders.kit import Form, Kit, copy_models, make_kit
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
@@ -62,10 +61,12 @@ class Wishes:
 class ExportedKit(Kit):
     """A kit of a model that was exported by others, whose served version may be any."""
 
+    version: int
+
     def tower(self, form: Form, tower: Tower, file: str = "model.onnx") -> Path:
         """Return a file of the version of a tower that is served."""
         name = image_model(self.name) if tower == "image" else text_model(self.name)
-        return _served_folder(self.repository(form) / name) / file
+        return self.repository(form) / name / str(self.version) / file
 
 
 class RunningContenders:
@@ -198,7 +199,15 @@ class RunningContenders:
         return make_kit(wishes.model, wishes.weights, self._cache, needs, say=self._say)
 
     def _copy_repository(self, source: Path, name: str) -> Kit:
-        """Make a kit of a model that is exported, without changing the repository it is in."""
+        """Make a kit of a model that is exported, without changing the repository it is in.
+
+        Raises:
+            InputError: it is in another precision than FP32, or cannot be served so.
+        """
+        # Only here: they load what no contender shall be measured with.
+        from export.models import served_version
+        from export.repository import configure
+
         for each in self._wishes.names:
             if each in contenders.NAMES and each not in OF_A_REPOSITORY:
                 reason = "a repository has the exported model only, not what this one reads"
@@ -216,6 +225,7 @@ class RunningContenders:
             folder=self._scratch / "kit",
             spec=find_spec(manifest.architecture),
             name=name,
+            version=served_version(source / image_model(name)),
             logit_scale=manifest.logit_scale,
             logit_bias=manifest.logit_bias,
         )
@@ -230,21 +240,8 @@ class RunningContenders:
             for tower in (image_model(name), text_model(name)):
                 copy_models(source / tower, kit.repository(form) / tower)
             if f"triton {form}" in self._wishes.names:
-                self._set_runtime(kit.repository(form), name, form)
+                configure(kit.repository(form), name, runtime=form)
         return kit
-
-    @staticmethod
-    def _set_runtime(repository: Path, name: str, runtime: str) -> None:
-        """Let the embedded Triton run a model by a runtime, with the command that anyone would use.
-
-        Raises:
-            InputError: it cannot.
-        """
-        command = ["--repository", str(repository), "--name", name, "--runtime", runtime]
-        try:
-            run_module(["export.repository", *command])
-        except FailedError as error:
-            raise InputError(f"{name!r} cannot be served by {runtime}: {error}") from error
 
 
 def describe_all(wishes: Wishes) -> list[findings.Contender]:
@@ -256,10 +253,3 @@ def describe_all(wishes: Wishes) -> list[findings.Contender]:
         absent = contenders.why_absent(name, spec, infinity=wishes.infinity)
         found.append(replace(facts, absent=absent))
     return found
-
-
-def _served_folder(tower: Path) -> Path:
-    """Return the version of a tower that Triton loads: what its configuration says, or the last."""
-    named = re.search(r"versions:\s*(\d+)", (tower / "config.pbtxt").read_text("utf-8"))
-    numbers = [int(path.name) for path in tower.iterdir() if path.name.isdigit()]
-    return tower / (named[1] if named else str(max(numbers)))
