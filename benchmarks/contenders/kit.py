@@ -72,6 +72,8 @@ class Kit:
     spec: ModelSpec
     name: str = SERVED
     """Of the model in its repositories."""
+    version: int = 1
+    """That is served."""
     logit_scale: float = 1 / 0.07
     """Factor of the cosine; that of weights nobody trained."""
     logit_bias: float = 0.0
@@ -98,9 +100,9 @@ class Kit:
         return self.folder / "repositories" / form
 
     def tower(self, form: Form, tower: Tower, file: str = "model.onnx") -> Path:
-        """Return a file of a tower; there is only the first version."""
+        """Return a file of the version of a tower that is served."""
         name = image_model(self.name) if tower == "image" else text_model(self.name)
-        return self.repository(form) / name / "1" / file
+        return self.repository(form) / name / str(self.version) / file
 
 
 def default_folder() -> Path:

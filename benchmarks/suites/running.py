@@ -18,7 +18,7 @@ from benchmarks.contenders.kit import Form, Kit, copy_models, make_kit
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
-from clip_rt.specs import Tower, find_spec, image_model, text_model
+from clip_rt.specs import find_spec, image_model, text_model
 
 QUICK = ("openvino", "triton openvino", "triton int8", "open_clip")
 """Who takes part in a quick run: little to start, and what a reader wants to know first."""
@@ -55,18 +55,6 @@ class Wishes:
         """All who shall take part, in the order in which they are shown."""
         known = tuple(name for name in contenders.NAMES if name in self.contenders)
         return known if self.url is None else (*known, f"{contenders.REMOTE}{self.url}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportedKit(Kit):
-    """A kit of a model that was exported by others, whose served version may be any."""
-
-    version: int
-
-    def tower(self, form: Form, tower: Tower, file: str = "model.onnx") -> Path:
-        """Return a file of the version of a tower that is served."""
-        name = image_model(self.name) if tower == "image" else text_model(self.name)
-        return self.repository(form) / name / str(self.version) / file
 
 
 class RunningContenders:
@@ -221,7 +209,7 @@ class RunningContenders:
                 f"{name!r} in {source} is {manifest.precision}; there is nothing in FP32 to hold "
                 "its answers against. Name an FP32 model, or measure with --model and --weights."
             )
-        kit = ExportedKit(
+        kit = Kit(
             folder=self._scratch / "kit",
             spec=find_spec(manifest.architecture),
             name=name,
