@@ -38,7 +38,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from benchmarks import contenders
 from benchmarks.compare import compare
 from benchmarks.contenders.kit import default_folder
 from benchmarks.findings import Run
@@ -50,7 +49,7 @@ from benchmarks.report.terminal import show, show_comparison
 from benchmarks.suites.bars import find_bars
 from benchmarks.suites.bench import Bench, Progress, Settings
 from benchmarks.suites.plan import SUITES
-from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all
+from benchmarks.suites.running import QUICK, RunningContenders, Wishes, describe_all, split_names
 from benchmarks.suites.timed import make_rows
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import ClipRTError, InputError
@@ -67,31 +66,13 @@ PACKAGES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Wishes):
     """Measure, show what was found, and write it as JSON, HTML and PNG."""
 
     suite: UseAppendAction[tuple[str, ...]] = ()
     """Suites, with commas between them or one at a time."""
-    contender: UseAppendAction[tuple[str, ...]] = ()
-    """Contenders, in the same way."""
-    full: FlagCreatePairsOff[bool] = False
-    """Everything."""
     quick: FlagCreatePairsOff[bool] = False
     """What takes minutes, as without --full."""
-    model: str = "ViT-B/32"
-    """Architecture."""
-    weights: str = "random"
-    """As export.onnx takes them; speed does not depend on them."""
-    repository: Path | None = None
-    """A model repository; measures a model that is in it."""
-    name: str = "drawings"
-    """The model in --repository."""
-    url: str | None = None
-    """host:port of a Triton somewhere."""
-    remote_model: str | None = None
-    """The model of the server at --url."""
-    infinity: Path | None = None
-    """infinity_emb of its own virtual environment."""
     target: float = 0.03
     """Share to which a median is to be known."""
     budget_s: float | None = None
@@ -130,26 +111,7 @@ class RunConfig:
             InputError: one is not known.
         """
         quick = [name for name in SUITES if self.full or SUITES[name].is_quick]
-        return _split(self.suite, list(SUITES), "suite") or quick
-
-    @property
-    def wishes(self) -> Wishes:
-        """Who takes part, with which model.
-
-        Raises:
-            InputError: a contender is not known.
-        """
-        names = _split(self.contender, contenders.NAMES, "contender")
-        return Wishes(
-            contenders=tuple(names or (contenders.NAMES if self.full else QUICK)),
-            model=self.model,
-            weights=self.weights,
-            repository=self.repository,
-            name=self.name,
-            url=self.url,
-            remote_model=self.remote_model,
-            infinity=str(self.infinity) if self.infinity else None,
-        )
+        return split_names(self.suite, list(SUITES), "suite") or quick
 
     @property
     def settings(self) -> Settings:
@@ -312,19 +274,6 @@ def list_all(console: Console, wishes: Wishes) -> None:
     console.print(table)
 
 
-def _split(values: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """Return names that are given once each or with commas between them.
-
-    Raises:
-        InputError: one is not known.
-    """
-    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise InputError(f"no {what} is called {name!r}; there are {', '.join(known)}.")
-    return list(dict.fromkeys(names))
-
-
 def _judged(run: Run) -> Run:
     """Return a run as it is judged today; what was measured stays as it is."""
     return replace(run, bars=find_bars(run.model, run.baseline, run.peaks, run.rows, run.levels))
@@ -343,10 +292,10 @@ def main(config: RunConfig) -> int:
     Raises:
         ClipRTError: something that was given cannot be used.
     """
-    console, suites, wishes = Console(), config.suites, config.wishes
+    console, suites = Console(), config.suites
     old = None if config.compare is None else read_run(config.compare)
     if config.list_:
-        list_all(console, wishes)
+        list_all(console, config)
         return 0
     if config.judge is not None:
         report(_judged(read_run(config.judge)), config.out, console)
@@ -354,7 +303,7 @@ def main(config: RunConfig) -> int:
     if old is not None and config.against is not None:
         return _compare(old, read_run(config.against), console)
     run = measure(
-        suites, wishes, config.settings, cache=config.cache or default_folder(), console=console
+        suites, config, config.settings, cache=config.cache or default_folder(), console=console
     )
     report(run, config.out, console)
     code = 0 if old is None else _compare(old, run, console)

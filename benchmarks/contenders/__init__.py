@@ -14,6 +14,7 @@ import importlib.util
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks import findings
@@ -142,7 +143,7 @@ def find(name: str) -> Entry:
     raise KeyError(f"no contender is called {name[:80]!r}; known are {', '.join(NAMES)}.")
 
 
-def why_absent(name: str, spec: ModelSpec, *, infinity: str | None = None) -> str | None:
+def why_absent(name: str, spec: ModelSpec, *, infinity: Path | None = None) -> str | None:
     """Return why a contender cannot take part, as far as that is seen without starting it.
 
     Args:
@@ -167,7 +168,7 @@ def why_absent(name: str, spec: ModelSpec, *, infinity: str | None = None) -> st
 
 
 def find_needs(
-    names: Collection[str], spec: ModelSpec, *, infinity: str | None = None
+    names: Collection[str], spec: ModelSpec, *, infinity: Path | None = None
 ) -> tuple[Need, ...]:
     """Return what must be made for those contenders that can take part, and the reference."""
     present = [find(name) for name in names if why_absent(name, spec, infinity=infinity) is None]
@@ -179,7 +180,7 @@ def start(
     name: str,
     kit: Kit,
     *,
-    infinity: str | None = None,
+    infinity: Path | None = None,
     model: str | None = None,
     start_limit_s: float = process.START_LIMIT_S,
     call_limit_s: float = process.CALL_LIMIT_S,

@@ -148,7 +148,7 @@ class Infinity(Implementation):
         raise RuntimeError(f"the server was not ready in {START_LIMIT_S:g} s.")
 
 
-def find_executable(option: str | None = None) -> Path | None:
+def find_executable(option: Path | None = None) -> Path | None:
     """Return where infinity is, or None."""
     if given := option or os.environ.get(VARIABLE):
         path = Path(given).expanduser().absolute()
@@ -193,7 +193,7 @@ def _find_free_port() -> int:
         return probe.getsockname()[1]
 
 
-def make(kit: Kit, *, executable: str | None = None) -> Infinity:
+def make(kit: Kit, *, executable: Path | None = None) -> Infinity:
     """Start it.
 
     Raises:

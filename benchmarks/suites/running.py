@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 import clip_rt
 from benchmarks import contenders, findings
@@ -36,25 +37,51 @@ START_TIMEOUT_S = 240.0
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """Who shall take part, and with which model."""
+    """Who shall take part, and with which model: options of the command."""
 
-    contenders: tuple[str, ...]
-    """Of `contenders.NAMES`."""
-    model: str
-    weights: str
+    contender: UseAppendAction[tuple[str, ...]] = ()
+    """Contenders, with commas between them or one at a time."""
+    full: FlagCreatePairsOff[bool] = False
+    """Everything."""
+    model: str = "ViT-B/32"
+    """Architecture."""
+    weights: str = "random"
+    """As export.onnx takes them; speed does not depend on them."""
     repository: Path | None = None
-    """Of models that are exported already; then `name` is measured, instead of `model`."""
-    name: str = ""
+    """A model repository; measures a model that is in it."""
+    name: str = "drawings"
+    """The model in --repository."""
     url: str | None = None
-    """Of a Triton somewhere, host:port, which takes part too."""
+    """host:port of a Triton somewhere."""
     remote_model: str | None = None
-    infinity: str | None = None
+    """The model of the server at --url."""
+    infinity: Path | None = None
+    """infinity_emb of its own virtual environment."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All who shall take part, in the order in which they are shown."""
-        known = tuple(name for name in contenders.NAMES if name in self.contenders)
+        """All who shall take part, in the order in which they are shown.
+
+        Raises:
+            InputError: a contender is not known.
+        """
+        wanted = split_names(self.contender, contenders.NAMES, "contender")
+        wanted = wanted or [*(contenders.NAMES if self.full else QUICK)]
+        known = tuple(name for name in contenders.NAMES if name in wanted)
         return known if self.url is None else (*known, f"{contenders.REMOTE}{self.url}")
+
+
+def split_names(values: Sequence[str], known: Sequence[str], what: str) -> list[str]:
+    """Return names that are given once each or with commas between them.
+
+    Raises:
+        InputError: one is not known.
+    """
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"no {what} is called {name!r}; there are {', '.join(known)}.")
+    return list(dict.fromkeys(names))
 
 
 class RunningContenders:

@@ -195,7 +195,7 @@ def test_who_computes_elsewhere_has_no_share_of_what_this_machine_can() -> None:
 def test_who_does_not_start_again_fails_the_run_and_keeps_what_it_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wishes = Wishes(contenders=("onnxruntime", "openvino"), model="ViT-B/32", weights="random")
+    wishes = Wishes(contender=("onnxruntime", "openvino"))
     running = RunningContenders(wishes, cache=tmp_path, say=lambda _: None)
     num_starts: Counter[str] = Counter()
 
