@@ -146,7 +146,7 @@ def measure(
     with ExitStack() as stack:
         watch = stack.enter_context(Watch())
         progress = stack.enter_context(Progress(console))
-        running = stack.enter_context(RunningContenders(wishes, cache=cache, say=progress.tell))
+        running = stack.enter_context(RunningContenders(wishes, cache=cache, say=progress.step))
         progress.say("what this machine can do")
         probe = stack.enter_context(Probe())
         running.start()

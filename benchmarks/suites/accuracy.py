@@ -57,13 +57,11 @@ def measure_accuracy(bench: Bench, pixels: Case, jpegs: Case) -> None:
         pixels: Photographs as the model reads them.
         jpegs: The same as files, for those who read files only.
     """
-    bench.progress.plan(2 if bench.settings.is_full else 1)
     bench.progress.step("accuracy on photographs")
     cosines: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
     for case in (jpegs, pixels):
         for name in bench.admit(case):
             cosines[name] = bench.cosines(case, name)
-    bench.progress.done()
     top1: dict[str, float] = {}
     num_drawings = 0
     if bench.settings.is_full:
@@ -72,7 +70,6 @@ def measure_accuracy(bench: Bench, pixels: Case, jpegs: Case) -> None:
             top1, num_drawings = measure_top1()
         except Exception as error:  # The cosines are still worth something.
             bench.failures.append(f"accuracy on drawings: {error!r}")
-        bench.progress.done()
     for name in bench.contenders:
         source = TOP1_OF.get(name, name)
         if name in cosines:

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.text import Text
 
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
@@ -48,57 +47,31 @@ class Settings:
 
 
 class Progress:
-    """A bar of the cases of a run, used as a context manager.
-
-    Where nobody watches (a file, a pipe) there is a line for each case instead.
+    """A line for each step of a run, and what happens within it; used as a context manager.
 
     Args:
-        console: Where to draw.
+        console: Where to write.
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("start", total=None)
+        self._console = console
+        self._status = console.status("start")
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        self._status.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._bar.stop()
-
-    def plan(self, num_steps: int) -> None:
-        """Say how many steps there will be more than was known."""
-        total = self._bar.tasks[0].total or 0
-        self._bar.update(self._task, total=total + num_steps)
+        self._status.stop()
 
     def step(self, what: str) -> None:
         """Begin a step."""
         self.say(what)
-        if not self.console.is_terminal:
-            self.console.print(what, highlight=False)
+        self._console.print(what, style="dim", highlight=False, markup=False)
 
     def say(self, what: str) -> None:
-        """Say what happens within a step."""
-        self._bar.update(self._task, description=what)
-
-    def tell(self, what: str) -> None:
-        """Say what happens before the first step, for good: it may take minutes."""
-        self.say(what[:100])
-        self.console.print(what, style="dim", highlight=False, markup=False)
-
-    def done(self) -> None:
-        """End a step."""
-        self._bar.advance(self._task)
+        """Say what happens within a step, where someone watches."""
+        self._status.update(Text(what))
 
 
 @dataclass(kw_only=True)

@@ -45,14 +45,12 @@ def measure_concurrency(bench: Bench, images: Case, texts: Case) -> None:
         (texts, 1, NUM_CLIENTS_OF_TEXTS),
         (texts, BATCH_TEXTS, NUM_CLIENTS_OF_BATCHES),
     )
-    bench.progress.plan(sum(len(counts) for _, _, counts in sweeps))
     for case, items, counts in sweeps:
         takers = served(bench, case)
         for clients in counts:
             bench.progress.step(f"{items} x {case.key}, {clients} clients")
             for name, results in _take_turns(bench, takers, case, items, clients).items():
                 bench.levels += _levels(bench, name, case, results, items=items, clients=clients)
-            bench.progress.done()
 
 
 def _take_turns(
@@ -83,7 +81,6 @@ def measure_arrivals(bench: Bench, case: Case) -> None:
     """
     takers = served(bench, case)
     capacity_per_s = {name: _capacity(bench, name, case) for name in takers}
-    bench.progress.plan(len(OFFERED_SHARES))
     found: dict[str, list[Level]] = {name: [] for name in takers}
     for number, share in enumerate(OFFERED_SHARES):
         bench.progress.step(f"arrivals of {case.key}, {share:.0%} of the capacity")
@@ -93,7 +90,6 @@ def measure_arrivals(bench: Bench, case: Case) -> None:
             due_at_s = arrival_times(offered_per_s, bench.settings.arrivals_s, seed=number)
             result = bench.contenders[name].run_arrivals(case.key, due_at_s)
             found[name] += _levels(bench, name, case, [result], offered_per_s=offered_per_s)
-        bench.progress.done()
     for levels in found.values():
         bench.levels += mark_knee(levels)
 

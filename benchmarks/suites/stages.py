@@ -23,7 +23,6 @@ NUM_INSIDE_CALLS = 3
 
 def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
     """Note where the time of each case goes, with each way through Triton."""
-    bench.progress.plan(len(cases))
     for case in cases:
         bench.progress.step(f"stages of {case.key}")
         for name in bench.admit(case):
@@ -35,20 +34,17 @@ def measure_stages(bench: Bench, cases: Sequence[Case]) -> None:
             bench.stages.append(
                 summarise(calls, contender=name, what=case.key, is_single=is_single)
             )
-        bench.progress.done()
 
 
 def measure_inside(bench: Bench, case: Case) -> None:
     """Note which operators of the engine take the time of a case of pixels, where it takes part."""
     if ENGINE not in bench.contenders:
         return
-    bench.progress.plan(1)
     bench.progress.step(f"inside the engine: {case.key}")
     if ENGINE in bench.admit(case):
         calls = bench.contenders[ENGINE].stages(case.key, NUM_INSIDE_CALLS)
         what = f"inside the engine: {case.suite}, {case.name}"
         bench.stages.append(summarise_inside(calls, contender=ENGINE, what=what))
-    bench.progress.done()
 
 
 def summarise_inside(calls: Sequence[Mapping[str, float]], *, contender: str, what: str) -> Stages:

@@ -60,14 +60,12 @@ PADDING: Mapping[str, Callable[[Sequence[int], int], list[int]]] = {
 def measure_cases(bench: Bench, cases: Iterable[Case]) -> None:
     """Time each case with everyone who answers it right."""
     wanted = [case for case in cases if bench.settings.is_full or case.is_quick]
-    bench.progress.plan(len(wanted))
     for case in wanted:
         bench.progress.step(case.key)
         try:
             measure_case(bench, case)
         except ContenderError as error:  # The other cases are still worth their time.
             bench.failures.append(f"{case.key}: {error}")
-        bench.progress.done()
 
 
 def measure_case(bench: Bench, case: Case) -> None:
@@ -155,20 +153,15 @@ def measure_classifier(bench: Bench, labels: Sequence[str]) -> None:
         bench: Full runs only make all of it, in the last start.
         labels: ImageNet's classes.
     """
-    bench.progress.plan(1)
     case = classifier_case(labels, min(NUM_CLASSES, len(labels)))
     bench.progress.step(case.key)
     measure_case(bench, case)
-    bench.progress.done()
     if not (bench.settings.is_full and bench.is_last_start):
         return
     names = [name for name in WHOLE if name in bench.served and name in bench.admit(case)]
-    bench.progress.plan(len(names))
     for name in names:
-        what = f"classifier: all {len(labels)} classes, {name}"
-        bench.progress.step(what)
+        bench.progress.step(f"classifier: all {len(labels)} classes, {name}")
         _measure_whole(bench, name, labels, case)
-        bench.progress.done()
 
 
 def _measure_whole(bench: Bench, name: str, labels: Sequence[str], known: Case) -> None:
