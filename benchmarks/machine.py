@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import TypeAdapter
 
-from benchmarks.findings import Conditions, Interval, Peaks
+from benchmarks.findings import Conditions, Peaks
 from benchmarks.timing import median_interval, scaled
 from clip_rt import processor
 
@@ -216,19 +217,8 @@ class Probe:
         except BaseException:
             self.close()
             raise
-        int8 = found["gemm_int8_gop_per_s"]
         self.flop_while_probe: float = found["flop_while_probe"]
-        self.peaks = Peaks(
-            gemm_fp32_gflop_per_s=Interval(**found["gemm_fp32_gflop_per_s"]),
-            gemm_fp32_model_gflop_per_s=Interval(**found["gemm_fp32_model_gflop_per_s"]),
-            gemm_int8_gop_per_s=Interval(**int8) if int8 else None,
-            read_gb_per_s=Interval(**found["read_gb_per_s"]),
-            how=(
-                f"{num_threads} threads; the fastest here: FP32 by {found['library']}, those "
-                f"of ViT-B/32 by {found['model_library']}, INT8 by "
-                f"{found['int8_library'] or 'none'}"
-            ),
-        )
+        self.peaks = TypeAdapter(Peaks).validate_python(found["peaks"])
 
     def time(self, num_calls: int) -> list[float]:
         """Return the seconds of each of so many probes; a way for `timing.take_turns`."""

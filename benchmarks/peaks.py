@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import findings
 from benchmarks.findings import Interval
 from benchmarks.timing import Way, inverse, median_interval, ratios, take_turns, time_each
 from clip_rt.specs import MODELS, ViTSpec
@@ -281,25 +282,26 @@ class Peaks:
             times = median_interval(ratios(probe_s, samples_s)).median
             return times * shape.flop / self._probe_shape.flop
 
-        def rate(precision: str, library: str, shape: Shape) -> dict[str, float]:
+        def rate(precision: str, library: str, shape: Shape) -> Interval:
             time_s = turns[_name(precision, library, shape)].interval_s
-            return asdict(inverse(time_s, shape.flop / 1e9))
+            return inverse(time_s, shape.flop / 1e9)
 
         model_s = {
             each: turns[_name("fp32", model_library, each)].samples_s for each in self._model_shapes
         }
         best = max(products, key=lambda key: speed("fp32", *key))
         best_int8 = max(int8_products, key=lambda key: speed("int8", *key), default=None)
-        return {
-            "library": _with_version(best[0]),
-            "model_library": _with_version(model_library),
-            "int8_library": _with_version(best_int8[0]) if best_int8 else None,
-            "gemm_fp32_gflop_per_s": rate("fp32", *best),
-            "gemm_fp32_model_gflop_per_s": asdict(model_rate(model_s)),
-            "gemm_int8_gop_per_s": rate("int8", *best_int8) if best_int8 else None,
-            "read_gb_per_s": asdict(inverse(turns["read"].interval_s, self._read_bytes / 1e9)),
-            "flop_while_probe": self._probe_shape.flop * speed("fp32", *best),
-        }
+        peaks = findings.Peaks(
+            gemm_fp32_gflop_per_s=rate("fp32", *best),
+            gemm_fp32_model_gflop_per_s=model_rate(model_s),
+            gemm_int8_gop_per_s=rate("int8", *best_int8) if best_int8 else None,
+            read_gb_per_s=inverse(turns["read"].interval_s, self._read_bytes / 1e9),
+            how=f"{self._num_threads} threads; the fastest here: FP32 by {_with_version(best[0])}, "
+            f"those of ViT-B/32 by {_with_version(model_library)}, INT8 by "
+            f"{_with_version(best_int8[0]) if best_int8 else 'none'}",
+        )
+        flop_while_probe = self._probe_shape.flop * speed("fp32", *best)
+        return {"peaks": asdict(peaks), "flop_while_probe": flop_while_probe}
 
     def time(self, num_calls: int) -> list[float]:
         """Return the seconds of each of so many probes, once one more has woken the threads.
