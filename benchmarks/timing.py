@@ -21,6 +21,7 @@ are given apart, and the interval reaches as far as that of any start.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -28,8 +29,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-
-from scipy.stats.mstats import median_cihs
 
 from benchmarks.findings import Interval
 from clip_rt.errors import InputError
@@ -240,12 +239,7 @@ def median_interval(*starts: Sequence[float]) -> Interval:
     """
     if not all(starts) or not starts or not all(map(math.isfinite, itertools.chain(*starts))):
         raise InputError(f"an interval needs finite samples; these are {[*map(list, starts)]}.")
-    bounds = [
-        (min(samples), max(samples))
-        if len(samples) < MIN_SAMPLES
-        else tuple(map(float, median_cihs(samples, 1 - CONFIDENCE)))
-        for samples in starts
-    ]
+    bounds = [_bounds(sorted(samples)) for samples in starts]
     return Interval(
         median=statistics.median(itertools.chain(*starts)),
         low=min(low for low, _ in bounds),
@@ -317,3 +311,34 @@ def is_steady(last_samples: Sequence[float]) -> bool:
     """Return whether the last three turns differ by less than 5 %, so that warm-up is over."""
     last = last_samples[-STEADY_TURNS:]
     return len(last) == STEADY_TURNS and max(last) < (1 + STEADY_WITHIN) * min(last)
+
+
+def _bounds(ordered: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the interval of one start."""
+    num = len(ordered)
+    if num < MIN_SAMPLES:
+        return ordered[0], ordered[-1]
+    k, inward = _places(num)
+    return (
+        (1 - inward) * ordered[k - 1] + inward * ordered[k],
+        (1 - inward) * ordered[-k] + inward * ordered[-k - 1],
+    )
+
+
+@functools.cache
+def _places(num: int) -> tuple[int, float]:
+    """Return which sample from either end is a bound, and how far inward of it the bound lies.
+
+    The k-th is the farthest inward with enough confidence, the next has not enough; the second
+    figure is the share of the way to it.
+    """
+    k = next(k for k in range(num) if _chance_of_at_most(k, num) >= (1 - CONFIDENCE) / 2)
+    # The k-th samples from both ends hold the median between them so often.
+    wide, narrow = (1 - 2 * _chance_of_at_most(each - 1, num) for each in (k, k + 1))
+    share = (wide - CONFIDENCE) / (wide - narrow)
+    return k, (num - k) * share / (k + (num - 2 * k) * share)
+
+
+def _chance_of_at_most(k: int, num: int) -> float:
+    """Return how likely at most `k` of `num` samples are below the median."""
+    return sum(math.comb(num, each) for each in range(k + 1)) / 2**num
