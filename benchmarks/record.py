@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from benchmarks.findings import Bar, Run
@@ -116,6 +115,9 @@ def read_run(path: Path) -> Run:
         InputError: no such file, no JSON, of another version, or a field that is not as `findings`
             has it; the message names it.
     """
+    # Here, because results are written too where nothing reads them.
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text)
