@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clip_rt.errors import ExportError
 from clip_rt.specs import EMBEDDINGS
@@ -52,12 +53,13 @@ class EngineRunner:
         self._context = self._engine.create_execution_context()
         self._input = self._engine.get_tensor_name(0)
         self._stream = torch.cuda.Stream()
+        self._profile: int | None = None
 
     def __call__(self, batch: NDArray[np.generic]) -> NDArray[np.float32]:
         """Embed a batch of any size; see `parity.Encoder`."""
-        profile, max_batch_size = self._choose_profile(batch.shape[1:])
+        _, max_batch_size = self._choose_profile(batch.shape[1:])
         chunks = [
-            self._run(np.ascontiguousarray(batch[start : start + max_batch_size]), profile)
+            self._run(np.ascontiguousarray(batch[start : start + max_batch_size]))
             for start in range(0, len(batch), max_batch_size)
         ]
         return np.concatenate(chunks)
@@ -69,24 +71,41 @@ class EngineRunner:
                 return index, int(largest[0])
         raise ExportError(f"the engine has no profile for items of shape {shape}.")
 
-    def _run(self, chunk: NDArray[np.generic], profile: int) -> NDArray[np.float32]:
+    def _run(self, chunk: NDArray[np.generic]) -> NDArray[np.float32]:
         with torch.cuda.stream(self._stream):
-            handle = self._stream.cuda_stream
-            given = torch.from_numpy(chunk).cuda()
-            if not (
-                self._context.set_optimization_profile_async(profile, handle)
-                and self._context.set_input_shape(self._input, tuple(given.shape))
-            ):
-                raise ExportError(f"the engine refuses {chunk.dtype} {chunk.shape}.")
-            shape = tuple(self._context.get_tensor_shape(EMBEDDINGS))
-            found = torch.full(shape, torch.nan, dtype=torch.float32, device="cuda")
-            self._context.set_tensor_address(self._input, given.data_ptr())
-            self._context.set_tensor_address(EMBEDDINGS, found.data_ptr())
-            if not self._context.execute_async_v3(handle):
-                raise ExportError("TensorRT could not run the engine; its log says why.")
+            found = self.encode(torch.from_numpy(chunk).cuda())
             self._stream.synchronize()
             embeddings: NDArray[np.float32] = found.cpu().numpy()
             return embeddings
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Embed a batch that lies on the device, on the current stream; nobody is waited for.
+
+        Args:
+            batch: uint8 (B, S, S, 3) or int32 (B, L), contiguous, B within a profile.
+
+        Returns:
+            float32 (B, E).
+
+        Raises:
+            ExportError: no profile of the engine fits, or TensorRT could not run it.
+        """
+        profile, _ = self._choose_profile(tuple(batch.shape[1:]))
+        handle = torch.cuda.current_stream().cuda_stream
+        # A change of profile cannot be captured into a CUDA graph.
+        is_set = profile == self._profile or self._context.set_optimization_profile_async(
+            profile, handle
+        )
+        if not (is_set and self._context.set_input_shape(self._input, tuple(batch.shape))):
+            raise ExportError(f"the engine refuses {batch.dtype} {tuple(batch.shape)}.")
+        self._profile = profile
+        shape = tuple(self._context.get_tensor_shape(EMBEDDINGS))
+        found = torch.full(shape, torch.nan, dtype=torch.float32, device=batch.device)
+        self._context.set_tensor_address(self._input, batch.data_ptr())
+        self._context.set_tensor_address(EMBEDDINGS, found.data_ptr())
+        if not self._context.execute_async_v3(handle):
+            raise ExportError("TensorRT could not run the engine; its log says why.")
+        return found
 
     def inspect(self) -> Inspection:
         """Count layers and fused attentions."""
