@@ -61,6 +61,7 @@ NOT_RUN = {
     "pip install --no-deps -c constraints.txt nvidia-pytriton": "is for Python 3.13 only",
     "pip install 'clip-rt[server]'": "needs an index that has the wheels",
     "pip install clip-rt": "needs an index that has the wheels",
+    "python -m benchmarks.gpu*": "needs a GPU",
     "python benchmarks/run.py --full": "takes an hour or two",
     "python benchmarks/run.py --url triton-a:8001 --remote-model shop-v3": "needs that server",
     "python -m clip_rt doctor --url triton-a:8001": "needs that server",
@@ -250,6 +251,7 @@ INTERPOLATE = (
     "python -m training.interpolate --zero-shot clip.safetensors "
     "--fine-tuned runs/a/checkpoint.safetensors --out mixed.safetensors"
 )
+REHEARSE = "python -m benchmarks.gpu --rehearse --stage device --stage parity --out rehearsal"
 EMPTY_HANDED = '! python {0} 2> said && grep -F ".[{1}]" said'
 """Where nothing is installed but the client."""
 
@@ -270,7 +272,7 @@ MORE = (
     Environment("server", ["python -m clip_rt doctor --repository model_repository"]),
     Environment("server,quickstart", ["python -c 'import examples.quickstart'"]),
     Environment("telemetry", [COUNTED_CALL]),
-    Environment("export", [EXPORT_ON_SAMPLES, "python -m export.canary --name tiny"]),
+    Environment("export", [EXPORT_ON_SAMPLES, "python -m export.canary --name tiny", REHEARSE]),
     Environment("train", [TRAIN, "python -m training.curves runs/a", INTERPOLATE]),
     Environment("train,bench,peers"),
     Environment("export,bench,peers"),

@@ -31,6 +31,7 @@ OURS = (
 
 EXTRAS = {
     "benchmarks": "server,export,int8,train,bench",
+    "benchmarks.gpu": "export",
     "benchmarks.report": "bench",
     "benchmarks.run": "server,export,int8,bench",
     "benchmarks.studies.text_length": "export,bench,peers",
