@@ -7,7 +7,6 @@ import io
 import re
 from typing import Any
 
-import resvg_py
 from PIL import Image
 
 SIDE_PX = 64
@@ -54,6 +53,9 @@ def render(svg: str, *, background: str | None) -> bytes:
     """Draw an SVG in the middle of a square of SIDE_PX, as lossless WebP bytes."""
     view_box = re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg)
     landscape = view_box is None or float(view_box[1]) >= float(view_box[2])
+    # Here, because whoever trains on data of their own needs no renderer.
+    import resvg_py
+
     png = resvg_py.svg_to_bytes(
         svg_string=svg,
         skip_system_fonts=True,
