@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.contenders.forms import (
-    describe_for_hugging_face,
-    describe_for_open_clip,
-    to_hugging_face,
-)
-from benchmarks.contenders.torch_based import import_open_clip, import_torchvision
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, Tower
 from training.model import CLIP
+
+
+def import_contenders() -> tuple[Any, Any]:
+    """Import what gives peers the weights of ours, `forms`, and what imports them, `torch_based`.
+
+    Raises:
+        ImportError: something they need, such as psutil, is not installed.
+    """
+    package = "benchmarks.contenders"
+    forms = importlib.import_module(f"{package}.forms")
+    return forms, importlib.import_module(f"{package}.torch_based")
 
 
 def form_input(batch: Tensor) -> Tensor:
@@ -41,9 +46,10 @@ def make_open_clip(clip: CLIP, device: torch.device, *, dtype: torch.dtype | Non
         dtype: As its `create_model(precision="fp16")` has it; None keeps FP32 weights, as its
             training does.
     """
-    import_open_clip()
+    forms, torch_based = import_contenders()
+    torch_based.import_open_clip()
     theirs: Any = importlib.import_module("open_clip.model")
-    described = describe_for_open_clip(clip.spec)
+    described = forms.describe_for_open_clip(clip.spec)
     model = theirs.CLIP(
         embed_dim=described["embed_dim"],
         vision_cfg=theirs.CLIPVisionCfg(**described["vision_cfg"]),
@@ -69,14 +75,15 @@ def open_clip_encoder(clip: CLIP, device: torch.device, tower: Tower) -> Any:
 
 def transformers_encoder(clip: CLIP, device: torch.device, tower: Tower) -> Any:
     """Return the encoder of a CLIPModel in FP16 with SDPA; takes what `form_input` returns."""
-    import_torchvision()  # Or transformers fails to, beside some builds of torch.
+    forms, torch_based = import_contenders()
+    torch_based.import_torchvision()  # Or transformers fails to, beside some builds of torch.
     transformers: Any = importlib.import_module("transformers")
-    described = describe_for_hugging_face(clip.spec)
+    described = forms.describe_for_hugging_face(clip.spec)
     names = ("text_config", "vision_config", "projection_dim")
     config = transformers.CLIPConfig(**{name: described[name] for name in names})
     config._attn_implementation = "sdpa"
     model = transformers.CLIPModel(config)
-    model.load_state_dict(to_hugging_face(clip.state_dict()), strict=False)
+    model.load_state_dict(forms.to_hugging_face(clip.state_dict()), strict=False)
     model = model.half().to(device).requires_grad_(False).eval()
 
     def encode(given: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.peers import import_contenders
 from clip_rt.errors import ExportError
 from export.engine import Runtime, load_runtime
 
@@ -46,7 +47,7 @@ def find() -> dict[str, dict[str, str]]:
         RTX: lambda: _tensorrt("rtx"),
         "tritonserver": lambda: shutil.which("tritonserver") or _absent("not on the PATH"),
         OPEN_CLIP: _open_clip,
-        TRANSFORMERS: lambda: _distribution("transformers"),
+        TRANSFORMERS: _transformers,
         "torchvision": lambda: _module("torchvision", "torchvision"),
         "nvImageCodec": lambda: _module("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13"),
         "ModelOpt": lambda: _distribution("nvidia-modelopt"),
@@ -143,9 +144,13 @@ def _tensorrt(runtime: Runtime) -> str:
 
 
 def _open_clip() -> str:
-    from benchmarks.contenders.torch_based import import_open_clip
+    _, torch_based = import_contenders()
+    return str(torch_based.import_open_clip().__version__)
 
-    return str(import_open_clip().__version__)
+
+def _transformers() -> str:
+    import_contenders()
+    return _distribution("transformers")
 
 
 def _distribution(name: str) -> str:

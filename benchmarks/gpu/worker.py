@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import agreement, encoders, pictures, rates, steps, surroundings
+from benchmarks.gpu import surroundings
 from benchmarks.gpu.bench import Bench, error_in_words, full_scale, rehearsal_scale
 from benchmarks.gpu.measuring import Order, Part
 
-MEASURES: Mapping[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
-    "device": rates.measure,
-    "parity": agreement.measure,
-    "encoders": encoders.measure,
-    "training": steps.measure,
-    "preprocessing": pictures.measure,
+MODULES = {
+    "device": "rates",
+    "parity": "agreement",
+    "encoders": "encoders",
+    "training": "steps",
+    "preprocessing": "pictures",
 }
+"""What measures each stage, imported when it begins: one may need what is not installed."""
 
 
 def work(connection: Connection, folder: Path, is_rehearsal: bool) -> None:
@@ -57,7 +59,8 @@ def work(connection: Connection, folder: Path, is_rehearsal: bool) -> None:
             result: Mapping[str, Any] = {}
             error = ""
             try:
-                for result in MEASURES[order.stage](bench):
+                module = importlib.import_module(f"benchmarks.gpu.{MODULES[order.stage]}")
+                for result in module.measure(bench):
                     connection.send(Part(result=result, found=found))
             except Exception as caught:
                 traceback.print_exc()
