@@ -94,8 +94,9 @@ def make_update(run: Run, batch: Batch, tally: Tally) -> None:
     # All that dropout draws depends on the seed and the batch only: nothing to save for resuming.
     seed_everything(config.seed, run.data_step, run.world.rank)
     run.seen_V[batch.tokens_BL.cpu().long()] = True
-    image_BCSS = batch.image_BCSS.contiguous(memory_format=torch.channels_last)
-    batch = replace(batch, image_BCSS=image_BCSS)
+    if run.world.device.type == "cpu":  # A GPU does it faster, and by itself: the weights are so.
+        image_BCSS = batch.image_BCSS.contiguous(memory_format=torch.channels_last)
+        batch = replace(batch, image_BCSS=image_BCSS)
     chunks = split_batch(batch, config.chunk_size or len(batch.group_B))
     correct: list[Tensor] = []
     statistics = [(each, each.clone()) for each in running_statistics(run.clip)]
