@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -20,7 +21,7 @@ from onnx import numpy_helper
 
 from clip_rt.errors import ExportError, InputError, ParityError
 from clip_rt.specs import MODELS, find_spec
-from export import engine
+from export import engine, engine_runner
 from export import trt as trt_command
 from export.engine import (
     BuildOptions,
@@ -204,6 +205,24 @@ class TestWhatIsMissing:
 
     def test_gpus_are_listed_or_none(self):
         assert all(re.fullmatch(r".+, \d+\.\d", each) for each in gpu_names())
+
+
+def test_what_runs_engines_is_asked_for_by_its_name(trt):
+    """Nothing is run where there is no GPU, but the API can be asked whether it has such names."""
+    owners = {
+        "_runtime": trt.Runtime,
+        "_engine": trt.ICudaEngine,
+        "_context": trt.IExecutionContext,
+        "inspector": trt.EngineInspector,
+    }
+    asked = set()
+    for node in ast.walk(ast.parse(Path(engine_runner.__file__).read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
+            owner = getattr(node.value, "attr", None) or getattr(node.value, "id", None)
+            if owner in owners:
+                asked.add((owner, node.attr))
+    assert len(asked) > 9
+    assert [each for each in sorted(asked) if not hasattr(owners[each[0]], each[1])] == []
 
 
 def test_fused_attentions_are_counted_in_what_the_inspector_says():
