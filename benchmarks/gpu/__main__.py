@@ -24,7 +24,8 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from benchmarks.gpu import document
-from benchmarks.gpu.measuring import Measuring, Order
+from benchmarks.gpu.measuring import Measuring
+from benchmarks.gpu.orders import Order
 from clip_rt.errors import InputError
 from clip_rt_commands import program
 from clip_rt_commands.errors import command

@@ -67,7 +67,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     result: dict[str, Any] = {"cases": [], "left_out": [], "failed": {}}
     for tower, spec in product(TOWERS, bench.scale.models):
         contenders = _contenders(bench, spec, tower)
-        encoders: dict[str, Encode] = {}
+        encoders: dict[Contender, Encode] = {}
         reference: tuple[Tensor, Tensor] | None = None
         for size in bench.scale.batches:
             case = {
@@ -83,10 +83,9 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
             if reference is None:
                 reference = _reference(bench, spec, tower)
                 encoders = _make(contenders, case, result)
-            present = {each: encoders[each.name] for each in contenders if each.name in encoders}
             rows_N = torch.arange(size, device=bench.device) % len(reference[0])
             batch, expected_NE = (each[rows_N] for each in reference)
-            rows = _measure_case(bench, case, present, batch, expected_NE, result)
+            rows = _measure_case(bench, case, encoders, batch, expected_NE, result)
             result["cases"].append(case | {"rows": rows})
             yield result
         encoders.clear()
@@ -154,11 +153,11 @@ def _contenders(bench: Bench, spec: ModelSpec, tower: Tower) -> list[Contender]:
 
 def _make(
     contenders: list[Contender], case: dict[str, Any], result: dict[str, Any]
-) -> dict[str, Encode]:
+) -> dict[Contender, Encode]:
     encoders = {}
     for each in contenders:
         with noting(result, f"{each.name}, {case['model']} {case['tower']}"):
-            encoders[each.name] = each.make()
+            encoders[each] = each.make()
     return encoders
 
 
@@ -178,7 +177,7 @@ def _reference(bench: Bench, spec: ModelSpec, tower: Tower) -> tuple[Tensor, Ten
 def _measure_case(
     bench: Bench,
     case: dict[str, Any],
-    contenders: dict[Contender, Encode],
+    encoders: dict[Contender, Encode],
     batch: Tensor,
     expected_NE: Tensor,
     result: dict[str, Any],
@@ -188,7 +187,7 @@ def _measure_case(
     calls: dict[str, Callable[[], Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     ways, wall_ways = {}, {}
-    for each, encode in contenders.items():
+    for each, encode in encoders.items():
         with noting(result, f"{each.name}, {case['model']} {case['tower']}, batch {size}"):
             given = batch if each.is_ours else peers.form_input(batch)
             if each.is_captured:

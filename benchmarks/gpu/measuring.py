@@ -9,35 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """A stage to measure."""
-
-    stage: str
-    budget_s: float
-    earlier: Mapping[str, Any]
-    """Results of the stages before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a stage found so far."""
-
-    result: Mapping[str, Any]
-    found: Mapping[str, Mapping[str, str]]
-    """What is installed."""
-    is_last: bool = False
-    error: str = ""
-    """Why it ended before its time."""
+from benchmarks.gpu.orders import Order, Part
 
 
 class Measuring:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import surroundings
 from benchmarks.gpu.bench import Bench, error_in_words, full_scale, rehearsal_scale
-from benchmarks.gpu.measuring import Order, Part
+from benchmarks.gpu.orders import Order, Part
 
 MODULES = {
     "device": "rates",
