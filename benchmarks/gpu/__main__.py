@@ -32,7 +32,6 @@ from clip_rt_commands.errors import command
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS_DIR, REHEARSAL_DIR = ROOT / "benchmarks/results", ROOT / "build/gpu"
-PAGE = ROOT / "docs/gpus.md"
 SHARES = {"device": 0.08, "parity": 0.25, "encoders": 0.37, "training": 0.22, "preprocessing": 0.08}
 """Stages in order, and of the time what each may take; what one leaves goes to those after it."""
 GRACE_S = 45.0
@@ -56,8 +55,6 @@ class GpuConfig:
     """Run every stage at tiny size on the processor."""
     render: Path | None = None
     """JSON of a run, or a folder with some: write docs/gpus.md of it, and measure nothing."""
-    page: Path = PAGE
-    """File that --render writes."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -133,20 +130,20 @@ def _measure_stage(
     document.write(path, run)
 
 
-def render(source: Path, page: Path, console: Console) -> None:
+def render(source: Path, console: Console) -> None:
     """Write the page of a run, or of none where a folder holds no run.
 
     Raises:
         InputError: it is no run, or a rehearsal.
     """
-    from benchmarks.gpu.page import write_page
+    from benchmarks.gpu import page
 
     found = document.newest(source) if source.is_dir() else source
     run = None if found is None else document.read(found)
     if run is not None and run["is_rehearsal"]:
         raise InputError(f"{found} is a rehearsal: its figures are those of a processor.")
-    write_page(page, run, found)
-    console.print(f"written to {page}", highlight=False, soft_wrap=True)
+    page.PAGE.write_text(page.render(run, found), encoding="utf-8")
+    console.print(f"written to {page.PAGE}", highlight=False, soft_wrap=True)
 
 
 def main(config: GpuConfig) -> None:
@@ -158,7 +155,7 @@ def main(config: GpuConfig) -> None:
     # Where nobody looks on, tables need not be as narrow as a screen.
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if config.render is not None:
-        render(config.render, config.page, console)
+        render(config.render, console)
         return
     import torch
 

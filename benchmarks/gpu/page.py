@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.gpu.document import result_of
 from benchmarks.gpu.tables import absent, failures, number, tables
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/gpus.md"
 TEMPLATE = Path(__file__).with_name("page.md")
 NOTHING = """**Nothing of this project was measured on a GPU yet.** What [Export](export.md) says of
 FP16 and TensorRT is proven on a processor only: the graphs by ONNX Runtime, and by the compiler of
@@ -20,31 +21,26 @@ CORES = 16
 """For which it is said what the processor prepares."""
 
 
-def write_page(path: Path, run: Mapping[str, Any] | None, result: Path | None) -> None:
-    """Write the page.
+def render(run: Mapping[str, Any] | None, result: Path | None = None) -> str:
+    """Return the page's text.
 
     Args:
-        path: Of the page.
         run: What was found; None where nothing was measured yet.
-        result: The JSON, which the page links to; with its .png, where there is one.
+        result: Its JSON, which the page links to; its picture is shown where it lies beside that.
     """
-    link = None if result is None else os.path.relpath(result, path.parent)
-    path.write_text(render(run, link), encoding="utf-8")
-
-
-def render(run: Mapping[str, Any] | None, link: str | None = None) -> str:
-    """Return the page's text; `link` leads from it to the JSON."""
-    found = NOTHING if run is None else "\n".join(_parts(run, link))
+    found = NOTHING if run is None else "\n".join(_parts(run, result))
     return TEMPLATE.read_text(encoding="utf-8").replace("{found}", found)
 
 
-def _parts(run: Mapping[str, Any], link: str | None) -> list[str]:
+def _parts(run: Mapping[str, Any], result: Path | None) -> list[str]:
     device = result_of(run, "device")
     driver = device.get("before", {}).get("driver")
     versions = ", ".join(f"{name} {each}" for name, each in run.get("versions", {}).items())
-    source = f": [all figures]({link})" if link else ""
+    source = f": [all figures]({_link(result)})" if result else ""
     card = f"{device.get('name', 'A processor')}, driver {driver}, CUDA {device.get('cuda')}"
     parts = [f"{card}, {versions}. {run['date']}, `{run['command']}`{source}.\n"]
+    if result and (picture := result.with_suffix(".png")).is_file():
+        parts.append(f"![Throughput, share of the GEMM rate, training]({_link(picture)})\n")
     for table in tables(run):
         parts += [f"## {table.title}\n", table.markdown() + "\n"]
     parts += [f"{line}\n" for line in (_bottleneck(run), _resumed(run)) if line]
@@ -52,6 +48,10 @@ def _parts(run: Mapping[str, Any], link: str | None) -> list[str]:
     if missing:
         parts += ["## Not measured\n", "\n".join(missing) + "\n"]
     return parts
+
+
+def _link(path: Path) -> str:
+    return os.path.relpath(path, PAGE.parent)
 
 
 def _bottleneck(run: Mapping[str, Any]) -> str:

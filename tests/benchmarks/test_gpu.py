@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from clip_rt.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--minutes", "20")
+RESULTS = ROOT / "benchmarks/results"
 LONGEST_S = 300.0
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -115,8 +117,13 @@ def test_pixels_prepared_on_the_device_are_nearly_the_exact_ones(rehearsal) -> N
 
 def test_the_page_of_a_run_has_its_figures(rehearsal) -> None:
     run = rehearsal[0]
-    text = page.render(run, "run.json")
-    assert "[all figures](run.json)" in text
+    (path,) = rehearsal[1].glob("*.json")
+    text = page.render(run, path)
+    links = re.findall(r"\]\((\S+\.(?:json|png))\)", text)
+    assert [(page.PAGE.parent / link).resolve() for link in links] == [
+        path,
+        path.with_suffix(".png"),
+    ]
     case = document.result_of(run, "encoders")["cases"][0]
     assert f"| {case['model']}, {case['batch']} images | open_clip |" in text
     for title in ("Rates", "Encoders in FP16", "A training step in bf16", "Preprocessing"):
@@ -125,21 +132,28 @@ def test_the_page_of_a_run_has_its_figures(rehearsal) -> None:
     assert "- TensorRT: " in text
 
 
-def test_a_rehearsal_makes_no_page(rehearsal, tmp_path: Path) -> None:
+def test_a_rehearsal_makes_no_page(rehearsal, tmp_path: Path, monkeypatch) -> None:
     (path,) = rehearsal[1].glob("*.json")
-    config = command.GpuConfig(render=path, page=tmp_path / "gpus.md")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "gpus.md")
     with pytest.raises(InputError, match="is a rehearsal"):
-        command.main(config)
-    assert not (tmp_path / "gpus.md").exists()
+        command.main(command.GpuConfig(render=path))
+    assert not page.PAGE.exists()
 
 
-def test_the_page_in_docs_is_that_of_the_newest_run(tmp_path: Path) -> None:
-    results = ROOT / "benchmarks/results"
-    found = document.newest(results)
+def test_the_page_in_docs_is_that_of_the_newest_run() -> None:
+    found = document.newest(RESULTS)
     run = None if found is None else document.read(found)
-    link = None if found is None else os.path.relpath(found, ROOT / "docs")
-    text = (ROOT / "docs/gpus.md").read_text("utf-8")
-    assert text == page.render(run, link), f"python -m benchmarks.gpu --render {results}"
+    assert page.PAGE.read_text("utf-8") == page.render(run, found), (
+        "python -m benchmarks.gpu --render benchmarks/results"
+    )
+
+
+def test_a_folder_without_runs_makes_a_page_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "PAGE", tmp_path / "gpus.md")
+    command.main(command.GpuConfig(render=tmp_path))
+    assert "Nothing of this project was measured on a GPU yet" in page.PAGE.read_text("utf-8")
 
 
 @pytest.mark.timeout(180)
