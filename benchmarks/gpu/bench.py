@@ -70,7 +70,7 @@ def full_scale(memory_gib: float) -> Scale:
         jpegs=64,
         jpeg_px=(640, 480),
         case_s=4.0,
-        power_s=1.0,
+        power_s=1.5,
         compile_backend="inductor",
         trained="ViT-B/32",
         trained_batch=64,

@@ -233,8 +233,8 @@ def _power(bench: Bench, call: Callable[[], Tensor], call_s: float, size: int) -
     num_calls = max(1, round(bench.scale.power_s / call_s))
     with watch_power() as watts:
         took_s = bench.seconds(call, num_calls)
-    # The first readings are of what was before.
-    steady = watts[len(watts) // 2 :]
+    # The first readings are of what was before, the last may be of what came after.
+    steady = watts[len(watts) // 2 : -1]
     if not steady:
         return {}
     mean_w = sum(steady) / len(steady)

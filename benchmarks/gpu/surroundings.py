@@ -10,7 +10,7 @@ import importlib
 import re
 import shutil
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -34,7 +34,6 @@ QUERY = {
     "temperature.gpu": "temperature_c",
 }
 """What nvidia-smi calls it, and what a result does."""
-POWER_EVERY_MS = 50
 SMI_TIMEOUT_S = 20.0
 
 
@@ -79,31 +78,24 @@ def read_gpu() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def watch_power() -> Iterator[list[float]]:
-    """Read the power the card draws all the while; the list, in W, is filled at the end."""
+    """Read the power the card draws all the while, in W, into the list that is given."""
     watts: list[float] = []
-    command = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw", *_PLAIN]
+    is_over = threading.Event()
+
+    def read() -> None:
+        while not is_over.is_set():
+            power_w = read_gpu().get("power_w")
+            if not isinstance(power_w, float):
+                return
+            watts.append(power_w)
+
+    thread = threading.Thread(target=read, name="power", daemon=True)
+    thread.start()
     try:
-        reader = subprocess.Popen(
-            [*command, "-lms", str(POWER_EVERY_MS)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-    except OSError:
         yield watts
-        return
-    try:
-        yield watts
-        time.sleep(2e-3 * POWER_EVERY_MS)
     finally:
-        reader.terminate()
-        try:
-            text, _ = reader.communicate(timeout=SMI_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            reader.kill()
-            text, _ = reader.communicate()
-        numbers = (_number(line.strip()) for line in text.splitlines())
-        watts += [each for each in numbers if isinstance(each, float)]
+        is_over.set()
+        thread.join()
 
 
 _PLAIN = ("--format=csv,noheader,nounits",)
