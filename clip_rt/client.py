@@ -371,6 +371,7 @@ class Client:
                     labels=checked,
                     logit_scale=manifest.logit_scale,
                     logit_bias=manifest.logit_bias,
+                    score=manifest.score,
                 ).of_items(encoded.indices, encoded.failures)
 
         return self._session.call("zero_shot", timeout_s, work, images)

@@ -35,6 +35,7 @@ from clip_rt.requests import dispatch
 from clip_rt.requests.connection import Model
 from clip_rt.requests.dynamic_batching import DynamicBatcher
 from clip_rt.requests.results import Encoded, Gathering, number_parts
+from clip_rt.served_tokenizer import load_tokenizer
 
 Item = TypeVar("Item")
 
@@ -126,7 +127,7 @@ def embed_classes(
     manifest = model.manifest
     # Two exports of the same weights need not give the same vectors.
     weights = f"{manifest.fingerprint}/{manifest.precision}/{manifest.activation}"
-    words = tokenizer.fingerprint()
+    words = load_tokenizer(model, deadline).fingerprint()
     keys = [Key(weights, words, manifest.context_length, templates, each) for each in labels]
 
     def make(positions: Sequence[int]) -> Iterator[NDArray[np.float32]]:
@@ -141,6 +142,7 @@ def _prepare(
     return prepare_each(
         images,
         side_px=model.manifest.side_px,
+        resizing=model.manifest.resizing,
         num_threads=count_threads(),
         on_error=on_error,
         **vars(options),
@@ -166,16 +168,12 @@ def _lay_out(
     """Return the batches to send for texts, and what will gather their answers."""
     manifest, gathering = model.manifest, Gathering()
     token_ids: list[list[int]] = []
+    encode_text = load_tokenizer(model, deadline).encode_text
     source = tokenizer.iterate(texts)
     with telemetry.stage("tokenize", len(source) if isinstance(source, Sized) else 1):
         for index, text in enumerate(_until(deadline, source)):
             try:
-                ids = tokenizer.encode_text(
-                    text,
-                    index=index,
-                    context_length=manifest.context_length,
-                    truncate=truncate,
-                )
+                ids = encode_text(text, index=index, truncate=truncate)
             except TextError as error:
                 if on_error == "raise":
                     raise
@@ -185,7 +183,10 @@ def _lay_out(
                 token_ids.append(ids)
     with telemetry.stage("prepare", len(token_ids)):
         plan = batching.plan_texts(
-            token_ids, max_rows=model.text.max_rows, buckets=manifest.text_buckets
+            token_ids,
+            max_rows=model.text.max_rows,
+            buckets=manifest.text_buckets,
+            pad_id=manifest.tokenization.pad_id,
         )
         gathering.row_by_item = [
             int(plan.row_by_text[row]) if row >= 0 else -1 for row in gathering.row_by_item

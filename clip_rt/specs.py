@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from clip_rt.errors import InputError, UnknownModelError
 
@@ -21,6 +21,12 @@ TOKENS = "tokens"
 """Input of `<slug>_text`: int32 [N, L]."""
 EMBEDDINGS = "embeddings"
 """Output of both: float32 [N, D], L2-normalised."""
+CHUNK_INDEX = "chunk_index"
+"""Input of `<slug>_tokenizer_file`: int32 [1], which part of the file, from 0."""
+CHUNK = "chunk"
+"""Its output: uint8 [n], the bytes of that part; n is `TOKENIZER_CHUNK_BYTES` but for the last."""
+TOKENIZER_CHUNK_BYTES = 2**20
+"""A message of gRPC holds 4 MiB where nobody says otherwise."""
 NORM_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
 MIN_NORM = 1e-6
@@ -39,11 +45,152 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation of each channel in [0, 1], RGB (same place)."""
 
+MAX_SIDE_PX = 2048
+"""Largest square made; more than any dual encoder reads."""
+
 MAX_LOGIT_SCALE = 100.0
 """The learned temperature is clamped so that logits are scaled by at most this (section 2.5)."""
 
 Activation = Literal["quick_gelu", "gelu"]
 Tower = Literal["image", "text"]
+Channels = tuple[float, float, float]
+ResizeMode = Literal["shortest", "squash", "longest"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+CropRounding = Literal["even", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resizing:
+    """How an image of any size becomes the square that a model reads; the defaults are CLIP's."""
+
+    mode: ResizeMode = "shortest"
+    """What gets the length asked for: the shortest side, and the centre is cropped; both sides,
+    whatever the shape (squash); the longest side, and the rest is filled."""
+    resize_px: int | None = None
+    """Length asked for, of shortest and squash, where the crop is smaller; None is the crop's."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of the resize, as Pillow has it: with antialiasing."""
+    crop_rounding: CropRounding = "even"
+    """Where a crop begins that is half a pixel off the centre: at the even one, as torchvision and
+    open_clip have it, or the one before, as transformers has it."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """RGB of what longest fills up."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody can do.
+
+        Raises:
+            InputError: names the field and what it may be.
+        """
+        for name, values in (
+            ("mode", get_args(ResizeMode)),
+            ("interpolation", get_args(Interpolation)),
+            ("crop_rounding", get_args(CropRounding)),
+        ):
+            value = getattr(self, name)
+            if value not in values:
+                raise InputError(
+                    f"resizing {name} is {value!r:.80}; it must be {', '.join(values)}."
+                )
+        if self.resize_px is not None and not (
+            type(self.resize_px) is int and 1 <= self.resize_px <= MAX_SIDE_PX
+        ):
+            raise InputError(
+                f"resize_px is {self.resize_px!r:.80}; it must be 1 to {MAX_SIDE_PX}, or None."
+            )
+        fill = self.fill
+        if (
+            not isinstance(fill, tuple)
+            or [type(x) is int and 0 <= x <= 255 for x in fill] != [True] * 3
+        ):
+            raise InputError(f"fill is {self.fill!r:.80}; it must be three numbers of 0 to 255.")
+
+
+CLIP_RESIZING = Resizing()
+"""Of OpenAI's models (openai/CLIP `clip/clip.py`, `_transform`)."""
+
+TokenizerKind = Literal["openai", "tokenizer.json"]
+Cleaning = Literal["lower", "whitespace", "canonical", "no_punctuation", "none"]
+Score = Literal["softmax", "sigmoid"]
+MAX_TOKENIZER_BYTES = 128 * 2**20
+"""Largest tokenizer.json that is read; XLM-V's, of 901,629 tokens, has about half as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenization:
+    """How a text becomes the ids that a model reads; the defaults are CLIP's."""
+
+    kind: TokenizerKind = "openai"
+    """openai is in the package; a tokenizer.json, of the library `tokenizers`, comes from the
+    server that serves the model."""
+    sha256: str = ""
+    """Of the tokenizer.json, hex."""
+    num_bytes: int = 0
+    """Size of the tokenizer.json."""
+    vocab_size: int = VOCAB_SIZE
+    """Rows of the token embedding; every id is below."""
+    cleaning: Cleaning = "lower"
+    """What is done to a text before the tokenizer; see `clip_rt.inputs.cleaning`."""
+    pad_id: int = 0
+    """What follows a text up to the length of its batch."""
+    erased_id: int | None = None
+    """An id of the tokenizer that becomes 0: CLIPA's separator (open_clip, `strip_sep_token`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody can do.
+
+        Raises:
+            InputError: names the field and what it may be.
+        """
+        for name, values in (("kind", get_args(TokenizerKind)), ("cleaning", get_args(Cleaning))):
+            value = getattr(self, name)
+            if value not in values:
+                raise InputError(
+                    f"tokenizer {name} is {value!r:.80}; it must be {', '.join(values)}."
+                )
+        if not (type(self.vocab_size) is int and 1 <= self.vocab_size < 2**31):
+            raise InputError(f"vocab_size is {self.vocab_size!r:.80}; it must be 1 or more.")
+        for name in ("pad_id", "erased_id"):
+            value = getattr(self, name)
+            if value is None and name == "erased_id":
+                continue
+            if not (type(value) is int and 0 <= value < self.vocab_size):
+                raise InputError(f"{name} is {value!r:.80}; it must be 0 to {self.vocab_size - 1}.")
+        if self.kind == "openai":
+            return
+        if not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
+            raise InputError(
+                f"sha256 of the tokenizer is {self.sha256!r:.80}; 64 hex digits are one."
+            )
+        if not (type(self.num_bytes) is int and 1 <= self.num_bytes <= MAX_TOKENIZER_BYTES):
+            raise InputError(
+                f"the tokenizer has {self.num_bytes!r:.80} bytes; it must be 1 to "
+                f"{MAX_TOKENIZER_BYTES:,}."
+            )
+
+
+CLIP_TOKENIZATION = Tokenization()
+"""Of OpenAI's models (openai/CLIP `clip/simple_tokenizer.py`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """What a client must know of a dual encoder to feed it, whichever library it is of."""
+
+    name: str
+    """Of the architecture; that of another library begins with its name: open_clip:RN50."""
+    side_px: int
+    embedding_dim: int
+    context_length: int
+    activation: str
+    """See `Manifest.activation`."""
+    mean: Channels = CLIP_MEAN
+    std: Channels = CLIP_STD
+    resizing: Resizing = CLIP_RESIZING
+    tokenization: Tokenization = CLIP_TOKENIZATION
+    score: Score = "softmax"
+    is_any_length_exact: bool = True
+    """Whether a text may be cut after its end to any length and have the same embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +249,17 @@ class ModelSpec:
     activation: Activation = "quick_gelu"
     """What the first published weights of the architecture were trained with; others may differ."""
 
+    @property
+    def facts(self) -> EncoderFacts:
+        """What a client must know of it."""
+        return EncoderFacts(
+            name=self.name,
+            side_px=self.side_px,
+            embedding_dim=self.embedding_dim,
+            context_length=self.text.context_length,
+            activation=self.activation,
+        )
+
 
 def slug(name: str) -> str:
     """Turn a model name into the stem of its Triton model names.
@@ -131,6 +289,11 @@ def image_model(name: str) -> str:
 def text_model(name: str) -> str:
     """Name of the Triton model that holds the text tower of `name`."""
     return f"{slug(name)}_text"
+
+
+def tokenizer_model(name: str) -> str:
+    """Name of the Triton model that hands out the tokenizer.json of `name`."""
+    return f"{slug(name)}_tokenizer_file"
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -1,6 +1,7 @@
 """Embeddings in, class probabilities out; pure numpy, shared by serving and evaluation.
 
-Source: Radford et al. 2021, section 3.1.4 (prompt ensembling) and figure 3 (logits).
+Source: Radford et al. 2021, section 3.1.4 (prompt ensembling) and figure 3 (logits); Zhai et al.
+2023, "Sigmoid Loss for Language Image Pre-Training", section 3.2 (each pair alone, with a bias).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, NonFiniteEmbeddingError
 from clip_rt.inputs.items import check_list
-from clip_rt.specs import MIN_NORM
+from clip_rt.specs import MIN_NORM, Score
 
 MAX_SMALL_PRODUCT = 2**22
 """Multiplications, up to which one thread takes 0.7 ms at most. BLAS would wake one on every core,
@@ -29,13 +30,16 @@ class Scores:
     labels: tuple[str, ...]
     """As they were passed, in order; the same label may occur twice."""
     probabilities: NDArray[np.float32]
-    """float32 (N, C); each row sums to 1."""
+    """float32 (N, C). With softmax each row sums to 1; with sigmoid each is of its own label,
+    whatever the others are, and all of a row may be near 0."""
     logits: NDArray[np.float32]
-    """float32 (N, C): scaled cosine similarities, before the softmax."""
+    """float32 (N, C): scaled cosine similarities, before the softmax or sigmoid."""
     indices: NDArray[np.intp] | None = None
     """intp (N,): position in the caller's batch of each row's image; None is all, in order."""
     failures: tuple[ClipRTError, ...] = ()
     """An error for each image that was left out; each carries its `index`."""
+    score: Score = "softmax"
+    """What made the probabilities, as the model was trained; `Manifest.score` says it."""
 
     def of_items(self, indices: NDArray[np.intp], failures: tuple[ClipRTError, ...]) -> Scores:
         """Return them with whose they are."""
@@ -96,6 +100,7 @@ def classify(
     *,
     logit_scale: float,
     logit_bias: float = 0.0,
+    score: Score = "softmax",
 ) -> Scores:
     """Compare images with classes.
 
@@ -105,6 +110,7 @@ def classify(
         labels: C names.
         logit_scale: Factor of the cosine, 100 for OpenAI's models.
         logit_bias: Added after scaling; the softmax does not feel it.
+        score: "softmax" over the labels, or "sigmoid" of each.
 
     Raises:
         InputError: the shapes do not fit each other, or the labels are none or no list.
@@ -119,6 +125,11 @@ def classify(
         )
     cosine = _multiply(image_embeddings.astype(np.float32), class_embeddings.astype(np.float32))
     logits = np.float32(logit_scale) * cosine + np.float32(logit_bias)
+    if score == "sigmoid":
+        # Of minus the magnitude: exp cannot overflow.
+        small = np.exp(-np.abs(logits))
+        probabilities = np.where(logits < 0, small, np.float32(1)) / (1 + small)
+        return Scores(labels=names, probabilities=probabilities, logits=logits, score=score)
     # Shifted so that the largest exponent is 0: exp cannot overflow, and the sum is at least 1.
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = weights / weights.sum(axis=1, keepdims=True)

@@ -31,7 +31,8 @@ from clip_rt.inputs.decoding import (
     is_file,
 )
 from clip_rt.inputs.items import check_list, check_whole_number, count_axes
-from clip_rt.inputs.transform import Square, check_side, is_square, prepare
+from clip_rt.inputs.transform import Square, check_resizing, check_side, is_square, prepare
+from clip_rt.specs import CLIP_RESIZING, Resizing
 
 if TYPE_CHECKING:
     from clip_rt.inputs.items import OnError
@@ -52,6 +53,7 @@ def preprocess(
     images: Images,
     *,
     side_px: int = 224,
+    resizing: Resizing = CLIP_RESIZING,
     exif: bool = True,
     decode: Decode = "exact",
     num_threads: int = 1,
@@ -63,6 +65,8 @@ def preprocess(
     Args:
         images: Any iterable of images, or one image. It is read once, in order.
         side_px: Side of the square the model reads; 224 for ViT-L/14.
+        resizing: How an image becomes that square; that of a served model is
+            `client.manifest.resizing`.
         exif: Turn photographs upright as their EXIF orientation says.
         decode: "exact", or "fast" for large JPEGs, as `prepare` describes it.
         num_threads: Images worked on at the same time.
@@ -80,6 +84,7 @@ def preprocess(
         prepare_each(
             images,
             side_px=side_px,
+            resizing=resizing,
             exif=exif,
             decode=decode,
             num_threads=num_threads,
@@ -97,6 +102,7 @@ def prepare_each(
     images: Images,
     *,
     side_px: int = 224,
+    resizing: Resizing = CLIP_RESIZING,
     exif: bool = True,
     decode: Decode = "exact",
     num_threads: int = 1,
@@ -121,6 +127,7 @@ def prepare_each(
     Args:
         images: As for `preprocess`.
         side_px: Side of the square the model reads.
+        resizing: How an image becomes that square.
         exif: Turn photographs upright as their EXIF orientation says.
         decode: "exact", or "fast" for large JPEGs, as `prepare` describes it.
         num_threads: Images worked on at the same time; 1 does all the work in the calling thread.
@@ -138,6 +145,7 @@ def prepare_each(
             generator.
     """
     side_px = check_side(side_px)
+    check_resizing(resizing, side_px)
     num_threads = check_whole_number(num_threads, "num_threads")
     check_decode(decode)
     check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
@@ -147,6 +155,7 @@ def prepare_each(
             return prepare(
                 image,
                 side_px=side_px,
+                resizing=resizing,
                 exif=exif,
                 decode=decode,
                 index=index,
@@ -163,7 +172,7 @@ def prepare_each(
 
     def can_wait(image: ImageInput) -> bool:
         # A square is copied sooner than handed to a thread.
-        return (stays or isinstance(image, _FROZEN)) and not is_square(image, side_px)
+        return (stays or isinstance(image, _FROZEN)) and not is_square(image, side_px, resizing)
 
     results = _work_ahead(
         try_to_prepare, iterate(images), can_wait=can_wait, num_threads=num_threads

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import html
 import io
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, InputError, TextError, TextTooLongError
+from clip_rt.inputs.cleaning import clean
 from clip_rt.inputs.items import check_list, describe_non_string
 from clip_rt.specs import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT
 
@@ -49,6 +50,35 @@ _END_OF_WORD = "</w>"
 # The references match without regard to case, in text that is lower-case already. That leaves two
 # traces: long s is an s in 's, and U+0345, a mark whose capital is a letter, is in no class.
 _WORD = "'[sſ]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+"
+
+
+class TextTokenizer(Protocol):
+    """What makes ids of the texts of one model."""
+
+    def encode_text(
+        self, text: str, *, index: int | None = None, truncate: bool = False
+    ) -> list[int]:
+        """Return the ids of a text without padding; see `encode_text`."""
+
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) that changes whenever the ids of a text may change."""
+
+
+@dataclass(frozen=True)
+class OpenAITokenizer:
+    """CLIP's own."""
+
+    context_length: int = CONTEXT_LENGTH
+
+    def encode_text(
+        self, text: str, *, index: int | None = None, truncate: bool = False
+    ) -> list[int]:
+        """Return the ids of a text without padding; see `encode_text`."""
+        return encode_text(text, index=index, context_length=self.context_length, truncate=truncate)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 (hex) that changes whenever the ids of a text may change."""
+        return fingerprint()
 
 
 def tokenize(
@@ -100,28 +130,23 @@ def encode_text(
             f"context_length is {context_length}; 3 is the least that holds a start, a token and "
             "an end."
         )
-    name = "text" if index is None else f"text {index}"
-    _check(text, name, index)
-    ids: list[int] = _load().encode(_clean(text), add_special_tokens=False).ids
+    check_text(text, index)
+    ids: list[int] = _load().encode(clean(text, "lower"), add_special_tokens=False).ids
     if not ids:
-        raise TextError(f"{name} is {text[:20]!r} and says nothing. Leave it out.", index=index)
+        raise make_empty_error(text, index)
     num_tokens = len(ids) + 2
     if num_tokens > context_length:
         if not truncate:
-            raise TextTooLongError(
-                f"{name} has {num_tokens} tokens, start and end included; the model reads "
-                f"{context_length}: {_first_words(text)} Shorten it or pass truncate=True.",
-                index=index,
-                num_tokens=num_tokens,
-                context_length=context_length,
-            )
+            raise make_length_error(text, index, num_tokens, context_length)
         ids = ids[: context_length - 2]
     return [START_OF_TEXT, *ids, END_OF_TEXT]
 
 
-def pad(token_ids: Sequence[Sequence[int]], *, length_tokens: int) -> NDArray[np.int32]:
-    """Stack ids into int32 (N, length_tokens), zeros after each text; none may be longer."""
-    padded = np.zeros((len(token_ids), length_tokens), dtype=np.int32)
+def pad(
+    token_ids: Sequence[Sequence[int]], *, length_tokens: int, pad_id: int = 0
+) -> NDArray[np.int32]:
+    """Stack ids into int32 (N, length_tokens), `pad_id` after each text; none may be longer."""
+    padded = np.full((len(token_ids), length_tokens), pad_id, dtype=np.int32)
     for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = ids
     return padded
@@ -157,7 +182,13 @@ def iterate(texts: Texts) -> Iterable[str]:
     return check_list(texts, "texts", "strings", TextError)
 
 
-def _check(text: str, name: str, index: int | None) -> None:
+def check_text(text: str, index: int | None) -> None:
+    """Refuse what is no text, or too much of it, before anything works on it.
+
+    Raises:
+        TextError: says what is wrong; carries the index.
+    """
+    name = _name(index)
     if not isinstance(text, str):
         raise TextError(f"{name} {describe_non_string(text)}", index=index)
     if len(text) > MAX_TEXT_CHARS:
@@ -176,18 +207,32 @@ def _check(text: str, name: str, index: int | None) -> None:
         ) from error
 
 
+def make_empty_error(text: str, index: int | None) -> TextError:
+    """Return the error of a text that nothing is left of."""
+    return TextError(
+        f"{_name(index)} is {text[:20]!r} and says nothing. Leave it out.", index=index
+    )
+
+
+def make_length_error(
+    text: str, index: int | None, num_tokens: int, context_length: int
+) -> TextTooLongError:
+    """Return the error of a text that the model cannot read to its end."""
+    return TextTooLongError(
+        f"{_name(index)} has {num_tokens} tokens, start and end included; the model reads "
+        f"{context_length}: {_first_words(text)} Shorten it or pass truncate=True.",
+        index=index,
+        num_tokens=num_tokens,
+        context_length=context_length,
+    )
+
+
+def _name(index: int | None) -> str:
+    return "text" if index is None else f"text {index}"
+
+
 def _first_words(text: str) -> str:
     return f"{text[:60]!r}{'...' if len(text) > 60 else '.'}"
-
-
-def _clean(text: str) -> str:
-    # For printable ASCII without entities the steps below do nothing but the last: 5 times faster.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy
-
-        # Twice, as the references do: web captions are often escaped twice.
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
 
 
 # Without a lock: threads that come at once each load it and one result stays, while a lock held

@@ -1,7 +1,8 @@
-"""One image of any kind in, the uint8 square that CLIP reads out; pixels are never normalised here.
+"""One image of any kind in, the uint8 square a model reads out; pixels are never normalised here.
 
 Source: open_clip 3.3.0 `transform.py`, `image_transform` (which is openai/CLIP `clip/clip.py`,
-`_transform`) with torchvision 0.28.0 `Resize` and `CenterCrop`. `prepare` states the deviations.
+`_transform`, for CLIP's own models) with torchvision 0.28.0 `Resize` and `CenterCrop`; transformers
+5.24 `image_processing_backends.py`. `prepare` states the deviations.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from clip_rt import telemetry
-from clip_rt.errors import ImageError
+from clip_rt.errors import ImageError, InputError
 from clip_rt.inputs.decoding import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -34,9 +35,7 @@ from clip_rt.inputs.decoding import (
     shrink,
 )
 from clip_rt.inputs.items import check_whole_number
-
-MAX_SIDE_PX = 2048
-"""Largest square made; more than any CLIP reads."""
+from clip_rt.specs import CLIP_RESIZING, MAX_SIDE_PX, Resizing
 
 MAX_ASPECT_RATIO = 200
 """Long side over short side that is resized whatever `max_pixels` is."""
@@ -55,6 +54,12 @@ quarter longer. `benchmarks.studies.decoding` measures all three.
 # Held while a Pillow image of the caller's is loaded, which one it is by its address. Reentrant,
 # since loading reads a file object, which may be of anyone's making.
 _loading = [threading.RLock() for _ in range(64)]
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 _log = logging.getLogger("clip_rt.inputs.images")
 _num_left_as_they_are = itertools.count()
@@ -76,13 +81,14 @@ def prepare(
     image: ImageInput,
     *,
     side_px: int = 224,
+    resizing: Resizing = CLIP_RESIZING,
     exif: bool = True,
     decode: Decode = "exact",
     index: int | None = None,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
 ) -> NDArray[np.uint8]:
-    """Resize the shortest side with Pillow's bicubic filter, crop the centre, convert to RGB.
+    """Resize with Pillow's filters, crop the centre or fill the edges, convert to RGB.
 
     Equal bit for bit to open_clip's validation transform before its normalisation, except that
 
@@ -112,6 +118,7 @@ def prepare(
             file is read from where it stands to its end, and put back there. Several threads may
             pass the same one.
         side_px: Side of the square the model reads.
+        resizing: How the image becomes that square.
         exif: Turn photographs upright as their EXIF orientation says.
         decode: "exact" or "fast".
         index: Position in the caller's batch, for the error.
@@ -129,21 +136,24 @@ def prepare(
     side_px = check_side(side_px)
     check_decode(decode)
     check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
-    if is_square(image, side_px) and side_px**2 <= max_pixels:
+    resize_px = check_resizing(resizing, side_px)
+    if is_square(image, side_px, resizing) and side_px**2 <= max_pixels:
         return np.array(image, dtype=np.uint8, order="C")
     try:
         with telemetry.stage("decode"):
             with _alone(image):
                 opened = open_image(image, max_pixels=max_pixels, max_bytes=max_bytes)
-            _check_strip(*opened.size, side_px=side_px, max_pixels=max_pixels)
+            if resizing.mode == "shortest":
+                _check_strip(*opened.size, short_px=resize_px, max_pixels=max_pixels)
             box = None
             if decode == "fast" and opened is not image:
-                box = shrink(opened, short_px=math.ceil(FAST_OVERSAMPLING * side_px))
+                box = shrink(opened, short_px=math.ceil(FAST_OVERSAMPLING * resize_px))
             with _alone(image):
                 opened.load()
                 turn = _find_turn(opened) if exif else None
         with telemetry.stage("resize"):
-            return np.array(_crop_square(opened, side_px, turn=turn, box=box), dtype=np.uint8)
+            square = _make_square(opened, side_px, resizing, turn=turn, box=box)
+            return np.array(square, dtype=np.uint8)
     except ImageError as error:
         message = f"{_describe(image, index)} {error}"
         raise ImageError(message, index=index) from error.__cause__
@@ -166,22 +176,38 @@ def check_side(side_px: int) -> int:
     return check_whole_number(side_px, "side_px", most=MAX_SIDE_PX)
 
 
-def is_square(image: object, side_px: int) -> bool:
+def check_resizing(resizing: Resizing, side_px: int) -> int:
+    """Return the length that images are resized to.
+
+    Raises:
+        InputError: there would be nothing to crop.
+    """
+    resize_px = resizing.resize_px or side_px
+    if resize_px < side_px:
+        raise InputError(
+            f"images are resized to {resize_px} px, and {side_px} px are cropped of them. Make "
+            f"resize_px at least {side_px}."
+        )
+    return resize_px
+
+
+def is_square(image: object, side_px: int, resizing: Resizing = CLIP_RESIZING) -> bool:
     """Whether there is nothing to do; resizing to the same size would change no pixel either."""
     return (
-        isinstance(image, np.ndarray)
+        resizing.resize_px in (None, side_px)
+        and isinstance(image, np.ndarray)
         and image.dtype == np.uint8
         and image.shape == (side_px, side_px, 3)
     )
 
 
-def _check_strip(width: int, height: int, *, side_px: int, max_pixels: int) -> None:
-    """Bound the image whose shortest side is `side_px`, of which only the centre is kept."""
+def _check_strip(width: int, height: int, *, short_px: int, max_pixels: int) -> None:
+    """Bound the image whose shortest side becomes `short_px`, of which only the centre is kept."""
     short, long = sorted((width, height))
-    num_pixels = side_px * int(side_px * long / short)
+    num_pixels = short_px * int(short_px * long / short)
     if long > MAX_ASPECT_RATIO * short and num_pixels > max_pixels:
         raise ImageError(
-            f"is {width} x {height} px; with its short side resized to {side_px} it has "
+            f"is {width} x {height} px; with its short side resized to {short_px} it has "
             f"{num_pixels:,} pixels, and at most {max_pixels:,} are made. Crop or pad it, or raise "
             "max_pixels=."
         )
@@ -225,37 +251,63 @@ def _find_turn(image: Image.Image) -> Image.Transpose | None:
     return None
 
 
-def _crop_square(
-    image: Image.Image, side_px: int, *, turn: Image.Transpose | None, box: Box | None
+def _make_square(
+    image: Image.Image,
+    side_px: int,
+    resizing: Resizing,
+    *,
+    turn: Image.Transpose | None,
+    box: Box | None,
 ) -> Image.Image:
-    """Do what torchvision's `Resize(side_px)` and `CenterCrop(side_px)` do, then make it RGB.
+    """Do what torchvision's `Resize` and `CenterCrop` do, then make it RGB.
 
     Args:
         image: As it was decoded.
         side_px: Side of the square.
+        resizing: How it is made.
         turn: What makes it upright.
         box: The part of it that is the picture; None is all of it.
     """
     image = _make_resizable(image)
     if box is None:
         # Turned first: after the resize it would be the same but for a rounding.
-        image = _resize(_turn(image, turn), side_px, None)
+        image = _resize(_turn(image, turn), side_px, resizing, None)
     else:
-        image = _turn(_resize(image, side_px, box), turn)
-    # Half a pixel rounds to the even one, in torchvision as in Python.
-    left = round((image.width - side_px) / 2.0)
-    top = round((image.height - side_px) / 2.0)
+        image = _turn(_resize(image, side_px, resizing, box), turn)
+    if resizing.mode == "longest":
+        return _fill_square(image, side_px, resizing.fill)
+    left = _begin_crop(image.width - side_px, resizing)
+    top = _begin_crop(image.height - side_px, resizing)
     # Cropped before it is converted: the same pixels, and fewer of them.
     return image.crop((left, top, left + side_px, top + side_px)).convert("RGB")
 
 
-def _resize(image: Image.Image, side_px: int, box: Box | None) -> Image.Image:
+def _resize(image: Image.Image, side_px: int, resizing: Resizing, box: Box | None) -> Image.Image:
     width, height = image.size if box is None else box[2:]
-    if width <= height:
-        size = side_px, int(side_px * height / width)
+    length_px = resizing.resize_px or side_px
+    if resizing.mode == "squash":
+        size = length_px, length_px
+    elif resizing.mode == "longest":
+        ratio = max(width, height) / side_px
+        size = max(1, round(width / ratio)), max(1, round(height / ratio))
+    elif width <= height:
+        size = length_px, int(length_px * height / width)
     else:
-        size = int(side_px * width / height), side_px
-    return image.resize(size, Image.Resampling.BICUBIC, box)
+        size = int(length_px * width / height), length_px
+    return image.resize(size, _FILTERS[resizing.interpolation], box)
+
+
+def _begin_crop(num_left_out: int, resizing: Resizing) -> int:
+    # Python rounds half a pixel to the even one, as torchvision does.
+    return round(num_left_out / 2) if resizing.crop_rounding == "even" else num_left_out // 2
+
+
+def _fill_square(image: Image.Image, side_px: int, fill: tuple[int, int, int]) -> Image.Image:
+    square = Image.new("RGB", (side_px, side_px), fill)
+    square.paste(
+        image.convert("RGB"), ((side_px - image.width) // 2, (side_px - image.height) // 2)
+    )
+    return square
 
 
 def _turn(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:

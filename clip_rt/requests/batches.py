@@ -29,7 +29,11 @@ class TextPlan:
 
 
 def plan_texts(
-    token_ids: Sequence[Sequence[int]], *, max_rows: int, buckets: Sequence[int] = ()
+    token_ids: Sequence[Sequence[int]],
+    *,
+    max_rows: int,
+    buckets: Sequence[int] = (),
+    pad_id: int = 0,
 ) -> TextPlan:
     """Lay out texts so that little is computed for padding, and nothing twice.
 
@@ -40,6 +44,7 @@ def plan_texts(
         token_ids: Unpadded ids of each text.
         max_rows: Largest number of texts in one request.
         buckets: Lengths the server accepts; empty if it accepts any.
+        pad_id: What a text is filled up with.
     """
     row_by_ids: dict[tuple[int, ...], int] = {}
     first_rows = [row_by_ids.setdefault(tuple(ids), len(row_by_ids)) for ids in token_ids]
@@ -53,7 +58,7 @@ def plan_texts(
         source = iter(group)
         while rows := list(itertools.islice(source, max_rows)):
             ids = [distinct[row] for row in rows]
-            batches.append(pad(ids, length_tokens=length or len(ids[-1])))
+            batches.append(pad(ids, length_tokens=length or len(ids[-1]), pad_id=pad_id))
     return TextPlan(
         batches=tuple(batches), row_by_text=place[np.asarray(first_rows, dtype=np.intp)]
     )

@@ -7,6 +7,7 @@ back into rotation when it serves the same model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -133,6 +134,26 @@ class Connection:
     def verify_with_retries(self, model: Model, deadline: Deadline) -> None:
         """Do as `verify`, and again as often as the retry policy allows."""
         self._retry(lambda: self.verify(model, deadline), deadline)
+
+    def read_file(self, name: str, num_chunks: int, deadline: Deadline) -> bytes:
+        """Read the file that a Triton model hands out in parts, from whichever server answers.
+
+        Raises:
+            ServerError: nobody answers, or nobody has it.
+        """
+
+        def read(index: int) -> bytes:
+            healthy = [each for each in self.pool.replicas if each.is_healthy]
+            replica = (healthy or list(self.pool.replicas))[0]
+            try:
+                return replica.transport.read_chunk(name, index, deadline)
+            except ServerUnavailableError:
+                self.pool.mark_unhealthy(replica)
+                raise
+
+        return b"".join(
+            self._retry(functools.partial(read, index), deadline) for index in range(num_chunks)
+        )
 
     def _retry(self, attempt: Callable[[], Result], deadline: Deadline) -> Result:
         return self.pool.retry_policy.call(

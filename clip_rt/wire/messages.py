@@ -16,7 +16,14 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from clip_rt.deadline import Deadline
 from clip_rt.errors import ContractError, NonFiniteEmbeddingError, ProtocolError
-from clip_rt.specs import EMBEDDINGS, MIN_NORM, NORM_TOLERANCE
+from clip_rt.specs import (
+    CHUNK,
+    CHUNK_INDEX,
+    EMBEDDINGS,
+    MIN_NORM,
+    NORM_TOLERANCE,
+    TOKENIZER_CHUNK_BYTES,
+)
 from clip_rt.wire.manifest import Manifest
 
 
@@ -113,6 +120,34 @@ def make_row_error(
         url=url,
         index=index,
     )
+
+
+def make_chunk_request(name: str, index: int) -> Any:
+    """Ask a model that hands out a file for one part of it, from 0."""
+    request = service_pb2.ModelInferRequest(model_name=name)
+    request.inputs.add(name=CHUNK_INDEX, datatype="INT32", shape=[1])
+    request.outputs.add(name=CHUNK)
+    request.raw_input_contents.append(np.array([index], "<i4").tobytes())
+    return request
+
+
+def read_chunk(answer: Any, name: str, url: str) -> bytes:
+    """Return the part of the file.
+
+    Raises:
+        ProtocolError: the answer holds none, or more than a part has.
+    """
+    found = [(each.name, each.datatype, list(each.shape)) for each in answer.outputs]
+    parts = answer.raw_output_contents
+    if len(parts) != 1 or found != [(CHUNK, "UINT8", [len(parts[0])])]:
+        raise ProtocolError(f"{name} at {url} answered {found}; a {CHUNK} was asked for.", url=url)
+    if len(parts[0]) > TOKENIZER_CHUNK_BYTES:
+        raise ProtocolError(
+            f"{name} at {url} answered {len(parts[0]):,} bytes; a part has at most "
+            f"{TOKENIZER_CHUNK_BYTES:,}.",
+            url=url,
+        )
+    return bytes(parts[0])
 
 
 def read_statistics(answer: Any) -> ServerStatistics:

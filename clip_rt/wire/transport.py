@@ -29,6 +29,8 @@ from clip_rt.wire.messages import (
     ServedModel,
     ServerFacts,
     ServerStatistics,
+    make_chunk_request,
+    read_chunk,
     read_config,
     read_embeddings,
     read_statistics,
@@ -181,6 +183,16 @@ class Transport:
             name: read_statistics(self._receive(future, deadline))
             for name, future in pending.items()
         }
+
+    def read_chunk(self, name: str, index: int, deadline: Deadline) -> bytes:
+        """Read one part of the file that a Triton model hands out.
+
+        Raises:
+            ServerError: no answer, or no such model.
+            ProtocolError: the answer is malformed.
+        """
+        answer = self._ask("ModelInfer", make_chunk_request(name, index), deadline)
+        return read_chunk(answer, name, self.url)
 
     def send(self, method: str, request: Any, deadline: Deadline) -> Future:
         """Send one request and return at once; `read` waits for the answer of a batch.

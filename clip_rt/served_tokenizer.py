@@ -1,0 +1,119 @@
+"""The tokenizer of a served model: in the package, in this user's cache, or from the server.
+
+A tokenizer.json has up to 60 MB, too much for a manifest, so a server hands it out as a third
+Triton model, `<slug>_tokenizer_file`: the index of a part goes in, its bytes come out. It is
+fetched once and kept for all processes of the user, under the sha256 that the manifest says, which
+is checked whenever it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from clip_rt import fork, telemetry
+from clip_rt.deadline import Deadline
+from clip_rt.embedded.runtime_choice import default_folder
+from clip_rt.errors import ContractError
+from clip_rt.inputs.tokenizer import OpenAITokenizer, TextTokenizer
+from clip_rt.inputs.tokenizer_file import FileTokenizer
+from clip_rt.requests.connection import Model
+from clip_rt.specs import TOKENIZER_CHUNK_BYTES, Tokenization, tokenizer_model
+
+FOLDER = "tokenizers"
+"""Below the user's cache of clip_rt."""
+MAX_LOADED = 8
+"""Tokenizers kept in memory; one of 256,000 tokens takes about 100 MB."""
+
+_lock = threading.Lock()
+_loaded: dict[tuple[Tokenization, int], FileTokenizer] = {}
+
+
+def load_tokenizer(model: Model, deadline: Deadline) -> TextTokenizer:
+    """Return what makes ids of texts for a model; the first time it may ask the server.
+
+    Raises:
+        ContractError: the server's file is not the one its manifest names, or none.
+        ServerError: it does not answer in time.
+    """
+    manifest = model.manifest
+    tokenization, context_length = manifest.tokenization, manifest.context_length
+    if tokenization.kind == "openai":
+        return OpenAITokenizer(context_length)
+    key = tokenization, context_length
+    found = _loaded.get(key)
+    if found is not None:
+        return found
+    # One thread loads it, the others want the same.
+    with _lock:
+        found = _loaded.get(key)
+        if found is None:
+            with telemetry.stage("load_tokenizer"):
+                content = _find(tokenization) or _fetch(model, tokenization, deadline)
+                found = FileTokenizer(content, tokenization, context_length=context_length)
+            while len(_loaded) >= MAX_LOADED:
+                del _loaded[next(iter(_loaded))]
+            _loaded[key] = found
+    return found
+
+
+def _find(tokenization: Tokenization) -> bytes | None:
+    """Return the file from the user's cache; None where it is not there whole."""
+    folder = default_folder(FOLDER)
+    if folder is None:
+        return None
+    with contextlib.suppress(OSError):
+        content = _path(folder, tokenization).read_bytes()
+        if hashlib.sha256(content).hexdigest() == tokenization.sha256:
+            return content
+    return None
+
+
+def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> bytes:
+    name = tokenizer_model(model.manifest.model)
+    num_chunks = -(-tokenization.num_bytes // TOKENIZER_CHUNK_BYTES)
+    content = model.connection.read_file(name, num_chunks, deadline)
+    if hashlib.sha256(content).hexdigest() != tokenization.sha256:
+        raise ContractError(
+            f"{name} at {model.connection.urls} handed out {len(content):,} bytes that are not the "
+            f"tokenizer its manifest names, of {tokenization.num_bytes:,} bytes and the sha256 "
+            f"{tokenization.sha256}. Export the model again.",
+            expected=tokenization.sha256,
+            found=hashlib.sha256(content).hexdigest(),
+        )
+    _keep(tokenization, content)
+    return content
+
+
+def _keep(tokenization: Tokenization, content: bytes) -> None:
+    """Put the file into the user's cache; if that fails, the next process fetches it again."""
+    folder = default_folder(FOLDER)
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(prefix=".fetched-", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(beside, _path(folder, tokenization))
+        except BaseException:
+            os.unlink(beside)
+            raise
+
+
+def _path(folder: Path, tokenization: Tokenization) -> Path:
+    # Checked to be hex digits where the manifest is read.
+    return folder / f"{tokenization.sha256}.json"
+
+
+def _renew_lock_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+fork.in_child(_renew_lock_in_child)

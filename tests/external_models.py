@@ -1,0 +1,139 @@
+"""Small models of open_clip and transformers, random weights, in folders of the hub's layout."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SIDE_PX = 32
+CONTEXT_LENGTH = 16
+WORDS = (
+    "a photo of a cat dog red blue car house bicycle with two people and the old bridge over "
+    "A Photo TWO Dogs isn't it? crème brûlée Maßstab красная машина 红色的汽车 赤い自転車"
+)
+
+
+@cache
+def sentencepiece_bpe() -> str:
+    """Return a tokenizer.json like Gemma's: BPE with bytes for what it does not know."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    numbers = [f"<0x{each:02X}>" for each in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[*special, *numbers], show_progress=False
+    )
+    made.train_from_iterator([WORDS] * 4, trainer)
+    # The trainer marks bytes as special, and no text would become one.
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [
+        each for each in content["added_tokens"] if each["content"] in special
+    ]
+    made = Tokenizer.from_str(json.dumps(content))
+    made.add_special_tokens([AddedToken(each, special=True) for each in special])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return str(made.to_str())
+
+
+@cache
+def word_piece() -> str:
+    """Return a tokenizer.json like BERT's: words of pieces between [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    made.train_from_iterator([WORDS] * 4, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return str(made.to_str())
+
+
+def write_open_clip(
+    folder: Path,
+    *,
+    text: dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    bias: float | None = None,
+) -> Path:
+    """Write a folder as open_clip pushes one to the hub: configuration, weights, tokenizer."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    tower = {"width": 64, "heads": 2, "layers": 2}
+    config: dict[str, Any] = {
+        "embed_dim": 48,
+        "custom_text": True,
+        "vision_cfg": {"image_size": SIDE_PX, "patch_size": 16, "width": 64, "layers": 2}
+        | {"head_width": 32},
+        "text_cfg": {"context_length": CONTEXT_LENGTH, **tower, **(text or {})},
+    }
+    if bias is not None:
+        config["init_logit_bias"] = bias
+    if tokenizer is not None:
+        config["text_cfg"] |= {"hf_tokenizer_name": str(folder), "vocab_size": 400}
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": SIDE_PX} | (preprocessing or {})
+    document = {"model_cfg": config, "preprocess_cfg": said}
+    (folder / "open_clip_config.json").write_text(json.dumps(document), "utf-8")
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
+        names = _special_tokens(tokenizer)
+        (folder / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        disturb(model)
+    tensors = {name: each.contiguous().clone() for name, each in model.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def disturb(model: Any) -> None:
+    """Move norms, biases and weights away from where they begin, so that none can be left out."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("logit_scale", "logit_bias")):
+                continue
+            spread = 0.2 if parameter.ndim < 2 else 0.02
+            parameter.add_(spread * torch.randn_like(parameter))
+
+
+def write_transformers(folder: Path, config: Any, tokenizer: Any, images: Any) -> Path:
+    """Write a folder as transformers saves one."""
+    import torch
+    from transformers import AutoModel, BlipForImageTextRetrieval
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if config.model_type == "blip":
+            model = BlipForImageTextRetrieval(config)
+        else:
+            model = AutoModel.from_config(config)
+        disturb(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    return folder
+
+
+def _special_tokens(tokenizer: str) -> dict[str, Any]:
+    is_bert = "[CLS]" in tokenizer
+    if is_bert:
+        names = {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", **names}
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", **names}
