@@ -25,29 +25,33 @@ from numpy.typing import NDArray
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.images import preprocess
-from clip_rt.inputs.tokenizer import tokenize
-from clip_rt.specs import image_model, text_model
+from clip_rt.inputs.tokenizer import pad, tokenize
+from clip_rt.specs import CLIP_TOKENIZATION, Resizing, image_model, text_model
 from clip_rt.wire import canary
 from clip_rt.wire.manifest import CANARY
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import parity, parity_report
 from export.console import console
-from export.graphs import ImageGraph, TextGraph
+from export.graphs import make_graphs
 from export.models import served_version
 from export.repository import check_known, switch_version
 from export.triton_config import read_config, read_manifest
 from export.version_folder import CONFIG
-from training.model import CLIP
+from training.encoders.encoder import DualEncoder, tokenizer_of
 
 
-def make_canary(clip: CLIP, precision: str) -> dict[str, Any]:
+def make_canary(clip: DualEncoder, precision: str) -> dict[str, Any]:
     """Ask `clip`, in FP32, and return the value of `Manifest.canary` for an export of it."""
-    pixels, tokens = _inputs(clip.spec.side_px, clip.spec.text.context_length)
+    facts = clip.facts
+    ids = tokenizer_of(clip).encode_text(canary.TEXT, truncate=True)
+    tokens = pad([ids], length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id)
+    pixels = _pixels(facts.side_px, facts.resizing)
+    image_graph, text_graph = make_graphs(clip)
     with torch.inference_mode():
         return canary.write(
-            ImageGraph(clip)(torch.from_numpy(pixels))[0].numpy(),
-            TextGraph(clip)(torch.from_numpy(tokens))[0].numpy(),
+            image_graph(torch.from_numpy(pixels))[0].numpy(),
+            text_graph(torch.from_numpy(tokens))[0].numpy(),
             min_cosine=_min_cosine(precision),
         )
 
@@ -75,7 +79,13 @@ def add_canary(repository: Path, name: str) -> Mapping[str, Any]:
         raise InputError(f"there is no {lacking} to ask. Export the model again, for its canary.")
     manifest = read_manifest(folders[0])
     encode_image, encode_text = map(parity.onnx_encoder, files)
-    pixels, tokens = _inputs(manifest.side_px, manifest.context_length)
+    if manifest.tokenization != CLIP_TOKENIZATION:
+        raise InputError(
+            f"{name} has a tokenizer of its own, and every export of such a model has a canary. "
+            "Export the model again."
+        )
+    pixels = _pixels(manifest.side_px, manifest.resizing)
+    tokens = tokenize(canary.TEXT, context_length=manifest.context_length)
     made = canary.write(
         encode_image(pixels)[0],
         encode_text(tokens)[0],
@@ -91,9 +101,8 @@ def add_canary(repository: Path, name: str) -> Mapping[str, Any]:
     return made
 
 
-def _inputs(side_px: int, context_length: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    pixels = preprocess(canary.draw_image(), side_px=side_px)
-    return pixels, tokenize(canary.TEXT, context_length=context_length)
+def _pixels(side_px: int, resizing: Resizing) -> NDArray[np.uint8]:
+    return preprocess(canary.draw_image(), side_px=side_px, resizing=resizing)
 
 
 def _min_cosine(precision: str) -> float:

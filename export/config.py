@@ -10,6 +10,7 @@ from clip_rt.specs import Activation
 from export.parity_report import Precision
 from export.repository import KEEP_VERSIONS
 from export.triton_config import MAX_BATCH_SIZE
+from training.encoders.find import name_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +18,15 @@ class ExportConfig(Limits):
     """From weights to a model repository."""
 
     model: str
-    """Architecture, such as ViT-B/32; a key of clip_rt.specs.MODELS."""
+    """Architecture, such as ViT-B/32; open_clip:NAME or open_clip:FOLDER; hf:owner/name or
+    hf:FOLDER, through transformers."""
     weights: str = "openai"
     """A file, a folder in the hub's layout, hf:owner/name@revision, openai, or random."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one, for models of open_clip whose tokenizer is not
+    OpenAI's and cannot be had from the hub."""
     name: str | None = None
-    """Served name; without it, the model's."""
+    """Served name; without it, the model's, which of hf:owner/name is name."""
     repository: Path = Path("model_repository")
     """Triton model repository to publish into."""
     activation: Activation | None = None
@@ -59,7 +64,7 @@ class ExportConfig(Limits):
     @property
     def served_name(self) -> str:
         """Name the client asks for."""
-        return self.name or self.model
+        return self.name or name_model(self.model)
 
 
 PRECISION_IN_WORDS: dict[Precision, str] = {

@@ -1,8 +1,9 @@
-"""The two graphs that are exported: `training.model.CLIP` inside the tensor contract.
+"""The graphs that are exported: a dual encoder's towers inside the tensor contract.
 
 uint8 pixels or int32 tokens go in, L2-normalised float32 embeddings come out. Nothing here knows
-about ONNX or TensorRT. The last block of a transformer computes only the position the embedding is
-read from, which changes no result; parity with the plain model is checked at every export.
+about ONNX or TensorRT. The last block of our own transformers computes only the position the
+embedding is read from, which changes no result; parity with the plain model is checked at every
+export. Towers of other libraries are exported as they are.
 
 Shape suffixes are those of `training/model.py`; S is also the side of the uint8 image.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, END_OF_TEXT
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, END_OF_TEXT, Channels, Tower
+from training.encoders.encoder import DualEncoder, ExternalEncoder
 from training.model import CLIP, Attention, ResidualAttentionBlock, VisionTransformer
 
 MASKED = -30_000.0
@@ -65,17 +67,33 @@ class PooledBlock(nn.Module):
         return x_BD + self.mlp(self.ln_2(x_BD))
 
 
-class ImageGraph(nn.Module):
-    """Pixels to embeddings: mean and standard deviation, the image tower, L2 normalisation."""
+class Normalise(nn.Module):
+    """uint8 (B, S, S, 3) to float32 (B, 3, S, S) with mean and standard deviation applied."""
 
     mean_C: Tensor
     scale_C: Tensor
 
-    def __init__(self, clip: CLIP) -> None:
+    def __init__(self, mean: Channels, std: Channels) -> None:
         super().__init__()
         # One subtraction and one product on [0, 255] instead of dividing by 255 first.
-        self.register_buffer("mean_C", 255 * torch.tensor(CLIP_MEAN))
-        self.register_buffer("scale_C", 1 / (255 * torch.tensor(CLIP_STD)))
+        self.register_buffer("mean_C", 255 * torch.tensor(mean))
+        self.register_buffer("scale_C", 1 / (255 * torch.tensor(std)))
+
+    def forward(self, pixels_BSSC: Tensor) -> Tensor:
+        """Normalise RGB images."""
+        # The cast comes first because TensorRT takes UINT8 for nothing else.
+        image_BSSC = (pixels_BSSC.float() - self.mean_C) * self.scale_C
+        return image_BSSC.permute(0, 3, 1, 2)
+
+
+class ImageGraph(nn.Module):
+    """Pixels to embeddings: mean and standard deviation, the image tower, L2 normalisation."""
+
+    tower: Tower = "image"
+
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.normalise = Normalise(CLIP_MEAN, CLIP_STD)
         self.visual = clip.visual
         self.last_block: PooledBlock | None = None
         if isinstance(clip.visual, VisionTransformer):
@@ -90,9 +108,7 @@ class ImageGraph(nn.Module):
         Returns:
             float32 (B, E), L2-normalised.
         """
-        # The cast comes first because TensorRT takes UINT8 for nothing else.
-        image_BSSC = (pixels_BSSC.float() - self.mean_C) * self.scale_C
-        image_BCSS = image_BSSC.permute(0, 3, 1, 2)
+        image_BCSS = self.normalise(pixels_BSSC)
         if self.last_block is None or not isinstance(self.visual, VisionTransformer):
             return _normalise(self.visual(image_BCSS))
         x_BLD = self.visual.embed_patches(image_BCSS)
@@ -120,6 +136,7 @@ class ImageGraph(nn.Module):
 class TextGraph(nn.Module):
     """Tokens to embeddings: the text tower read at the first end of text, L2 normalisation."""
 
+    tower: Tower = "text"
     causal_mask_LL: Tensor
 
     def __init__(self, clip: CLIP) -> None:
@@ -167,7 +184,52 @@ def _halves(prefix: str, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-Graph = ImageGraph | TextGraph
+class ExternalImageGraph(nn.Module):
+    """Pixels to embeddings by the image tower of another library."""
+
+    tower: Tower = "image"
+
+    def __init__(self, encoder: ExternalEncoder) -> None:
+        super().__init__()
+        self.normalise = Normalise(encoder.facts.mean, encoder.facts.std)
+        self.image_tower = encoder.image_tower
+
+    def forward(self, pixels_BSSC: Tensor) -> Tensor:
+        """Embed RGB images; as `ImageGraph`."""
+        return _normalise(self.image_tower(self.normalise(pixels_BSSC)))
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return what a precision can be chosen for in torch: nothing, see `export.half`."""
+        return {}
+
+
+class ExternalTextGraph(nn.Module):
+    """Tokens to embeddings by the text tower of another library."""
+
+    tower: Tower = "text"
+
+    def __init__(self, encoder: ExternalEncoder) -> None:
+        super().__init__()
+        self.text_tower = encoder.text_tower
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Embed token ids; as `TextGraph`, padded as the manifest says."""
+        return _normalise(self.text_tower(tokens_BL.long()))
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return what a precision can be chosen for in torch: nothing."""
+        return {}
+
+
+Graph = ImageGraph | TextGraph | ExternalImageGraph | ExternalTextGraph
+
+
+def make_graphs(encoder: DualEncoder) -> tuple[Graph, Graph]:
+    """Return the graphs of the image and the text tower."""
+    if isinstance(encoder, ExternalEncoder):
+        return ExternalImageGraph(encoder), ExternalTextGraph(encoder)
+    assert isinstance(encoder, CLIP)
+    return ImageGraph(encoder), TextGraph(encoder)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -23,12 +23,13 @@ from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import int8, parity, parity_report, speed
+from export import int8, parity, parity_report, source_parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
 from export.parity_report import Precision
 from export.pipeline import (
     RANDOM,
+    Towers,
     choose_islands,
     fingerprint_of,
     load_weights,
@@ -42,6 +43,8 @@ from export.pipeline import (
 from export.repository import check_name, check_writable, publish
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
+from training.encoders.encoder import ExternalEncoder
+from training.encoders.find import is_external
 from training.evaluation.labelled import check_exist
 
 
@@ -72,6 +75,11 @@ class OnnxConfig(ExportConfig):
         super().__post_init__()
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
             raise InputError(f"precision is {self.precision}; islands are of fp16 only.")
+        if is_external(self.model) and (self.fp32_island or self.find_islands):
+            raise InputError(
+                f"{self.model} is another library's model; islands are layers of clip_rt's own "
+                "architectures. Leave --fp32-island and --find-islands out."
+            )
         if self.precision != "int8":
             if self.calibration:
                 raise InputError(f"precision is {self.precision}; only int8 is calibrated.")
@@ -96,7 +104,8 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         InputError, CheckpointError: something it names cannot be used.
         ParityError: the graphs drift from the weights; the repository is as it was.
     """
-    spec = find_spec(config.model)
+    if not is_external(config.model):
+        find_spec(config.model)
     check_name(config.served_name, config.repository)
     serving = Serving(
         backend=config.backend,
@@ -107,7 +116,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     if config.dry_run:
         limit = parity_report.TOLERANCES[config.precision]
         print_plan(
-            ("load the weights", f"{config.weights}, as {spec.name}"),
+            ("load the weights", f"{config.weights}, as {config.model}"),
             ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),
             ("compare with torch", f"cosine at least {limit.min_cosine}, every batch and length"),
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
@@ -116,7 +125,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     check_writable(config.repository, config.served_name)
     check_exist(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
-    samples = read_samples(config.samples, config, clip.spec)
+    samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
@@ -129,11 +138,11 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     )
     libraries: dict[str, str] = {}
     if config.precision == "int8":
-        calibration = read_samples(config.calibration, config, clip.spec)
-        fp32, towers = towers, make_int8(towers, calibration, clip.spec, store)
+        calibration = read_samples(config.calibration, config, clip)
+        fp32, towers = towers, make_int8(towers, calibration, clip, store)
         libraries = int8.library_versions()
         with stage("time INT8 beside FP32") as outcome:
-            outcome.append(speed.compare(fp32, towers, clip.spec).in_words(processor.read()))
+            outcome.append(speed.compare(fp32, towers, clip).in_words(processor.read()))
     report = run_gate(
         "compare with torch",
         lambda: parity.check_files(
@@ -147,6 +156,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         config,
         store,
     )
+    source = compare_with_source(clip, towers, config) if isinstance(clip, ExternalEncoder) else {}
     manifest = make_manifest(
         clip,
         config.served_name,
@@ -161,12 +171,36 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
             image=towers.image,
             text=towers.text,
             serving=serving,
-            report=report.to_json() | {"fp32_islands": islands},
+            report=report.to_json() | {"fp32_islands": islands} | source,
             keep_versions=config.keep_versions,
+            tokenizer_file=clip.tokenizer_file if isinstance(clip, ExternalEncoder) else None,
         )
         outcome.extend(str(folder) for folder in folders)
     print_what_next(config, folders)
     return report
+
+
+def compare_with_source(
+    encoder: ExternalEncoder, towers: Towers, config: OnnxConfig
+) -> dict[str, Any]:
+    """Hold the whole path of a client against that of the model's own library.
+
+    Raises:
+        ParityError: they differ.
+    """
+    encode_images, encode_texts = parity.load_files(towers.image, towers.text)
+    with stage("compare with its library's own path") as outcome:
+        found = source_parity.check_source(
+            encoder,
+            encode_images=encode_images,
+            encode_texts=encode_texts,
+            tolerance=parity_report.TOLERANCES[config.precision],
+        )
+        outcome.append(f"pixels within {found.max_levels:.2f} of 255")
+        outcome.append(f"ids of {found.num_texts} texts equal")
+        cosine = min(found.min_image_cosine, found.min_text_cosine)
+        outcome.append(f"cosine at least {cosine:.6f}")
+    return {"source": found.to_json()}
 
 
 if __name__ == "__main__":

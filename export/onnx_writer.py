@@ -5,16 +5,19 @@ One file below 2 GB; above, the weights lie beside it in `<name>.data`, as the f
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import torch
 from torch.export import Dim
 
-from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, ModelSpec
-from export import storage
-from export.graphs import Graph, ImageGraph
+from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, EncoderFacts
+from export import half, storage
+from export.graphs import Graph
 
 OPSET = 18
 """The set torch's exporter is written in, and the oldest with everything the graphs need. Both
@@ -25,28 +28,38 @@ MAX_FILE_BYTES = 2**31 - 2**24
 """Of weights in one file: protobuf ends at 2 GiB, and 16 MiB is ample for the graph around them."""
 
 
-def write_onnx(graph: Graph, spec: ModelSpec, path: Path, *, fp16_weights: bool = False) -> None:
+def write_onnx(
+    graph: Graph,
+    facts: EncoderFacts,
+    path: Path,
+    *,
+    fp16_weights: bool = False,
+    fp16: bool = False,
+) -> None:
     """Export a tower.
 
     Args:
         graph: In eval mode, on the CPU; its layers' dtypes are those of the file.
-        spec: Of the model the graph was made from.
+        facts: Of the model the graph was made from.
         path: Where to write; ends in .onnx.
         fp16_weights: Store large FP32 weights in half the bytes; see `storage.store_fp16`.
+        fp16: Make its arithmetic FP16 where that is safe, of a graph whose layers are FP32.
 
     Raises:
         CheckpointError: a weight does not fit into FP16.
     """
     dims: tuple[Dim, ...]
     # Two items: an axis of one would be taken for a constant.
-    if isinstance(graph, ImageGraph):
+    if graph.tower == "image":
         name, dims = PIXELS, (BATCH,)
-        example = torch.zeros(2, spec.side_px, spec.side_px, 3, dtype=torch.uint8)
+        example = torch.zeros(2, facts.side_px, facts.side_px, 3, dtype=torch.uint8)
+    elif facts.is_any_length_exact:
+        name, dims = TOKENS, (BATCH, Dim("length", min=2, max=facts.context_length))
+        example = torch.zeros(2, facts.context_length - 1, dtype=torch.int32)
     else:
-        context_length = spec.text.context_length
-        name, dims = TOKENS, (BATCH, Dim("length", min=2, max=context_length))
-        example = torch.zeros(2, context_length - 1, dtype=torch.int32)
-    with warnings.catch_warnings():
+        name, dims = TOKENS, (BATCH,)
+        example = torch.zeros(2, facts.context_length, dtype=torch.int32)
+    with warnings.catch_warnings(), _only_errors("onnxscript"):
         warnings.simplefilter("ignore")  # About torch's own use of deprecated names.
         program = torch.onnx.export(
             graph.eval(),
@@ -63,8 +76,22 @@ def write_onnx(graph: Graph, spec: ModelSpec, path: Path, *, fp16_weights: bool 
     storage.strip_traces(model)
     if fp16_weights:
         storage.store_fp16(model)
+    if fp16:
+        model = half.to_fp16(model)
     _check_axes(model, [dim.__name__ for dim in dims], name)
     _save(model, path)
+
+
+@contextlib.contextmanager
+def _only_errors(logger: str) -> Iterator[None]:
+    """Keep what a library says of its own doings from whoever exports."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from clip_rt.errors import ParityError
 from clip_rt.requests.batches import MAX_ROWS, TextPlan, plan_texts
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, EMBEDDINGS, END_OF_TEXT, TEXT_BUCKETS, Tower
+from clip_rt.specs import EMBEDDINGS, TEXT_BUCKETS, Tower
 from export import probes
 from export.int8 import load_openvino
 from export.parity_report import (
@@ -34,7 +34,7 @@ from export.parity_report import (
     Tolerance,
 )
 from export.samples import NO_TEXT, Samples
-from training.model import CLIP
+from training.encoders.encoder import DualEncoder
 
 FloatArray = NDArray[np.float32]
 Encoder = Callable[[NDArray[np.generic]], FloatArray]
@@ -45,7 +45,7 @@ _IN_WORDS: dict[FileRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": 
 
 
 def check(
-    clip: CLIP,
+    clip: DualEncoder,
     *,
     encode_images: Encoder,
     encode_texts: Encoder,
@@ -84,7 +84,7 @@ def check(
 
 
 def check_files(
-    clip: CLIP,
+    clip: DualEncoder,
     *,
     image: Path,
     text: Path,
@@ -107,21 +107,24 @@ def check_files(
         ExportError: OpenVINO is asked for and not installed.
         ParityError: see `check`.
     """
-
-    def load(runtime: FileRuntime) -> tuple[Encoder, Encoder]:
-        if runtime == "onnxruntime":
-            return onnx_encoder(image), onnx_encoder(text)
-        num_threads = torch.get_num_threads()
-        return load_openvino(image, num_threads), load_openvino(text, num_threads)
-
     if image.suffix == text.suffix == ".xml":
         runtimes = ("openvino",)
     return _check_all(
         clip,
-        {_IN_WORDS[each]: partial(load, each) for each in runtimes},
+        {_IN_WORDS[each]: partial(load_files, image, text, each) for each in runtimes},
         precision=precision,
         samples=samples,
     )
+
+
+def load_files(
+    image: Path, text: Path, runtime: FileRuntime = "onnxruntime"
+) -> tuple[Encoder, Encoder]:
+    """Load the exported files of both towers, on the CPU; OpenVINO's own are run by OpenVINO."""
+    if runtime == "onnxruntime" and image.suffix != ".xml":
+        return onnx_encoder(image), onnx_encoder(text)
+    num_threads = torch.get_num_threads()
+    return load_openvino(image, num_threads), load_openvino(text, num_threads)
 
 
 def installed_runtimes() -> tuple[FileRuntime, ...]:
@@ -151,6 +154,8 @@ class _Probed:
 
     pixels: NDArray[np.uint8]
     tokens: NDArray[np.int32]
+    needed_N: NDArray[np.intp]
+    """How many of its tokens each text has."""
     image_NE: FloatArray
     text_NE: FloatArray
     lengths: Sequence[int]
@@ -169,7 +174,7 @@ class _Sampled:
 
 
 def _check_all(
-    clip: CLIP,
+    clip: DualEncoder,
     loaders: Mapping[str, Callable[[], tuple[Encoder, Encoder]]],
     *,
     precision: Precision,
@@ -183,11 +188,13 @@ def _check_all(
     maker is what its cases are said to be by.
     """
     tolerance = TOLERANCES[precision]
-    pixels = probes.images(clip.spec.side_px)
-    tokens = probes.tokens(clip.spec.text.context_length)
+    pixels = probes.images(clip.facts.side_px)
+    tokens, needed = probes.tokens_of(clip)
+    if not clip.facts.is_any_length_exact:
+        text_lengths = (tokens.shape[1],)
     lengths = sorted({min(length, tokens.shape[1]) for length in text_lengths})
     image_NE, text_NE = _reference_images(clip, pixels), _reference_texts(clip, tokens)
-    probed = _Probed(pixels, tokens, image_NE, text_NE, lengths)
+    probed = _Probed(pixels, tokens, needed, image_NE, text_NE, lengths)
     sampled = [_sample(clip, each, lengths) for each in samples]
     cases: list[Case] = []
     choices: list[Choices] = []
@@ -203,7 +210,7 @@ def _check_all(
             cases += more
             choices += chosen
     report = ParityReport(
-        architecture=clip.spec.name,
+        architecture=clip.facts.name,
         precision=precision,
         tolerance=tolerance,
         cases=tuple(cases),
@@ -215,8 +222,9 @@ def _check_all(
     return report
 
 
-def _sample(clip: CLIP, samples: Samples, lengths: Sequence[int]) -> _Sampled:
-    plan = plan_texts(samples.token_ids, max_rows=MAX_ROWS, buckets=lengths)
+def _sample(clip: DualEncoder, samples: Samples, lengths: Sequence[int]) -> _Sampled:
+    pad_id = clip.facts.tokenization.pad_id
+    plan = plan_texts(samples.token_ids, max_rows=MAX_ROWS, buckets=lengths, pad_id=pad_id)
     images = [_reference_images(clip, each) for each in samples.image_batches(MAX_ROWS)]
     texts = [_reference_texts(clip, each) for each in plan.batches]
     text_ME = np.concatenate(texts) if samples.token_ids else None
@@ -255,9 +263,8 @@ def _check_probes(
 
     image_NE, text_NE = probed.image_NE, probed.text_NE
     found_image_NE = compare("image", probed.pixels, encode_images, image_NE, "")
-    last = np.argmax(probed.tokens == END_OF_TEXT, axis=1)
     for length in probed.lengths:
-        fits = np.flatnonzero(last < length)
+        fits = np.flatnonzero(probed.needed_N <= length)
         cut = np.ascontiguousarray(probed.tokens[fits, :length])
         found_text_NE = compare("text", cut, encode_texts, text_NE[fits], f" of {length}")
     return cases, _top1_agreement(
@@ -312,17 +319,17 @@ def _check_samples(
 
 
 @torch.inference_mode()
-def _reference_images(clip: CLIP, pixels: NDArray[np.uint8]) -> FloatArray:
+def _reference_images(clip: DualEncoder, pixels: NDArray[np.uint8]) -> FloatArray:
     image_NCSS = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    mean_C11 = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std_C11 = torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean_C11 = torch.tensor(clip.facts.mean).view(3, 1, 1)
+    std_C11 = torch.tensor(clip.facts.std).view(3, 1, 1)
     embeddings_NE = clip.encode_image((image_NCSS - mean_C11) / std_C11)
     return torch.nn.functional.normalize(embeddings_NE, dim=-1).numpy()
 
 
 @torch.inference_mode()
-def _reference_texts(clip: CLIP, tokens: NDArray[np.int32]) -> FloatArray:
-    embeddings_NE = clip.encode_text(torch.from_numpy(tokens))
+def _reference_texts(clip: DualEncoder, tokens: NDArray[np.int32]) -> FloatArray:
+    embeddings_NE = clip.encode_text(torch.from_numpy(tokens).long())
     return torch.nn.functional.normalize(embeddings_NE, dim=-1).numpy()
 
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 import clip_rt
 from clip_rt import specs
 from clip_rt.errors import InputError, ParityError
-from clip_rt.specs import CLIP_MEAN, CLIP_STD, ModelSpec, find_spec, slug
+from clip_rt.specs import MODELS, ModelSpec, find_spec, slug
 from clip_rt.wire.manifest import Manifest
-from export import graphs, int8, onnx_writer, parity_report, precision, probes, storage
+from export import graphs, half, int8, onnx_writer, parity_report, precision, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import (
@@ -38,7 +38,7 @@ from export.console import (
     stage,
     summarise_parity,
 )
-from export.graphs import Graph, ImageGraph, TextGraph
+from export.graphs import Graph, make_graphs
 from export.islands import Proposal, print_proposal, propose_islands
 from export.models import list_versions, served_version
 from export.parity_report import ParityReport, Precision
@@ -49,6 +49,13 @@ from export.store import Artefact, Store, sha256_of, source_hash
 from export.version_folder import REPORT
 from training import model as training_model
 from training import resnet
+from training.encoders.encoder import (
+    DualEncoder,
+    ExternalEncoder,
+    measure_any_length,
+    tokenizer_of,
+)
+from training.encoders.find import is_external, load_encoder
 from training.evaluation.class_names import read_name_table
 from training.model import CLIP
 from training.weights.load import fingerprint, load_clip
@@ -58,7 +65,7 @@ RANDOM = "random"
 
 ISLAND_IMAGES = 8
 """Of each of the user's samples; every layer's drift is measured on all of them."""
-_WRITERS = (graphs, onnx_writer, precision, specs, storage, training_model, resnet)
+_WRITERS = (graphs, half, onnx_writer, precision, specs, storage, training_model, resnet)
 """Modules whose code decides the bytes of an ONNX file."""
 
 
@@ -70,12 +77,27 @@ class Towers:
     text: Path
 
 
-def load_weights(config: ExportConfig) -> CLIP:
+def load_weights(config: ExportConfig) -> DualEncoder:
     """Load the model, float32, in eval mode.
 
     Raises:
-        UnknownModelError, CheckpointError: see `training.weights.load.load_clip`.
+        UnknownModelError, CheckpointError: see `training.weights.load.load_clip` and
+            `training.encoders.find.load_encoder`.
     """
+    return _load_external(config) if is_external(config.model) else load_own(config)
+
+
+def load_own(config: ExportConfig) -> CLIP:
+    """Load a model of one of our own architectures; as `load_weights`.
+
+    Raises:
+        InputError: the model is another library's.
+    """
+    if is_external(config.model):
+        raise InputError(
+            f"{config.model} is another library's model, and this works on clip_rt's own "
+            f"architectures only: {', '.join(MODELS)}. python -m export.onnx exports the others."
+        )
     spec = find_spec(config.model)
     with stage("load the weights") as outcome:
         if config.weights == RANDOM:
@@ -87,6 +109,26 @@ def load_weights(config: ExportConfig) -> CLIP:
     return clip
 
 
+def _load_external(config: ExportConfig) -> ExternalEncoder:
+    with stage("load the weights") as outcome:
+        encoder = load_encoder(
+            config.model,
+            weights=None if config.weights == RANDOM else config.weights,
+            tokenizer=config.tokenizer,
+        )
+        if not measure_any_length(encoder, probes.PROMPTS):
+            encoder.facts = replace(encoder.facts, is_any_length_exact=False)
+        facts = encoder.facts
+        num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        outcome.append(f"{facts.name}, {num_parameters / 1e6:.1f} M")
+        outcome.append(
+            f"texts of any length up to {facts.context_length} tokens"
+            if facts.is_any_length_exact
+            else f"texts are padded to {facts.context_length} tokens: shorter ones differ"
+        )
+    return encoder
+
+
 def random_clip(spec: ModelSpec, *, seed: int = 0) -> CLIP:
     """Build a model nobody trained: it costs what a real one costs and knows nothing."""
     with torch.random.fork_rng(devices=[]):
@@ -95,7 +137,7 @@ def random_clip(spec: ModelSpec, *, seed: int = 0) -> CLIP:
 
 
 def read_samples(
-    paths: Sequence[Path], config: ExportConfig, spec: ModelSpec
+    paths: Sequence[Path], config: ExportConfig, encoder: DualEncoder
 ) -> tuple[Samples, ...]:
     """Read the user's own images and texts.
 
@@ -109,7 +151,8 @@ def read_samples(
         samples = tuple(
             load_samples(
                 path,
-                spec,
+                encoder.facts,
+                tokenizer=tokenizer_of(encoder),
                 num_images=config.num_images,
                 table=table,
                 allow_outside=config.allow_outside,
@@ -124,22 +167,22 @@ def read_samples(
 
 
 def choose_islands(
-    clip: CLIP, config: ExportConfig, samples: Sequence[Samples] = ()
+    clip: DualEncoder, config: ExportConfig, samples: Sequence[Samples] = ()
 ) -> tuple[str, ...]:
     """Return the layers that stay FP32: those named, and those found where that is asked for.
 
     Raises:
         InputError: a pattern matches no layer.
     """
-    towers = (ImageGraph(clip), TextGraph(clip))
+    towers = make_graphs(clip)
     names = [name for tower in towers for name in tower.layers()]
     islands = match_islands(names, config.fp32_island)
     if config.find_islands:
         limit = parity_report.TOLERANCES["fp16"].min_cosine
-        images = [probes.images(clip.spec.side_px)]
+        images = [probes.images(clip.facts.side_px)]
         images += [each.pixels_NSSC[:ISLAND_IMAGES] for each in samples]
         pixels = torch.from_numpy(np.concatenate(images))
-        tokens = torch.from_numpy(probes.tokens(clip.spec.text.context_length))
+        tokens = torch.from_numpy(probes.tokens_of(clip)[0])
         with stage("find FP32 islands", spinner=False) as outcome:
             found: list[Proposal] = [
                 propose_islands(towers[0], pixels, min_cosine=limit),
@@ -156,7 +199,7 @@ def choose_islands(
 
 
 def make_onnx(
-    clip: CLIP,
+    clip: DualEncoder,
     store: Store,
     *,
     precision: Precision,
@@ -169,21 +212,28 @@ def make_onnx(
         CheckpointError: a weight is beyond the range of FP16.
     """
     made: list[Artefact] = []
-    for tower, make in (("image", ImageGraph), ("text", TextGraph)):
+    for graph in make_graphs(clip):
+        tower, names = graph.tower, set(graph.layers())
 
-        def write(path: Path, make: type[ImageGraph] | type[TextGraph] = make) -> None:
-            graph: Graph = make(clip)
-            if precision == "fp16":
-                names = graph.layers().keys()
+        def write(path: Path, graph: Graph = graph, names: set[str] = names) -> None:
+            # Of another library's graph there are no layers to choose a precision for.
+            is_whole = precision == "fp16" and isinstance(clip, ExternalEncoder)
+            if precision == "fp16" and not is_whole:
                 graph = bake_fp16(graph, [name for name in islands if name in names])
-            onnx_writer.write_onnx(graph, clip.spec, path, fp16_weights=precision == "fp16_weights")
+            onnx_writer.write_onnx(
+                graph,
+                clip.facts,
+                path,
+                fp16_weights=precision == "fp16_weights",
+                fp16=is_whole,
+            )
 
         key = {
             "tower": tower,
             "weights": weights_fingerprint,
-            "spec": repr(clip.spec),
+            "spec": repr(getattr(clip, "spec", clip.facts)),
             "precision": precision,
-            "islands": sorted(set(islands) & set(make(clip).layers())),
+            "islands": sorted(set(islands) & names),
             "code": source_hash(*_WRITERS),
             "torch": torch.__version__,
             "onnx": onnx.__version__,
@@ -200,7 +250,7 @@ def make_onnx(
 
 
 def make_int8(
-    towers: Towers, calibration: Sequence[Samples], spec: ModelSpec, store: Store
+    towers: Towers, calibration: Sequence[Samples], encoder: DualEncoder, store: Store
 ) -> Towers:
     """Quantise both FP32 towers, or find them as they were quantised before.
 
@@ -208,17 +258,22 @@ def make_int8(
         towers: FP32.
         calibration: Images and texts like those to come; without any, the gate's own probes, which
             will do for weights that know nothing.
-        spec: Of the model.
+        encoder: What they were made from.
         store: Where they are kept.
 
     Raises:
         InputError: there are no texts to calibrate on.
         ExportError: see `int8.write_int8`.
     """
+    facts = encoder.facts
     images: list[NDArray[Any]]
     texts: list[NDArray[Any]]
     if calibration:
-        images, texts = calibration_batches(calibration)
+        images, texts = calibration_batches(
+            calibration,
+            length_tokens=None if facts.is_any_length_exact else facts.context_length,
+            pad_id=facts.tokenization.pad_id,
+        )
         if not texts:
             names = ", ".join(each.name for each in calibration)
             raise InputError(
@@ -226,8 +281,8 @@ def make_int8(
                 "pass a folder with one of images for each class, or a table with captions."
             )
     else:
-        images = [row[None] for row in probes.images(spec.side_px)]
-        texts = [row[None] for row in probes.tokens(spec.text.context_length)]
+        images = [row[None] for row in probes.images(facts.side_px)]
+        texts = [row[None] for row in probes.tokens_of(encoder)[0]]
     made = []
     for tower, file, batches in (("image", towers.image, images), ("text", towers.text, texts)):
         key = {
@@ -253,7 +308,7 @@ def make_int8(
 
 
 def make_manifest(
-    clip: CLIP,
+    clip: DualEncoder,
     name: str,
     *,
     precision: str,
@@ -262,19 +317,25 @@ def make_manifest(
     libraries: dict[str, str] | None = None,
 ) -> Manifest:
     """Write down what a client must know about `clip` served as `name`."""
+    facts = clip.facts
+    if not facts.is_any_length_exact:
+        text_buckets = (facts.context_length,)
     return Manifest(
         model=name,
-        architecture=clip.spec.name,
+        architecture=facts.name,
         fingerprint=weights_fingerprint,
-        embedding_dim=clip.spec.embedding_dim,
-        side_px=clip.spec.side_px,
-        context_length=clip.spec.text.context_length,
+        embedding_dim=facts.embedding_dim,
+        side_px=facts.side_px,
+        context_length=facts.context_length,
         text_buckets=text_buckets,
         logit_scale=float(clip.logit_scale.exp()),
         logit_bias=0.0 if clip.logit_bias is None else float(clip.logit_bias),
-        activation=clip.spec.activation,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
+        activation=facts.activation,
+        mean=facts.mean,
+        std=facts.std,
+        resizing=facts.resizing,
+        tokenization=facts.tokenization,
+        score=facts.score,
         precision=precision,
         canary=make_canary(clip, precision),
         libraries={
@@ -282,14 +343,15 @@ def make_manifest(
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "torch": torch.__version__,
+            **(clip.versions if isinstance(clip, ExternalEncoder) else {}),
             **(libraries or {}),
         },
     )
 
 
-def fingerprint_of(clip: CLIP) -> str:
+def fingerprint_of(clip: DualEncoder) -> str:
     """Return the sha256 over the weights that names this model everywhere."""
-    return fingerprint(clip.state_dict())
+    return fingerprint(clip.weights() if isinstance(clip, ExternalEncoder) else clip.state_dict())
 
 
 def run_gate(

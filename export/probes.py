@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_rt.inputs.tokenizer import tokenize
-from clip_rt.specs import END_OF_TEXT, START_OF_TEXT
+from clip_rt.inputs.tokenizer import pad, tokenize
+from clip_rt.specs import CLIP_TOKENIZATION, END_OF_TEXT, START_OF_TEXT
+from training.encoders.encoder import DualEncoder, encode_usable
 
 PROMPTS = (
     "a photo of a cat.",
@@ -60,3 +61,18 @@ def tokens(context_length: int) -> NDArray[np.int32]:
             edges[index, end] = END_OF_TEXT
             edges[index, end + 1 :] = padding
     return np.concatenate([prompts, edges])
+
+
+def tokens_of(encoder: DualEncoder) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """Return texts as an encoder reads them, and how many tokens each has before its padding.
+
+    Returns:
+        int32 (N, context length) and intp (N,). Of CLIP's own tokenizer they are `tokens`.
+    """
+    facts = encoder.facts
+    if facts.tokenization == CLIP_TOKENIZATION:
+        found = tokens(facts.context_length)
+        return found, np.argmax(found == END_OF_TEXT, axis=1) + 1
+    ids = list(encode_usable(encoder, PROMPTS).values())
+    padded = pad(ids, length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id)
+    return padded, np.array([len(each) for each in ids])

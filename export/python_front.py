@@ -26,11 +26,12 @@ class TritonPythonModel:
         """Import clip_rt; raise, and so fail the load, when it is not there."""
         config = json.loads(args["model_config"])
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
-        facts = {k: json.loads(v["string_value"]) for k, v in config["parameters"].items()}
+        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         _check_strings()
         try:
             from clip_rt import errors
             from clip_rt.inputs import images, tokenizer
+            from clip_rt.wire.manifest import Manifest
         except ImportError as error:
             raise pb_utils.TritonModelException(
                 f"{args['model_name']} prepares its input with clip_rt, and {error}. Install it in "
@@ -40,10 +41,13 @@ class TritonPythonModel:
         # Pillow lets go of the interpreter while it decodes and resizes.
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
-        limits = {name: facts[name] for name in ("max_pixels", "max_bytes") if name in facts}
+        manifest = Manifest.from_parameters(parameters, served=args["model_name"])
+        names = [name for name in ("max_pixels", "max_bytes") if name in parameters]
+        limits = {name: json.loads(parameters[name]) for name in names}
 
         def to_pixels(item, index):
-            return images.prepare(item, side_px=facts["side_px"], index=index, **limits)
+            size = {"side_px": manifest.side_px, "resizing": manifest.resizing}
+            return images.prepare(item, index=index, **size, **limits)
 
         def to_ids(item, index):
             try:
@@ -52,11 +56,11 @@ class TritonPythonModel:
                 raise errors.TextError(
                     f"text {index} is not UTF-8: {error}.", index=index
                 ) from error
-            return tokenizer.encode_text(text, index=index, context_length=facts["context_length"])
+            return tokenizer.encode_text(text, index=index, context_length=manifest.context_length)
 
         def to_tokens(ids):
             longest = max(map(len, ids))
-            length = min((n for n in facts["text_buckets"] if n >= longest), default=longest)
+            length = min((n for n in manifest.text_buckets if n >= longest), default=longest)
             return tokenizer.pad(ids, length_tokens=length)
 
         is_image = self._output == "pixels"

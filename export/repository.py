@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from rich.table import Column, Table
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
-from clip_rt.specs import Tower, image_model, text_model
+from clip_rt.specs import CLIP_TOKENIZATION, Tower, image_model, text_model, tokenizer_model
 from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
@@ -50,6 +50,7 @@ from export.triton_config import (
     read_manifest,
     read_serving,
     render_config,
+    render_tokenizer_config,
 )
 from export.version_folder import (
     CONFIG,
@@ -57,6 +58,7 @@ from export.version_folder import (
     copy_python_model,
     find_engines,
     name_files,
+    write_tokenizer_version,
     write_version,
 )
 
@@ -120,7 +122,8 @@ def check_name(name: str, repository: Path) -> None:
             f"model name {name[:80]!r} is not usable: 1 to 64 letters, digits, spaces or _ . @ / - "
             "are, beginning with a letter or digit and without '..'."
         )
-    for served in (image_model(name), text_model(name), *folder_names(name)):
+    names = image_model(name), text_model(name), tokenizer_model(name), *folder_names(name)
+    for served in names:
         folder = repository / served
         if not os.path.lexists(folder):
             continue
@@ -144,6 +147,7 @@ def publish(
     keep_versions: int = KEEP_VERSIONS,
     compute_capability: str | None = None,
     join: bool = False,
+    tokenizer_file: bytes | None = None,
 ) -> tuple[Path, Path]:
     """Put both towers into a repository as the next version of their model, and serve that one.
 
@@ -159,6 +163,7 @@ def publish(
         compute_capability: Of the GPUs that the engines are for, such as 8.9. Triton gives each GPU
             its own of a version's engines.
         join: Take the served version's engines for other GPUs along.
+        tokenizer_file: The tokenizer.json that the manifest names, for clients that lack it.
 
     Returns:
         The folders of the image and the text model.
@@ -191,8 +196,13 @@ def publish(
                 manifest, tower, serving, version=version, engines=find_engines(files)
             )
             write_version(staging / target.name, version, config, files, report)
+        published: tuple[Path, ...] = targets
+        if tokenizer_file is not None:
+            published = (*targets, repository / tokenizer_model(manifest.model))
+            config = render_tokenizer_config(manifest, version=version)
+            write_tokenizer_version(staging / published[-1].name, version, config, tokenizer_file)
         with ExitStack() as undo:
-            for target in targets:
+            for target in published:
                 staged = staging / target.name
                 if not target.exists():
                     undo.callback(shutil.rmtree, target, ignore_errors=True)
@@ -200,9 +210,9 @@ def publish(
                     continue
                 undo.callback(_remove_version, target, version, staging)
                 os.rename(staged / str(version), target / str(version))
-            _serve(targets, version, staging, undo)
+            _serve(published, version, staging, undo)
             undo.pop_all()
-        for target in targets:
+        for target in published:
             # The one before goes back to what was served, which need not be the newest.
             earlier = [each for each in list_versions(target) if each != version]
             earlier.sort(key=lambda each: (each in served, each), reverse=True)
@@ -240,8 +250,10 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
                 f"to in {repository}; it has {', '.join(map(str, sorted(kept))) or 'none'}, and "
                 f"serves {now}."
             )
+        tokenizer = repository / tokenizer_model(name)
+        followers = (tokenizer,) if choice in _switchable(tokenizer) else ()
         with ExitStack() as undo:
-            _serve(targets, choice, staging, undo)
+            _serve((*targets, *followers), choice, staging, undo)
             undo.pop_all()
     return choice
 
@@ -326,6 +338,11 @@ def add_ensembles(
     targets = _folders(repository, name)
     check_name(name, repository)
     check_known(repository, name)
+    if read_manifest(targets[0]).tokenization != CLIP_TOKENIZATION:
+        raise InputError(
+            f"{name!r} has a tokenizer of its own, and ensembles tokenize as OpenAI's models only. "
+            "Ask its towers through clip_rt.Client."
+        )
     folders = tuple(repository / each for each in folder_names(name))
     with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
@@ -368,8 +385,8 @@ def _owner(folder: Path) -> str | None:
     return manifest.model if (manifest := find_manifest(folder)) else None
 
 
-def _serve(targets: tuple[Path, Path], version: int, staging: Path, undo: ExitStack) -> None:
-    """Let both towers serve a version they have, by replacing their config.pbtxt.
+def _serve(targets: Sequence[Path], version: int, staging: Path, undo: ExitStack) -> None:
+    """Let both towers, and the tokenizer's file, serve a version by replacing their config.pbtxt.
 
     Their ensembles, where there are any, get theirs rendered anew.
     """

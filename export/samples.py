@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from clip_rt.errors import ImageError, InputError
 from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE, fill
-from clip_rt.inputs.tokenizer import encode
+from clip_rt.inputs.tokenizer import OpenAITokenizer, TextTokenizer
 from clip_rt.inputs.transform import prepare
 from clip_rt.requests.batches import plan_texts
-from clip_rt.specs import ModelSpec
+from clip_rt.specs import EncoderFacts
 from training.evaluation.class_names import NameTable, name_classes, sort_ids
 from training.evaluation.labelled import Sample, read_samples
 
@@ -52,8 +52,9 @@ class Samples:
 
 def load_samples(
     path: Path,
-    spec: ModelSpec,
+    facts: EncoderFacts,
     *,
+    tokenizer: TextTokenizer | None = None,
     num_images: int,
     table: NameTable | None = None,
     allow_outside: bool = False,
@@ -63,7 +64,8 @@ def load_samples(
 
     Args:
         path: What `training.evaluation.labelled.read_samples` reads.
-        spec: Of the model the images are for.
+        facts: Of the model they are for.
+        tokenizer: Of the model; OpenAI's where it is None.
         num_images: How many to keep, chosen at random; all where there are fewer.
         table: Names of the classes, where their ids say nothing.
         allow_outside: Whether paths of a table, and links in a folder, may lead out of it.
@@ -76,10 +78,13 @@ def load_samples(
     kept, texts, right_N = read_choices(
         path, num_images=num_images, table=table, allow_outside=allow_outside, limits=limits
     )
-    token_ids = encode(texts, context_length=spec.text.context_length, truncate=True)
+    tokenizer = tokenizer or OpenAITokenizer(facts.context_length)
+    token_ids = [
+        tokenizer.encode_text(text, index=index, truncate=True) for index, text in enumerate(texts)
+    ]
     return Samples(
         name=path.name,
-        pixels_NSSC=np.stack([_prepare(sample, spec.side_px, limits) for sample in kept]),
+        pixels_NSSC=np.stack([_prepare(sample, facts, limits) for sample in kept]),
         token_ids=tuple(map(tuple, token_ids)),
         right_N=right_N,
     )
@@ -112,12 +117,19 @@ def read_choices(
 
 
 def calibration_batches(
-    samples: Sequence[Samples],
+    samples: Sequence[Samples], *, length_tokens: int | None = None, pad_id: int = 0
 ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.int32]]]:
-    """Return single images, uint8 (1, S, S, 3), and single texts, int32 (1, L) without padding."""
+    """Return single images, uint8 (1, S, S, 3), and single texts, int32 (1, L).
+
+    Args:
+        samples: Of the user.
+        length_tokens: To pad every text to, where the model reads padding; None pads none.
+        pad_id: What it is padded with.
+    """
     images = [batch for each in samples for batch in each.image_batches(1)]
     ids = list(dict.fromkeys(ids for each in samples for ids in each.token_ids))
-    texts = list(plan_texts(ids, max_rows=1).batches)
+    buckets = () if length_tokens is None else (length_tokens,)
+    texts = list(plan_texts(ids, max_rows=1, buckets=buckets, pad_id=pad_id).batches)
     # In no order, so that any first few of them are of every length and sample.
     rng = np.random.default_rng(0)
     return (
@@ -144,11 +156,12 @@ def _choose(samples: Iterable[Sample], count: int) -> tuple[list[Sample], list[s
     return [sample for _, sample in sorted(kept, key=lambda item: item[0])], list(ids)
 
 
-def _prepare(sample: Sample, side_px: int, limits: Limits) -> NDArray[np.uint8]:
+def _prepare(sample: Sample, facts: EncoderFacts, limits: Limits) -> NDArray[np.uint8]:
     try:
         return prepare(
             sample.image,
-            side_px=side_px,
+            side_px=facts.side_px,
+            resizing=facts.resizing,
             max_pixels=limits.max_pixels,
             max_bytes=limits.max_bytes,
         )

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from clip_rt import processor
 from clip_rt.embedded.runtime_choice import time_by_turns
 from clip_rt.processor import Processor
-from clip_rt.specs import ModelSpec, Tower
+from clip_rt.specs import Tower
 from export import int8, parity, probes
 from export.pipeline import Towers
+from training.encoders.encoder import DualEncoder
 
 TEXT_LENGTH_TOKENS = 16
 Encoder = Callable[[NDArray[np.generic]], NDArray[np.float32]]
@@ -56,19 +57,19 @@ def _in_words(what: str, speed: float) -> str:
     return f"{what} are {speed:.1f} times as fast"
 
 
-def compare(fp32: Towers, quantised: Towers, spec: ModelSpec) -> Comparison:
+def compare(fp32: Towers, quantised: Towers, encoder: DualEncoder) -> Comparison:
     """Time both towers in both precisions by turns, FP32 in the faster of its runtimes.
 
     Args:
         fp32: Files in ONNX.
         quantised: Files of `int8.write_int8`.
-        spec: Of the model.
+        encoder: What they were made from.
     """
     num_threads = torch.get_num_threads()
     speeds: dict[Tower, float] = {}
     batches: dict[Tower, NDArray[np.generic]] = {
-        "image": probes.images(spec.side_px)[:1],
-        "text": probes.tokens(min(TEXT_LENGTH_TOKENS, spec.text.context_length))[:1],
+        "image": probes.images(encoder.facts.side_px)[:1],
+        "text": _short_text(encoder),
     }
     for tower, batch in batches.items():
         before, after = (getattr(towers, tower) for towers in (fp32, quantised))
@@ -79,6 +80,12 @@ def compare(fp32: Towers, quantised: Towers, spec: ModelSpec) -> Comparison:
         }
         speeds[tower] = _speed(encoders, batch)
     return Comparison(**speeds)
+
+
+def _short_text(encoder: DualEncoder) -> NDArray[np.int32]:
+    tokens, _ = probes.tokens_of(encoder)
+    length = TEXT_LENGTH_TOKENS if encoder.facts.is_any_length_exact else tokens.shape[1]
+    return np.ascontiguousarray(tokens[:1, :length])
 
 
 def _speed(encoders: Mapping[str, Encoder], batch: NDArray[np.generic]) -> float:

@@ -15,13 +15,15 @@ from tritonclient.grpc import model_config_pb2
 
 from clip_rt.errors import InputError
 from clip_rt.specs import (
+    CHUNK,
+    CHUNK_INDEX,
     EMBEDDINGS,
     PIXELS,
     TOKENS,
-    VOCAB_SIZE,
     Tower,
     image_model,
     text_model,
+    tokenizer_model,
 )
 from clip_rt.wire.manifest import Manifest
 from clip_rt.wire.model_config import ModelConfig as ModelConfig
@@ -140,7 +142,7 @@ def render_config(
     config.input.add(
         name=PIXELS if image else TOKENS,
         data_type=input_type,
-        dims=[side, side, 3] if image else [-1],
+        dims=[side, side, 3] if image else [_only_length(manifest) or -1],
     )
     config.output.add(
         name=EMBEDDINGS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
@@ -159,7 +161,7 @@ def render_config(
         policy.allow_timeout_override = True
     parameters = manifest.to_parameters()
     if not image:
-        parameters["vocab_size"] = str(VOCAB_SIZE)
+        parameters["vocab_size"] = str(manifest.tokenization.vocab_size)
     if serving.backend == "python":
         parameters[RUNTIME] = serving.runtime
     for key, value in parameters.items():
@@ -183,6 +185,23 @@ def render_config(
         ].CopyFrom(
             model_config_pb2.ModelWarmup.Input(data_type=input_type, dims=shape, zero_data=True)
         )
+    return config
+
+
+def _only_length(manifest: Manifest) -> int | None:
+    """Return the length of every text where there is one for all."""
+    return manifest.text_buckets[0] if len(manifest.text_buckets) == 1 else None
+
+
+def render_tokenizer_config(manifest: Manifest, *, version: int = 1) -> ModelConfig:
+    """Describe to Triton the model that hands out the tokenizer.json of a manifest."""
+    config = ModelConfig(name=tokenizer_model(manifest.model), backend="python", max_batch_size=0)
+    config.version_policy.specific.versions.append(version)
+    config.input.add(name=CHUNK_INDEX, data_type=model_config_pb2.TYPE_INT32, dims=[1])
+    config.output.add(name=CHUNK, data_type=model_config_pb2.TYPE_UINT8, dims=[-1])
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
+    for key, value in manifest.to_parameters().items():
+        config.parameters[key].string_value = value
     return config
 
 

@@ -49,7 +49,7 @@ from export.pipeline import (
     Towers,
     choose_islands,
     fingerprint_of,
-    load_weights,
+    load_own,
     make_manifest,
     make_onnx,
     print_what_next,
@@ -134,8 +134,8 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
         check_writable(config.repository, config.served_name)
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
-    clip = load_weights(config)
-    samples = read_samples(config.samples, config, clip.spec)
+    clip = load_own(config)
+    samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples)
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)

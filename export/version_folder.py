@@ -33,6 +33,7 @@ MODEL_FILE: dict[Backend, tuple[str, ...]] = {
 }
 """What each backend can run, by its file's name."""
 PYTHON_MODEL = Path(__file__).with_name("python_model.py")
+PYTHON_TOKENIZER_FILE = Path(__file__).with_name("python_tokenizer_file.py")
 PYTHON_FILES = {
     "model.py": PYTHON_MODEL,
     "dlpack.py": PYTHON_DLPACK,
@@ -91,8 +92,19 @@ def write_version(
     config: ModelConfig,
     files: Mapping[str, Path],
     report: Mapping[str, object] | None,
+    *,
+    programs: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a model's folder with one version in it."""
+    """Write a model's folder with one version in it.
+
+    Args:
+        folder: Of the model.
+        version: Its number.
+        config: How it is served.
+        files: Of the model, by their names there.
+        report: What the gate measured.
+        programs: What the python backend runs, by its name there; None is what serves a tower.
+    """
     inside = folder / str(version)
     inside.mkdir(parents=True)
     text = text_format.MessageToString(config, as_utf8=True)
@@ -104,10 +116,18 @@ def write_version(
     for name, source in files.items():
         shutil.copyfile(source, inside / name)
     if config.backend == "python":
-        copy_python_model(inside)
+        copy_python_model(inside, programs)
 
 
-def copy_python_model(folder: Path) -> None:
+def write_tokenizer_version(
+    folder: Path, version: int, config: ModelConfig, content: bytes
+) -> None:
+    """Write the folder of a model that hands out a tokenizer.json, with one version in it."""
+    write_version(folder, version, config, {}, None, programs={"model.py": PYTHON_TOKENIZER_FILE})
+    (folder / str(version) / "tokenizer.json").write_bytes(content)
+
+
+def copy_python_model(folder: Path, programs: Mapping[str, Path] | None = None) -> None:
     """Put what the python backend runs into a version's folder."""
-    for name, source in PYTHON_FILES.items():
+    for name, source in (programs or PYTHON_FILES).items():
         shutil.copyfile(source, folder / name)

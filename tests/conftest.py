@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     # Here, because it needs torch, and most tests of the client do not.
-    from benchmarks.contenders.torch_based import import_open_clip
+    from training.encoders.libraries import import_open_clip
 
     module: ModuleType = import_open_clip()
     assert module.__version__ == OPEN_CLIP_VERSION, "parity is proven against this version only"

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.errors import InputError
-from clip_rt.specs import END_OF_TEXT, MAX_LOGIT_SCALE, Activation, ModelSpec, ViTSpec
+from clip_rt.specs import (
+    END_OF_TEXT,
+    MAX_LOGIT_SCALE,
+    Activation,
+    EncoderFacts,
+    ModelSpec,
+    ViTSpec,
+)
 from training.recompute import recompute_in_backward
 from training.resnet import ModifiedResNet
 
@@ -241,6 +248,11 @@ class CLIP(nn.Module):
         self.register_buffer("causal_mask_LL", causal_mask(text.context_length), persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.transformer.reset_parameters()
+
+    @property
+    def facts(self) -> EncoderFacts:
+        """What a client must know of it."""
+        return self.spec.facts
 
     def encode_image(self, image_BCSS: Tensor) -> Tensor:
         """Embed images, float (B, 3, S, S), mean and std already applied.

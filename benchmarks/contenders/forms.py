@@ -7,7 +7,6 @@ Part of `kit.make_kit`.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.torch_based import import_torchvision
 from clip_rt.errors import InputError
 from clip_rt.inputs import tokenizer
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT, ModelSpec, ViTSpec, find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.config import ExportConfig
-from export.pipeline import fingerprint_of, load_weights
+from export.pipeline import fingerprint_of, load_own
+from training.encoders.libraries import import_transformers
 from training.model import CLIP
 from training.weights.load import load_clip
 from training.weights.naming import HUGGING_FACE
@@ -96,8 +95,7 @@ def write_hub(clip: CLIP, folder: Path) -> None:
     image, text = spec.image, spec.text
     if not isinstance(image, ViTSpec):
         raise InputError(f"transformers has no CLIPModel like {spec.name}.")
-    import_torchvision()
-    transformers: Any = importlib.import_module("transformers")
+    transformers = import_transformers()
     shutil.rmtree(folder, ignore_errors=True)
     common = {"hidden_act": spec.activation, "projection_dim": spec.embedding_dim}
     config = transformers.CLIPConfig(
@@ -163,7 +161,7 @@ def main(config: FormConfig) -> None:
     kit = Kit(folder=config.folder, spec=find_spec(config.model))
     if config.form == "checkpoint":
         export = ExportConfig(model=config.model, weights=config.weights)
-        write_checkpoint(load_weights(export), kit)
+        write_checkpoint(load_own(export), kit)
     else:
         write_hub(load_clip(kit.spec, kit.checkpoint), kit.hub)
 

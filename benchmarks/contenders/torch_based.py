@@ -6,9 +6,7 @@ against those of the last. Each is imported only where it is made.
 
 from __future__ import annotations
 
-import importlib
 import io
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +30,10 @@ from benchmarks.contenders.runtimes import Bare
 from benchmarks.findings import CallKind
 from clip_rt.inputs.prompts import find_templates
 from clip_rt.specs import ModelSpec
+from training.encoders.libraries import import_open_clip, import_transformers
 
 CLASSES_PER_BATCH = 10
 """Of the classifier, for which transformers has no function; so many as open_clip takes."""
-_declared: list[object] = []
 
 
 class TorchBased(Implementation):
@@ -123,8 +121,7 @@ class Transformers(TorchBased):
     """A CLIPModel and its CLIPProcessor, padded to the longest text of a call."""
 
     def __init__(self, kit: Kit) -> None:
-        import_torchvision()
-        transformers: Any = importlib.import_module("transformers")
+        transformers = import_transformers()
         self._model = transformers.CLIPModel.from_pretrained(kit.hub).eval()
         self._process = transformers.CLIPProcessor.from_pretrained(kit.hub)
         self.versions = installed("transformers", "torch")
@@ -155,35 +152,6 @@ def architecture(spec: ModelSpec) -> str:
     """Return what open_clip calls an architecture."""
     suffix = "-quickgelu" if spec.activation == "quick_gelu" else ""
     return spec.name.replace("/", "-").replace("@", "-").removesuffix("px") + suffix
-
-
-def import_open_clip() -> Any:
-    """Import open_clip, beside whatever torch there is."""
-    import_torchvision()
-    return importlib.import_module("open_clip")
-
-
-def import_torchvision() -> None:
-    """Import torchvision, whose wheel on PyPI is built for the CUDA torch, beside a CPU torch too.
-
-    Its compiled operators do not load then, and its import fails where it describes two of them to
-    torch's tracer. What open_clip and transformers use of it is Python, so declaring the two,
-    without any implementation, is enough.
-    """
-    try:
-        importlib.import_module("torchvision")
-        return
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    for name in [each for each in sys.modules if each.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library: Any = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # The declaration lives as long as this object does.
-    _declared.append(library)
-    importlib.import_module("torchvision")
 
 
 def make(kit: Kit, *, package: str) -> Implementation:

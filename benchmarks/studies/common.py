@@ -54,7 +54,7 @@ def write_towers(
         files[tower] = folder / tower / "model.onnx"
         files[tower].parent.mkdir(parents=True, exist_ok=True)
         graph = ImageGraph(clip) if tower == "image" else TextGraph(clip)
-        write_onnx(bake_fp16(graph) if is_fp16 else graph, clip.spec, files[tower])
+        write_onnx(bake_fp16(graph) if is_fp16 else graph, clip.facts, files[tower])
     return files
 
 

@@ -201,8 +201,11 @@ def main(config: Int8Config) -> None:
         spec = find_spec(config.weights_model)
         cost = measure_cost(
             load_clip(spec, config.weights),
-            [load_samples(path, spec, num_images=100) for path in config.calibration],
-            [load_samples(path, spec, num_images=config.num_images) for path in config.samples],
+            [load_samples(path, spec.facts, num_images=100) for path in config.calibration],
+            [
+                load_samples(path, spec.facts, num_images=config.num_images)
+                for path in config.samples
+            ],
             config.num_threads,
         )
     for sample, shares in cost.items():

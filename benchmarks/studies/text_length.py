@@ -19,7 +19,6 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.contenders.torch_based import import_open_clip
 from benchmarks.record import save
 from benchmarks.studies.common import show, write_towers
 from benchmarks.timing import speeds, take_rounds, time_each
@@ -30,6 +29,7 @@ from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.parity import onnx_encoder
 from export.pipeline import random_clip
+from training.encoders.libraries import import_open_clip
 
 NUM_PROMPTS, LONGEST_TOKENS = 256, 11
 AS_SENT = "as the client sends them"

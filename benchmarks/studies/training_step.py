@@ -20,7 +20,6 @@ import tyro
 from torch import Tensor
 from tyro.conf import UseAppendAction
 
-from benchmarks.contenders.torch_based import import_open_clip
 from benchmarks.record import save
 from benchmarks.studies.common import (
     MAX_NORM,
@@ -37,6 +36,7 @@ from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.accumulate import split_batch
 from training.data.batches import Batch
+from training.encoders.libraries import import_open_clip
 from training.model import CLIP
 
 CAPTION_TOKENS = 20

@@ -108,7 +108,7 @@ def _measure(num_drawings: int) -> tuple[dict[str, float], int]:
     from export.samples import calibration_batches, load_samples, read_choices
 
     spec, num_threads = find_spec(ARCHITECTURE), len(os.sched_getaffinity(0))
-    samples = load_samples(DRAWINGS, spec, num_images=num_drawings)
+    samples = load_samples(DRAWINGS, spec.facts, num_images=num_drawings)
     image_file, text_file = (
         REPOSITORY / name / "1/model.onnx" for name in (image_model(NAME), text_model(NAME))
     )
@@ -119,7 +119,9 @@ def _measure(num_drawings: int) -> tuple[dict[str, float], int]:
     ):
         towers = [load(file, num_threads=num_threads) for file in (image_file, text_file)]
         found[contender] = top1(towers[0], towers[1], samples)
-    calibration = [load_samples(each, spec, num_images=NUM_CALIBRATION) for each in CALIBRATION]
+    calibration = [
+        load_samples(each, spec.facts, num_images=NUM_CALIBRATION) for each in CALIBRATION
+    ]
     drawn: list[list[NDArray[np.generic]]] = [
         [*batches] for batches in calibration_batches(calibration)
     ]

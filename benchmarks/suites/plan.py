@@ -157,6 +157,6 @@ def imagenet_names() -> list[str]:
 
 def _imagenet_names() -> list[str]:
     # Here, because it brings torch.
-    from benchmarks.contenders.torch_based import import_open_clip
+    from training.encoders.libraries import import_open_clip
 
     return list(import_open_clip().IMAGENET_CLASSNAMES)

@@ -23,6 +23,6 @@ def export_towers(clip: CLIP, folder: Path, *, fp16_weights: bool = False) -> Ex
     """Write both towers, in FP32 unless told otherwise, into a folder, made if it is not there."""
     folder.mkdir(exist_ok=True)
     exported = Exported(clip, folder / "image.onnx", folder / "text.onnx")
-    write_onnx(ImageGraph(clip), clip.spec, exported.image, fp16_weights=fp16_weights)
-    write_onnx(TextGraph(clip), clip.spec, exported.text, fp16_weights=fp16_weights)
+    write_onnx(ImageGraph(clip), clip.facts, exported.image, fp16_weights=fp16_weights)
+    write_onnx(TextGraph(clip), clip.facts, exported.text, fp16_weights=fp16_weights)
     return exported

@@ -53,7 +53,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp16")
     clip = tiny.make(tiny.VIT)
     for name, make in (("image", ImageGraph), ("text", TextGraph)):
-        write_onnx(bake_fp16(make(clip)), clip.spec, folder / f"{name}.onnx")
+        write_onnx(bake_fp16(make(clip)), clip.facts, folder / f"{name}.onnx")
     return SimpleNamespace(image=folder / "image.onnx", text=folder / "text.onnx", spec=clip.spec)
 
 
@@ -69,7 +69,7 @@ def test_both_towers_compile(trt, files, tmp_path):
 
 def test_a_resnet_compiles_too(trt, tmp_path):
     clip = tiny.make(tiny.RESNET)
-    write_onnx(bake_fp16(ImageGraph(clip)), clip.spec, tmp_path / "image.onnx")
+    write_onnx(bake_fp16(ImageGraph(clip)), clip.facts, tmp_path / "image.onnx")
     profiles = image_profiles(clip.spec, RTX)
     path = tmp_path / "image.engine"
     build_engine(tmp_path / "image.onnx", path, profiles=profiles, options=RTX, trt=trt)

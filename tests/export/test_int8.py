@@ -99,12 +99,12 @@ def test_what_it_needs_is_said_before_any_work(arguments, message):
 class TestSamples:
     def test_are_the_same_ones_each_time_with_every_class_there_is(self, exported_vit):
         spec = exported_vit.clip.spec
-        first, again = (load_samples(OPENMOJI, spec, num_images=7) for _ in range(2))
+        first, again = (load_samples(OPENMOJI, spec.facts, num_images=7) for _ in range(2))
         assert first.fingerprint() == again.fingerprint()
         assert first.pixels_NSSC.shape == (7, spec.side_px, spec.side_px, 3)
         assert len(first.token_ids) == 1923
         assert len(set(first.right_N.tolist())) == 7
-        assert load_samples(OPENMOJI, spec, num_images=8).fingerprint() != first.fingerprint()
+        assert load_samples(OPENMOJI, spec.facts, num_images=8).fingerprint() != first.fingerprint()
 
     def test_captions_are_texts_where_there_are_no_classes(self, exported_vit, tmp_path):
         rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ class TestSamples:
             pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"{name}.png")
         (tmp_path / "table.csv").write_text("image,caption\na.png,a cat\na.png,my cat\nb.png,\n")
-        samples = load_samples(tmp_path / "table.csv", exported_vit.clip.spec, num_images=9)
+        samples = load_samples(tmp_path / "table.csv", exported_vit.clip.facts, num_images=9)
         assert len(samples.token_ids) == 1
         assert samples.right_N.tolist() == [0, NO_TEXT]
         images, texts = calibration_batches([samples])
@@ -122,7 +122,7 @@ class TestSamples:
     def test_a_loss_of_accuracy_on_them_is_refused(self, exported_vit):
         """A model that is near enough in cosine and chooses other texts."""
         clip, spec = exported_vit.clip, exported_vit.clip.spec
-        samples = load_samples(OPENMOJI, spec, num_images=64)
+        samples = load_samples(OPENMOJI, spec.facts, num_images=64)
         token_ids = samples.token_ids[:64]
         encode_images = parity.onnx_encoder(exported_vit.image)
         encode_texts = parity.onnx_encoder(exported_vit.text)

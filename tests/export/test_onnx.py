@@ -93,7 +93,7 @@ def test_one_file_without_traces_of_the_machine_that_wrote_it(files):
 
 def test_two_exports_give_the_same_bytes(exported_vit, tmp_path):
     clip = exported_vit.clip
-    write_onnx(TextGraph(clip), clip.spec, tmp_path / "text.onnx")
+    write_onnx(TextGraph(clip), clip.facts, tmp_path / "text.onnx")
     assert (tmp_path / "text.onnx").read_bytes() == exported_vit.text.read_bytes()
 
 
@@ -101,7 +101,7 @@ def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, 
     monkeypatch.setattr(onnx_writer, "MAX_FILE_BYTES", 10**6)
     clip = exported_vit.clip
     path = tmp_path / "model.onnx"
-    write_onnx(TextGraph(clip), clip.spec, path)
+    write_onnx(TextGraph(clip), clip.facts, path)
     assert storage.external_files(path) == [tmp_path / "model.onnx.data"]
     assert path.stat().st_size < 10**6
     report = parity.check_files(clip, image=exported_vit.image, text=path, precision="fp32")
@@ -135,7 +135,7 @@ class TestManifest:
 
 def test_gelu_is_exported_too(exported_vit, tmp_path):
     clip = tiny.make(replace(tiny.VIT, activation="gelu"))
-    write_onnx(ImageGraph(clip), clip.spec, tmp_path / "image.onnx")
+    write_onnx(ImageGraph(clip), clip.facts, tmp_path / "image.onnx")
     pixels = probes.images(clip.spec.side_px)
     found = parity.onnx_encoder(tmp_path / "image.onnx")(pixels)
     np.testing.assert_allclose(found, parity._reference_images(clip, pixels), atol=2e-6)

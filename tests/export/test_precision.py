@@ -26,7 +26,7 @@ def write_fp16(clip, folder, islands=()):
         graph = make(clip)
         baked = bake_fp16(graph, [name for name in islands if name in graph.layers()])
         paths[tower] = folder / f"{tower}.onnx"
-        write_onnx(baked, clip.spec, paths[tower])
+        write_onnx(baked, clip.facts, paths[tower])
     return paths
 
 
@@ -77,7 +77,7 @@ def test_emulated_fp16_arithmetic_is_that_of_onnx_runtime(make, tmp_path):
         emulated = baked(torch.from_numpy(inputs)).numpy()
     with torch.inference_mode():
         fp32 = make(clip)(torch.from_numpy(inputs)).numpy()
-    write_onnx(baked, clip.spec, tmp_path / "model.onnx")
+    write_onnx(baked, clip.facts, tmp_path / "model.onnx")
     found = parity.onnx_encoder(tmp_path / "model.onnx")(inputs)
     error = np.abs(fp32 - found).max()
     assert error > 2e-5

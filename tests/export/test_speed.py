@@ -84,7 +84,7 @@ def test_both_precisions_of_a_real_model_are_timed(exported_vit, tmp_path, monke
     runtime_times = speed.time_by_turns
     monkeypatch.setattr(speed, "time_by_turns", time_by_turns)
     fp32 = Towers(exported_vit.image, exported_vit.text)
-    found = speed.compare(fp32, Towers(files["image"], files["text"]), spec)
+    found = speed.compare(fp32, Towers(files["image"], files["text"]), exported_vit.clip)
     assert [sorted(each) for each in timed] == 2 * [["int8", "onnxruntime", "openvino"]]
     for ratio, times_s in zip((found.image, found.text), timed, strict=True):
         assert ratio == min(times_s["onnxruntime"], times_s["openvino"]) / times_s["int8"]

@@ -41,7 +41,11 @@ WEIGHTS = (
 CONFIGS = (
     *(OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, HUGGING_FACE_PREPROCESSOR, HUGGING_FACE_PROCESSOR),
     HUGGING_FACE_TOKENIZER,
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    "tokenizer.model",
 )
+"""Files that say what the weights are, how they are fed, and with which tokens."""
 
 OPENAI = {
     "RN50": "timm/resnet50_clip.openai",

@@ -1,0 +1,168 @@
+"""Does a client feed a model of another library what that library would?
+
+The gate (`export.parity`) holds an exported file against the same model in torch, on the same
+pixels and ids. A wrong resize or padding would pass it. Here images and texts go through the
+library's own preprocessing, tokenizer and model, and through ours: pixels, ids and embeddings must
+be the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from clip_rt.errors import ParityError
+from clip_rt.inputs.images import preprocess
+from clip_rt.inputs.tokenizer import pad
+from export.parity import Encoder
+from export.parity_report import Tolerance
+from training.encoders.encoder import ExternalEncoder, encode_usable
+
+MAX_LEVELS = 1.0
+"""Of 255, between pixels: libraries resize by tables of their own, and round once more or less."""
+LEVEL_ROUNDING = 0.01
+"""Lost where a pixel is normalised in FP32 and back."""
+SIZES_PX = ((640, 480), (333, 501), (225, 1000), (97, 61), (1200, 300), (256, 257), (448, 448))
+"""Wide, high, small, odd: width and height."""
+TEXTS = (
+    "a photo of a cat.",
+    "A Photo of TWO Dogs & a bird_house, isn't it?",
+    "ein Ma\u00dfstab f\u00fcr \u00c4pfel und \u00d6l",
+    "une cr\u00e8me br\u00fbl\u00e9e, s'il vous pla\u00eet !",
+    "\u043a\u0440\u0430\u0441\u043d\u0430\u044f \u043c\u0430\u0448\u0438\u043d\u0430",
+    "\u03ad\u03bd\u03b1 \u03ba\u03cc\u03ba\u03ba\u03b9\u03bd\u03bf \u03c3\u03c0\u03af\u03c4\u03b9",
+    "\u7ea2\u8272\u7684\u6c7d\u8f66\u3002",
+    "\u8d64\u3044\u81ea\u8ee2\u8eca\u3068\u732b",
+    "\ube68\uac04 \uc790\uc804\uac70",
+    "\u0633\u064a\u0627\u0631\u0629 \u062d\u0645\u0631\u0627\u0621",
+    "\u05de\u05db\u05d5\u05e0\u05d9\u05ea \u05d0\u05d3\u05d5\u05de\u05d4",
+    "\u0932\u093e\u0932 \u0917\u093e\u0921\u093c\u0940",
+    "\u09b2\u09be\u09b2 \u0997\u09be\u09a1\u09bc\u09bf",
+    "\u0bb8\u0bbf\u0bb5\u0baa\u0bcd\u0baa\u0bc1 \u0b95\u0bbe\u0bb0\u0bcd",
+    "\u0e23\u0e16\u0e2a\u0e35\u0e41\u0e14\u0e07",
+    "xe h\u01a1i m\u00e0u \u0111\u1ecf",
+    "\u10ec\u10d8\u10d7\u10d4\u10da\u10d8 \u10db\u10d0\u10dc\u10e5\u10d0\u10dc\u10d0",
+    "\u056f\u0561\u0580\u0574\u056b\u0580 \u0574\u0565\u0584\u0565\u0576\u0561",
+    "\u1240\u12ed \u1218\u12aa\u1293",
+    "a  rocket \U0001f680 \t at 12,345.67 \u00b0C \u2014 \u201cquoted\u201d",
+    "a " * 200 + "very long caption",
+    "?!",
+)
+"""In twenty scripts and more, with capitals, marks, blanks and more tokens than a model reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """How far apart the library's own path and ours are."""
+
+    max_levels: float
+    """Of 255, largest difference of a pixel."""
+    num_texts: int
+    """All of the same ids."""
+    min_image_cosine: float
+    """Of embeddings, the library's pixels through its model and ours through the exported file."""
+    min_text_cosine: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
+
+
+def check_source(
+    encoder: ExternalEncoder,
+    *,
+    encode_images: Encoder,
+    encode_texts: Encoder,
+    tolerance: Tolerance,
+) -> SourceReport:
+    """Compare the path of a client with that of the library.
+
+    Args:
+        encoder: The model, with its library's own preprocessing.
+        encode_images: The exported image tower, uint8 (N, S, S, 3) to float32 (N, E).
+        encode_texts: The exported text tower, int32 (N, L) to float32 (N, E).
+        tolerance: Of the export's precision.
+
+    Raises:
+        ParityError: they differ; says in what.
+    """
+    facts = encoder.facts
+    images = [_draw(width, height) for width, height in SIZES_PX]
+    ours = preprocess(images, side_px=facts.side_px, resizing=facts.resizing)
+    theirs = encoder.source.pixels(images)
+    mean, std = (np.array(each, np.float32)[:, None, None] for each in (facts.mean, facts.std))
+    as_levels = 255 * (theirs * std + mean)
+    differences = np.abs(as_levels - ours.transpose(0, 3, 1, 2)).max(axis=(1, 2, 3))
+    worst = int(differences.argmax())
+    if differences[worst] > MAX_LEVELS + LEVEL_ROUNDING:
+        raise ParityError(
+            f"an image of {' x '.join(map(str, SIZES_PX[worst]))} px is prepared otherwise than by "
+            f"{facts.name}'s own library: a pixel differs by {differences[worst]:.1f} of 255, "
+            f"{MAX_LEVELS:g} is allowed. This is a fault of clip_rt: {facts.resizing}.",
+            report={"max_levels": float(differences[worst])},
+        )
+    ids = _check_ids(encoder)
+    return SourceReport(
+        max_levels=round(float(differences[worst]), 3),
+        num_texts=len(ids),
+        min_image_cosine=_compare(
+            "images", encode_images(ours), _embed(encoder.encode_image, theirs), tolerance
+        ),
+        min_text_cosine=_compare(
+            "texts", encode_texts(ids), _embed(encoder.encode_text, ids.astype(np.int64)), tolerance
+        ),
+    )
+
+
+def _check_ids(encoder: ExternalEncoder) -> NDArray[np.int32]:
+    facts = encoder.facts
+    ids = encode_usable(encoder, TEXTS)
+    padded_NL = pad(
+        list(ids.values()), length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id
+    )
+    for text, padded, theirs in zip(ids, padded_NL, encoder.source.tokens([*ids]), strict=True):
+        if not np.array_equal(padded, theirs):
+            place = int((padded != theirs).argmax())
+            raise ParityError(
+                f"the text {text[:40]!r} has other ids than by {facts.name}'s own library: id "
+                f"{place} is {padded[place]} here and {theirs[place]} there. Name the tokenizer "
+                "of the weights with --tokenizer.",
+                report={"text": text, "ours": padded.tolist(), "theirs": theirs.tolist()},
+            )
+    return padded_NL
+
+
+@torch.inference_mode()
+def _embed(encode: Any, array: NDArray[Any]) -> NDArray[np.float32]:
+    return torch.nn.functional.normalize(encode(torch.from_numpy(array)), dim=-1).numpy()
+
+
+def _compare(
+    what: str, found: NDArray[np.float32], expected: NDArray[np.float32], tolerance: Tolerance
+) -> float:
+    cosine = float((found.astype(np.float64) * expected).sum(axis=1).min())
+    # A pixel off by a level moves an embedding too.
+    if cosine < min(tolerance.min_cosine, MIN_COSINE_WITH_OTHER_PIXELS):
+        raise ParityError(
+            f"{what} through the exported file have a cosine of {cosine:.6f} with the library's "
+            f"own path; {tolerance.min_cosine} is needed.",
+            report={"cosine": cosine},
+        )
+    return round(cosine, 7)
+
+
+MIN_COSINE_WITH_OTHER_PIXELS = 0.9999
+"""For FP32, whose tolerance is of equal pixels."""
+
+
+def _draw(width: int, height: int) -> Image.Image:
+    """Draw a smooth picture with noise on it, the same at every call."""
+    rng = np.random.default_rng(width * 10_000 + height)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((width, height))
+    noisy = np.asarray(smooth).astype(np.int16) + rng.integers(-20, 21, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,168 @@
+"""The whole way: files and strings to the vectors of a SigLIP of open_clip, by the real Triton."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import external_models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_rt
+from clip_rt import served_tokenizer
+from export.onnx import OnnxConfig, export
+from training.encoders.find import load_encoder
+
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
+
+TEXTS = [
+    "a photo of a cat.",
+    "TWO Dogs",
+    "красная машина",
+    "a_b & c",
+    "long " * 40,
+    "<eos> is text",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return external_models.write_open_clip(
+        tmp_path_factory.mktemp("siglip"),
+        text={"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+        | {"tokenizer_kwargs": {"clean": "canonicalize"}},
+        tokenizer=external_models.sentencepiece_bpe(),
+        preprocessing={"resize_mode": "squash"},
+        bias=-10.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return load_encoder(f"open_clip:{folder}", weights="openai")
+
+
+@pytest.fixture(scope="module")
+def repository(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("served")
+    export(
+        OnnxConfig(
+            model=f"open_clip:{folder}",
+            name="siglip",
+            repository=place / "models",
+            cache=place / "cache",
+            max_batch_size=4,
+        )
+    )
+    return place / "models"
+
+
+@pytest.fixture(scope="module")
+def client(repository, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        served_tokenizer._loaded.clear()
+        with clip_rt.Client(repository=repository, model="siglip", timeout_s=120) as client:
+            yield client
+
+
+def draw(width, height):
+    rng = np.random.default_rng(width)
+    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode_png(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+@torch.inference_mode()
+def unit(rows):
+    return torch.nn.functional.normalize(rows, dim=-1).numpy()
+
+
+def test_the_manifest_says_how_the_model_is_fed(client, encoder):
+    client.encode_texts(["a cat"])
+    manifest = client.manifest
+    assert manifest.contract_version == 2
+    assert manifest.resizing.mode == "squash"
+    assert manifest.tokenization.cleaning == "canonical"
+    assert manifest.text_buckets == (external_models.CONTEXT_LENGTH,)
+    assert (manifest.score, manifest.mean) == ("sigmoid", (0.5, 0.5, 0.5))
+    assert manifest.tokenization.num_bytes == len(encoder.tokenizer_file)
+
+
+def test_images_equal_those_of_open_clip(client, encoder):
+    images = [draw(101, 67), draw(40, 90), draw(32, 32), draw(640, 480)]
+    expected = unit(encoder.encode_image(torch.from_numpy(encoder.source.pixels(images))))
+    found = client.encode_images([encode_png(image) for image in images])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_texts_equal_those_of_open_clip_in_any_batch(client, encoder):
+    expected = unit(encoder.encode_text(torch.from_numpy(encoder.source.tokens(TEXTS))))
+    found = client.encode_texts(TEXTS, truncate=True)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for row, text in zip(found, TEXTS, strict=True):
+        np.testing.assert_allclose(client.encode_texts([text], truncate=True)[0], row, atol=1e-6)
+
+
+def test_probabilities_are_sigmoids_of_each_label(client, encoder):
+    labels = ["cat", "dog", "car"]
+    image = draw(50, 60)
+    scores = client.zero_shot([image], labels)
+    prompts = [f"a photo of a {label}." for label in labels]
+    image_E = unit(encoder.encode_image(torch.from_numpy(encoder.source.pixels([image]))))
+    text_E = unit(encoder.encode_text(torch.from_numpy(encoder.source.tokens(prompts))))
+    scale, bias = float(encoder.logit_scale.exp()), float(encoder.logit_bias)
+    expected = 1 / (1 + np.exp(-(scale * image_E @ text_E.T + bias)))
+    np.testing.assert_allclose(scores.probabilities, expected, atol=1e-4)
+    assert scores.score == "sigmoid"
+
+
+def test_too_long_a_text_is_an_error_with_its_length(client):
+    with pytest.raises(clip_rt.TextTooLongError) as caught:
+        client.encode_texts(["fine", "a red car " * 20])
+    assert caught.value.index == 1
+    assert caught.value.context_length == external_models.CONTEXT_LENGTH
+    assert caught.value.num_tokens > external_models.CONTEXT_LENGTH
+
+
+def test_a_control_token_in_a_text_is_text(client):
+    found = client.encode_texts(["a <eos> b", "a eos b"])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
+def test_a_client_with_nothing_but_an_address_fetches_the_tokenizer_once(
+    client, repository, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = (
+        f"import clip_rt; client = clip_rt.Client({client._session.connection.urls!r}, "
+        "model='siglip'); print(client.encode_texts(['a cat']).sum())"
+    )
+    first = _run(program)
+    (kept,) = (tmp_path / "clip_rt/tokenizers").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert _run(program) == first
+    # Damaged, it is fetched again.
+    assert len(kept.read_bytes()) == client.manifest.tokenization.num_bytes
+
+
+def _run(program):
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    return done.stdout

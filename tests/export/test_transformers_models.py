@@ -1,0 +1,160 @@
+"""Each family of transformers: exported, gated, and fed as its own processor would feed it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import external_models
+import pytest
+
+from clip_rt.errors import CheckpointError
+from export import onnx_writer, parity, source_parity
+from export.graphs import make_graphs
+from export.parity_report import TOLERANCES
+from export.probes import PROMPTS
+from training.encoders.encoder import measure_any_length
+from training.encoders.find import load_encoder
+
+# The fixture imports torchvision, which transformers reads images with.
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
+
+LENGTH = external_models.CONTEXT_LENGTH
+TOWER = {"hidden_size": 32, "intermediate_size": 64}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**TOWER, "image_size": 32, "patch_size": 16}
+GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+SQUASH = {"size": {"height": 32, "width": 32}}
+CROP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+def tokenizer(content):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    is_bert = "[CLS]" in content
+    names = (
+        {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"}
+        if is_bert
+        else {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(content), model_max_length=LENGTH, **names
+    )
+
+
+def text_tower(ids, *, length=LENGTH, **others):
+    return {**TOWER, **ids, "max_position_embeddings": length, **others}
+
+
+def configurations():
+    import transformers as library
+
+    joint = {"projection_dim": 24}
+    vision = {**VISION, **joint}
+    bert, gemma = external_models.word_piece(), external_models.sentencepiece_bpe()
+    crop, squash = library.CLIPImageProcessor(**CROP), library.SiglipImageProcessor(**SQUASH)
+    return {
+        "siglip": (
+            library.SiglipConfig(
+                text_config=text_tower(GEMMA, projection_size=32), vision_config=VISION
+            ),
+            gemma,
+            squash,
+        ),
+        "metaclip_2": (
+            library.MetaClip2Config(
+                text_config=text_tower(GEMMA, **joint), vision_config=vision, **joint
+            ),
+            gemma,
+            crop,
+        ),
+        "chinese_clip": (
+            library.ChineseCLIPConfig(text_config=text_tower(BERT), vision_config=vision, **joint),
+            bert,
+            library.ChineseCLIPImageProcessor(**SQUASH, do_center_crop=False),
+        ),
+        "altclip": (
+            library.AltCLIPConfig(
+                # Its positions begin behind the padding id.
+                text_config=text_tower(BERT, length=LENGTH + 1, project_dim=24),
+                vision_config=vision,
+                **joint,
+            ),
+            bert,
+            crop,
+        ),
+        "blip": (
+            library.BlipConfig(
+                text_config=text_tower(BERT, encoder_hidden_size=32, sep_token_id=3),
+                vision_config=VISION,
+                image_text_hidden_size=24,
+                **joint,
+            ),
+            bert,
+            library.BlipImageProcessor(**SQUASH),
+        ),
+        "align": (
+            library.AlignConfig(
+                text_config=text_tower(BERT),
+                vision_config={"image_size": 64, "width_coefficient": 0.2, "hidden_dim": 64}
+                | {"depth_coefficient": 0.2},
+                projection_dim=64,
+            ),
+            bert,
+            library.EfficientNetImageProcessor(
+                size={"height": 72, "width": 72},
+                crop_size={"height": 64, "width": 64},
+                do_center_crop=True,
+                include_top=False,
+            ),
+        ),
+    }
+
+
+FAMILIES = ("siglip", "metaclip_2", "chinese_clip", "altclip", "blip", "align")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_is_the_model_and_is_fed_as_its_processor_feeds_it(family, tmp_path):
+    config, content, images = configurations()[family]
+    folder = external_models.write_transformers(
+        tmp_path / family, config, tokenizer(content), images
+    )
+    encoder = load_encoder(f"hf:{folder}", weights="openai")
+    assert encoder.facts.name == f"hf:{family}"
+    assert encoder.facts.context_length == LENGTH
+    is_exact = measure_any_length(encoder, PROMPTS)
+    assert is_exact == (family != "siglip")
+    encoder.facts = replace(encoder.facts, is_any_length_exact=is_exact)
+    files = {}
+    for graph in make_graphs(encoder):
+        files[graph.tower] = tmp_path / f"{graph.tower}.onnx"
+        onnx_writer.write_onnx(graph, encoder.facts, files[graph.tower])
+    assert parity.check_files(encoder, **files, precision="fp32").passed
+    encode_images, encode_texts = parity.load_files(**files)
+    found = source_parity.check_source(
+        encoder,
+        encode_images=encode_images,
+        encode_texts=encode_texts,
+        tolerance=TOLERANCES["fp32"],
+    )
+    assert found.max_levels <= 1.01
+    assert min(found.min_image_cosine, found.min_text_cosine) > 0.9999
+    assert encoder.facts.score == ("sigmoid" if family == "siglip" else "softmax")
+
+
+def test_a_folder_of_another_family_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"'bert' in the words of its config\.json"):
+        load_encoder(f"hf:{tmp_path}", weights="openai")
+
+
+def test_code_in_a_folder_is_never_run(tmp_path):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", "utf-8")
+    with pytest.raises(CheckpointError, match="transformers cannot read"):
+        load_encoder(f"hf:{tmp_path}", weights="openai")
+    assert not (tmp_path / "ran").exists()

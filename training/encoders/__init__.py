@@ -1,0 +1,1 @@
+"""Dual encoders of other libraries, behind the same few facts as our own."""

@@ -1,0 +1,250 @@
+"""Dual encoders as transformers builds them, from a folder in the hub's layout.
+
+Source: transformers 5.24.0 `models/{clip,siglip,metaclip_2,chinese_clip,align,altclip,blip}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from clip_rt.errors import CheckpointError
+from clip_rt.inputs import tokenizer_file
+from clip_rt.specs import Channels, EncoderFacts, Resizing
+from training.encoders.encoder import ExternalEncoder
+from training.encoders.libraries import import_transformers
+from training.encoders.tokenizer_source import pad_id_of, read_tokenizer_file
+
+PREFIX = "hf:"
+FAMILIES = (*("clip", "siglip", "metaclip_2", "chinese_clip", "align", "altclip", "blip"),)
+"""Values of `model_type` that are dual encoders with one image and one text tower."""
+_UNMASKED = frozenset(("siglip", "clip", "metaclip_2"))
+"""Families whose text tower is given no attention mask. SigLIP reads what fills a text up; the
+others are causal, so that what comes after the end of a text changes nothing, and the padding may
+have the id of that end."""
+_PROCESSOR_LENGTH = {"align": 64, "siglip": 64}
+"""Length to which a family's own processor pads, where the tower could read more."""
+_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of filters."""
+
+
+def load_transformers(folder: Path, *, name: str, random: bool = False) -> ExternalEncoder:
+    """Build a model from a folder in the hub's layout; code in the folder is never run.
+
+    Args:
+        folder: With config.json, the files of the processor and tokenizer, and safetensors.
+        name: That it is known by, such as google/siglip2-base-patch16-224.
+        random: Leave the weights as they are initialised.
+
+    Raises:
+        CheckpointError: transformers is not installed, cannot read the folder, or has no dual
+            encoder of its kind.
+    """
+    transformers = import_transformers()
+    with _as_checkpoint_error(f"transformers cannot read {folder}"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    family = config.model_type
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{name} is a {family!r} in the words of its config.json; dual encoders that can be "
+            f"exported are {', '.join(FAMILIES)}."
+        )
+    model_class = (
+        transformers.BlipForImageTextRetrieval if family == "blip" else transformers.AutoModel
+    )
+    with _as_checkpoint_error(f"transformers cannot build {name}"):
+        if random:
+            make = getattr(model_class, "from_config", None) or model_class._from_config
+            model = make(config)
+        else:
+            model = model_class.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                use_safetensors=True,
+            )
+        model = model.float().requires_grad_(False).eval()
+        images = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    content, cleaning = read_tokenizer_file(tokenizer)
+    pad_id = tokenizer.pad_token_id
+    pad_id = pad_id_of(content, 0) if pad_id is None else pad_id
+    context_length = _context_length(config, family, tokenizer)
+    image_tower = _ImageTower(model, family)
+    text_tower = _TextTower(model, family, pad_id)
+    resizing, side_px, mean, std = _read_preprocessing(images, name)
+    with torch.inference_mode():
+        embedding_dim = image_tower(torch.zeros(1, 3, side_px, side_px)).shape[-1]
+    bias = getattr(model, "logit_bias", None)
+    facts = EncoderFacts(
+        name=f"{PREFIX}{name}",
+        side_px=side_px,
+        embedding_dim=embedding_dim,
+        context_length=context_length,
+        activation="configured",
+        mean=mean,
+        std=std,
+        resizing=resizing,
+        tokenization=tokenizer_file.describe(
+            content,
+            vocab_size=config.text_config.vocab_size,
+            cleaning=cleaning,
+            pad_id=pad_id,
+        ),
+        score="softmax" if bias is None else "sigmoid",
+    )
+    return ExternalEncoder(
+        facts,
+        image_tower=image_tower,
+        text_tower=text_tower,
+        logit_scale=_logit_scale(model, family),
+        logit_bias=None if bias is None else float(bias),
+        tokenizer_file=content,
+        source=_Source(images, tokenizer, context_length),
+        versions={"transformers": transformers.__version__},
+    )
+
+
+class _ImageTower(nn.Module):
+    def __init__(self, model: Any, family: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.family = family
+
+    def forward(self, image_BCSS: Tensor) -> Tensor:
+        if self.family == "blip":
+            hidden_BLD = self.model.vision_model(pixel_values=image_BCSS).last_hidden_state
+            return self.model.vision_proj(hidden_BLD[:, 0])
+        return _pooled(self.model.get_image_features(pixel_values=image_BCSS))
+
+
+class _TextTower(nn.Module):
+    def __init__(self, model: Any, family: str, pad_id: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.family = family
+        self.pad_id = pad_id
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        if self.family in _UNMASKED:
+            return _pooled(self.model.get_text_features(input_ids=tokens_BL))
+        is_text_BL = (tokens_BL != self.pad_id).long()
+        if self.family == "blip":
+            hidden_BLD = self.model.text_encoder(
+                input_ids=tokens_BL, attention_mask=is_text_BL
+            ).last_hidden_state
+            return self.model.text_proj(hidden_BLD[:, 0])
+        return _pooled(self.model.get_text_features(input_ids=tokens_BL, attention_mask=is_text_BL))
+
+
+class _Source:
+    """The folder's own image processor and tokenizer."""
+
+    def __init__(self, images: Any, tokenizer: Any, context_length: int) -> None:
+        self._images = images
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+
+    def pixels(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        rows = [self._images(images=image, return_tensors="np")["pixel_values"] for image in images]
+        return np.concatenate(rows)
+
+    def tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        return np.asarray(
+            self._tokenizer(
+                list(texts),
+                padding="max_length",
+                max_length=self._context_length,
+                truncation=True,
+                return_tensors="np",
+            )["input_ids"]
+        )
+
+
+def _pooled(found: Any) -> Tensor:
+    """Return the embedding: transformers 5 wraps it, 4 does not."""
+    return found if isinstance(found, Tensor) else found.pooler_output
+
+
+def _logit_scale(model: Any, family: str) -> float:
+    if family == "align":
+        # A divisor of the cosine, and not its logarithm.
+        return 1.0 / float(model.temperature)
+    if family == "blip":
+        # Its contrastive scores are cosines as they are.
+        return 1.0
+    return float(model.logit_scale.exp())
+
+
+def _context_length(config: Any, family: str, tokenizer: Any) -> int:
+    text = config.text_config
+    limits = [int(text.max_position_embeddings), tokenizer.model_max_length]
+    # RoBERTa's positions begin after the padding id.
+    if "roberta" in getattr(text, "model_type", "") or family == "altclip":
+        limits[0] -= text.pad_token_id + 1
+    if family in _PROCESSOR_LENGTH:
+        limits.append(_PROCESSOR_LENGTH[family])
+    return min(limits)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    # Whatever transformers, its hub and safetensors raise of files that are not theirs.
+    except Exception as error:
+        raise CheckpointError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
+
+
+def _read_preprocessing(processor: Any, name: str) -> tuple[Resizing, int, Channels, Channels]:
+    """Write down what an image processor does.
+
+    Raises:
+        CheckpointError: it does something else than resize, crop, scale and normalise to a square.
+    """
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"the image processor of {name} {what}, which is not served.")
+
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    if not processor.do_resize or not processor.do_rescale or not processor.do_normalize:
+        raise refuse("does not resize, rescale and normalise")
+    if abs(processor.rescale_factor * 255 - 1) > 1e-6:
+        raise refuse(f"scales by {processor.rescale_factor}")
+    if getattr(processor, "do_pad", None):
+        raise refuse("pads")
+    if processor.resample not in _FILTERS:
+        raise refuse(f"resizes by the filter {processor.resample}")
+    shortest = size.get("shortest_edge")
+    if shortest is None and size.get("height") != size.get("width"):
+        raise refuse(f"resizes to {size}")
+    resize_px = shortest or size["height"]
+    side_px = resize_px
+    if getattr(processor, "do_center_crop", False):
+        if crop.get("height") != crop.get("width"):
+            raise refuse(f"crops {crop}")
+        side_px = crop["height"]
+    elif shortest is not None:
+        raise refuse("resizes the shortest side and crops nothing")
+    resizing = Resizing(
+        mode="squash" if shortest is None else "shortest",
+        resize_px=None if resize_px == side_px else resize_px,
+        interpolation=_FILTERS[processor.resample],  # type: ignore[arg-type]
+        crop_rounding="down",
+    )
+    mean, std = (
+        tuple(float(each) for each in values)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return resizing, side_px, mean, std  # type: ignore[return-value]
