@@ -62,7 +62,7 @@ def onnx_files(bench: Bench, clip: CLIP, precision: str = "fp16") -> Towers:
     folder.mkdir(parents=True, exist_ok=True)
     files = Towers(folder / "image.onnx", folder / "text.onnx")
     for path, graph in ((files.image, ImageGraph(clip)), (files.text, TextGraph(clip))):
-        write_onnx(bake(graph, DTYPES[precision]), clip.spec, path)
+        write_onnx(bake(graph, DTYPES[precision]), clip.facts, path)
     return files
 
 
