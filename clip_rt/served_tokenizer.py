@@ -18,7 +18,7 @@ from pathlib import Path
 from clip_rt import fork, telemetry
 from clip_rt.deadline import Deadline
 from clip_rt.embedded.runtime_choice import default_folder
-from clip_rt.errors import ContractError
+from clip_rt.errors import ContractError, InferenceError, ServerTimeoutError
 from clip_rt.inputs.tokenizer import OpenAITokenizer, TextTokenizer
 from clip_rt.inputs.tokenizer_file import FileTokenizer
 from clip_rt.requests.connection import Model
@@ -49,7 +49,13 @@ def load_tokenizer(model: Model, deadline: Deadline) -> TextTokenizer:
     if found is not None:
         return found
     # One thread loads it, the others want the same.
-    with _lock:
+    if not _lock.acquire(timeout=max(deadline.remaining_s(), 0.0)):
+        raise ServerTimeoutError(
+            f"another thread is still loading a tokenizer after {deadline.timeout_s:g} s. Allow "
+            "more with timeout_s=.",
+            timeout_s=deadline.timeout_s,
+        )
+    try:
         found = _loaded.get(key)
         if found is None:
             with telemetry.stage("load_tokenizer"):
@@ -58,6 +64,8 @@ def load_tokenizer(model: Model, deadline: Deadline) -> TextTokenizer:
             while len(_loaded) >= MAX_LOADED:
                 del _loaded[next(iter(_loaded))]
             _loaded[key] = found
+    finally:
+        _lock.release()
     return found
 
 
@@ -76,7 +84,16 @@ def _find(tokenization: Tokenization) -> bytes | None:
 def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> bytes:
     name = tokenizer_model(model.manifest.model)
     num_chunks = -(-tokenization.num_bytes // TOKENIZER_CHUNK_BYTES)
-    content = model.connection.read_file(name, num_chunks, deadline)
+    try:
+        content = model.connection.read_file(name, num_chunks, deadline)
+    except InferenceError as error:
+        raise ContractError(
+            f"{model.connection.urls} serves {model.manifest.model!r} and not the tokenizer its "
+            f"manifest names ({error!s:.200}). Put the folder {name} of the exported model into "
+            "its repository too.",
+            expected=name,
+            found=None,
+        ) from error
     if hashlib.sha256(content).hexdigest() != tokenization.sha256:
         raise ContractError(
             f"{name} at {model.connection.urls} handed out {len(content):,} bytes that are not the "

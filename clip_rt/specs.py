@@ -110,6 +110,8 @@ CLIP_RESIZING = Resizing()
 """Of OpenAI's models (openai/CLIP `clip/clip.py`, `_transform`)."""
 
 TokenizerKind = Literal["openai", "tokenizer.json"]
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of such a file, and of the kind of tokenizer that is one."""
 Cleaning = Literal["lower", "whitespace", "canonical", "no_punctuation", "none"]
 Score = Literal["softmax", "sigmoid"]
 MAX_TOKENIZER_BYTES = 128 * 2**20

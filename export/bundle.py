@@ -5,10 +5,11 @@
     python -m export.bundle unpack --file shop-v3.tar --repository models
 
 An uncompressed tar: bundle.json with the size and sha256 of every other file, then each tower's
-config.pbtxt and weights, the parity report, and the vocabulary and prompt templates that the
-client at the other end must share. The same model gives the same bytes. No code travels: `unpack`
-publishes with that of the clip_rt installed there. Whatever does not match is refused before the
-repository is touched. Checksums find damage; against forgery compare `sha256sum` of the file.
+config.pbtxt and weights, its own tokenizer.json if it has one, the parity report, and the
+vocabulary and prompt templates that the client at the other end must share. The same model gives
+the same bytes. No code travels: `unpack` publishes with that of the clip_rt installed there.
+Whatever does not match is refused before the repository is touched. Checksums find damage; against
+forgery compare `sha256sum` of the file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import clip_rt
 from clip_rt.errors import ContractError, InputError
-from clip_rt.specs import Tower, image_model, text_model
+from clip_rt.specs import TOKENIZER_FILE, Tower, image_model, text_model, tokenizer_model
 from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
@@ -52,7 +53,7 @@ DATA = Path(clip_rt.__file__).with_name("inputs") / "data"
 MAX_INDEX_BYTES = 2**20
 _MEMBER = re.compile(
     r"(image|text)/(config\.pbtxt|model\.(onnx|onnx\.data|xml|bin|plan)|model-\d+\.\d+\.plan)"
-    rf"|{re.escape(REPORT)}|{re.escape(VOCABULARY)}|{re.escape(TEMPLATES)}"
+    rf"|{re.escape(TOKENIZER_FILE)}|{re.escape(REPORT)}|{re.escape(VOCABULARY)}|{re.escape(TEMPLATES)}"
 )
 """Every name a bundle may hold; nothing else is written anywhere."""
 _COPY_BYTES = 2**20
@@ -70,6 +71,8 @@ class Bundle:
     """Weights of each tower by their names in a version's folder."""
     packed_by: str
     """clip_rt's version there."""
+    tokenizer_file: bytes | None = None
+    """The tokenizer.json that the manifest names; None where it is OpenAI's."""
     warnings: tuple[str, ...] = ()
 
 
@@ -94,6 +97,9 @@ def pack(repository: str | Path, name: str, file: str | Path) -> Bundle:
         members |= {f"{tower}/{path.name}": path for path in list_weights(version)}
         if (version / REPORT).is_file():
             members[REPORT] = version / REPORT
+    tokenizer = repository / tokenizer_model(name)
+    if read_manifest(repository / text_model(name)).tokenization.kind == TOKENIZER_FILE:
+        members[TOKENIZER_FILE] = tokenizer / str(served_version(tokenizer)) / TOKENIZER_FILE
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with _progress("hash", members.values()) as progress:
@@ -157,6 +163,7 @@ def unpack(file: str | Path, repository: str | Path) -> tuple[Bundle, tuple[Path
             text=bundle.files["text"],
             serving=bundle.serving,
             report=bundle.report,
+            tokenizer_file=bundle.tokenizer_file,
         )
     return bundle, folders
 
@@ -271,6 +278,13 @@ def _check_contents(found: dict[str, Path], packed_by: str, file: Path) -> Bundl
             f"{file}: its vocabulary is not that of clip_rt {clip_rt.__version__} here, so texts "
             f"would become other tokens. Install clip_rt {packed_by!r} here."
         )
+    tokenization = manifests["text"].tokenization
+    content = found[TOKENIZER_FILE].read_bytes() if TOKENIZER_FILE in found else None
+    named = tokenization.sha256 if tokenization.kind == TOKENIZER_FILE else None
+    if (None if content is None else hashlib.sha256(content).hexdigest()) != named:
+        raise InputError(
+            f"{file}: its {TOKENIZER_FILE} is not what the manifest names. Pack again."
+        )
     warnings: list[str] = []
     if found[TEMPLATES].read_bytes() != (DATA / TEMPLATES).read_bytes():
         warnings.append(
@@ -283,6 +297,7 @@ def _check_contents(found: dict[str, Path], packed_by: str, file: Path) -> Bundl
         report=report,
         files=files,
         packed_by=packed_by,
+        tokenizer_file=content,
         warnings=tuple(warnings),
     )
 

@@ -21,6 +21,7 @@ from google.protobuf import text_format
 from clip_rt import processor
 from clip_rt.embedded import runtime_choice
 from clip_rt.errors import InputError
+from clip_rt.specs import TOKENIZER_FILE
 from export.ensembles import PYTHON_DLPACK
 from export.storage import external_files
 from export.triton_config import Backend, ModelConfig
@@ -124,7 +125,7 @@ def write_tokenizer_version(
 ) -> None:
     """Write the folder of a model that hands out a tokenizer.json, with one version in it."""
     write_version(folder, version, config, {}, None, programs={"model.py": PYTHON_TOKENIZER_FILE})
-    (folder / str(version) / "tokenizer.json").write_bytes(content)
+    (folder / str(version) / TOKENIZER_FILE).write_bytes(content)
 
 
 def copy_python_model(folder: Path, programs: Mapping[str, Path] | None = None) -> None:

@@ -17,7 +17,6 @@ Towers: TypeAlias = tuple[ServedModel, ServedModel]
 _MUST_AGREE = (
     *("model", "architecture", "fingerprint", "embedding_dim", "side_px", "context_length"),
     *("text_buckets", "logit_scale", "logit_bias", "resizing", "tokenization", "score"),
-    "dimensions",
 )
 _MUST_AGREE_AMONG_REPLICAS = (*_MUST_AGREE, "activation", "mean", "std", "precision")
 

@@ -67,9 +67,6 @@ class Manifest:
     score: Score = "softmax"
     """What makes probabilities of scaled cosines: softmax over the labels; or sigmoid, of each
     label alone, for models trained so."""
-    dimensions: tuple[int, ...] = ()
-    """Lengths below `embedding_dim` that an embedding may be cut to, and normalised again, because
-    the model was trained for it (Kusupati et al. 2022, Matryoshka representations)."""
     # Two exports of the same weights need not give the same one, and it says nothing more.
     canary: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     """What the FP32 reference answers to `clip_rt.wire.canary`; None in exports that lack it."""
@@ -233,10 +230,6 @@ _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "std": _CHANNELS,
     "libraries": ("an object", lambda value: isinstance(value, dict)),
     "score": (" or ".join(get_args(Score)), lambda value: value in get_args(Score)),
-    "dimensions": (
-        "a list of whole numbers above 0",
-        lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
-    ),
     CANARY: ("an object or null", lambda value: value is None or isinstance(value, dict)),
 }
 """What each parameter must be: a server may be anybody's, and the client relies on all of it."""

@@ -43,7 +43,6 @@ SIGLIP = replace(
         erased_id=3,
     ),
     score="sigmoid",
-    dimensions=(256, 128),
 )
 
 
@@ -55,7 +54,7 @@ def test_a_manifest_comes_back_as_it_was(manifest):
 def test_what_contract_1_can_say_is_said_in_it():
     parameters = CLIP.to_parameters()
     assert json.loads(parameters["contract_version"]) == 1
-    assert not {"resizing", "tokenization", "score", "dimensions"} & set(parameters)
+    assert not {"resizing", "tokenization", "score"} & set(parameters)
     assert json.loads(SIGLIP.to_parameters()["contract_version"]) == 2
 
 
@@ -71,7 +70,7 @@ def test_a_later_contract_is_refused(version):
         Manifest.from_parameters(parameters, served="m")
 
 
-@pytest.mark.parametrize("name", ["resizing", "tokenization", "score", "dimensions"])
+@pytest.mark.parametrize("name", ["resizing", "tokenization", "score"])
 def test_contract_2_leaves_nothing_out(name):
     parameters = SIGLIP.to_parameters()
     del parameters[name]
@@ -92,8 +91,6 @@ def test_contract_2_leaves_nothing_out(name):
         ("tokenization", '{"vocab_size": 1e400}'),
         ("score", '"best"'),
         ("score", "[]"),
-        ("dimensions", "[0]"),
-        ("dimensions", "256"),
     ],
 )
 def test_a_lie_is_a_contract_error(name, value):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import external_models
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import clip_rt
 from clip_rt.errors import ContractError, InputError, TextError, TextTooLongError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.inputs.cleaning import clean
@@ -17,6 +19,7 @@ from clip_rt.inputs.tokenizer import pad
 from clip_rt.inputs.tokenizer_file import FileTokenizer
 from clip_rt.requests.batches import plan_texts
 from clip_rt.specs import MAX_TOKENIZER_BYTES, Resizing, Tokenization
+from clip_rt.testing import FakeServer
 
 GEMMA = external_models.sentencepiece_bpe().encode()
 BERT = external_models.word_piece().encode()
@@ -125,6 +128,30 @@ def test_settings_of_the_file_for_batches_do_not_matter():
     content["truncation"] |= {"direction": "Left"}
     other = json.dumps(content).encode()
     assert make(other).encode_text("a photo of a cat") == make().encode_text("a photo of a cat")
+
+
+def test_a_server_that_does_not_hand_it_out_is_a_contract_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=0)
+    with FakeServer(model="siglip") as server:
+        server.manifest = replace(server.manifest, tokenization=described)
+        with (
+            clip_rt.Client(server.url, timeout_s=5.0) as client,
+            pytest.raises(ContractError, match="Put the folder siglip_tokenizer_file"),
+        ):
+            client.encode_texts(["a cat"])
+
+
+def test_a_kept_file_needs_no_server_and_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=9)
+    kept = tmp_path / "clip_rt/tokenizers" / f"{described.sha256}.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(GEMMA)
+    with FakeServer(model="siglip") as server:
+        server.manifest = replace(server.manifest, tokenization=described)
+        with clip_rt.Client(server.url, timeout_s=5.0) as client:
+            assert client.encode_texts(["a cat"]).shape == (1, server.manifest.embedding_dim)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import external_models
@@ -15,7 +18,11 @@ from PIL import Image
 
 import clip_rt
 from clip_rt import served_tokenizer
+from export import bundle
+from export.models import served_version
 from export.onnx import OnnxConfig, export
+from export.repository import add_ensembles, publish, switch_version
+from export.triton_config import read_manifest
 from training.encoders.find import load_encoder
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
@@ -154,6 +161,36 @@ def test_a_client_with_nothing_but_an_address_fetches_the_tokenizer_once(
     assert _run(program) == first
     # Damaged, it is fetched again.
     assert len(kept.read_bytes()) == client.manifest.tokenization.num_bytes
+
+
+def test_a_bundle_carries_the_tokenizer(repository, encoder, tmp_path):
+    bundle.pack(repository, "siglip", tmp_path / "siglip.tar")
+    found, _ = bundle.unpack(tmp_path / "siglip.tar", tmp_path / "models")
+    assert found.tokenizer_file == encoder.tokenizer_file
+    (file,) = (tmp_path / "models").glob("siglip_tokenizer_file/*/tokenizer.json")
+    assert file.read_bytes() == encoder.tokenizer_file
+
+
+def test_going_back_takes_the_tokenizer_along(repository, tmp_path):
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    image, text = (copy / f"siglip_{tower}/1/model.onnx" for tower in ("image", "text"))
+    manifest = read_manifest(copy / "siglip_text")
+    other = b'{"other": 1}'
+    changed = replace(manifest.tokenization, sha256=hashlib.sha256(other).hexdigest())
+    changed = replace(changed, num_bytes=len(other))
+    manifest = replace(manifest, tokenization=changed)
+    publish(copy, manifest, image=image, text=text, tokenizer_file=other)
+    folder = copy / "siglip_tokenizer_file"
+    assert served_version(folder) == 2
+    assert (folder / "2/tokenizer.json").read_bytes() == other
+    switch_version(copy, "siglip")
+    assert served_version(folder) == served_version(copy / "siglip_text") == 1
+
+
+def test_ensembles_do_not_take_another_tokenizer(repository):
+    with pytest.raises(clip_rt.InputError, match="has a tokenizer of its own"):
+        add_ensembles(repository, "siglip")
 
 
 def _run(program):

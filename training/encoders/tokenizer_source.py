@@ -13,9 +13,7 @@ from typing import Any
 
 from clip_rt.errors import CheckpointError
 from clip_rt.inputs.tokenizer_file import compact
-from clip_rt.specs import Cleaning
-
-FILE = "tokenizer.json"
+from clip_rt.specs import TOKENIZER_FILE, Cleaning
 
 
 def read_tokenizer_file(tokenizer: Any) -> tuple[bytes, Cleaning]:
@@ -32,7 +30,7 @@ def read_tokenizer_file(tokenizer: Any) -> tuple[bytes, Cleaning]:
         return compact(_convert_siglip(tokenizer).to_str()), "no_punctuation"
     raise CheckpointError(
         f"the tokenizer is a {name}, which has no tokenizer.json and does its work in Python. "
-        f"Save one beside it as {FILE}: transformers.AutoTokenizer.from_pretrained(...)"
+        f"Save one beside it as {TOKENIZER_FILE}: transformers.AutoTokenizer.from_pretrained(...)"
         ".save_pretrained(FOLDER), with a version that has a fast one."
     )
 
@@ -43,7 +41,7 @@ def find_tokenizer_file(place: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = place / FILE if place.is_dir() else place
+    path = place / TOKENIZER_FILE if place.is_dir() else place
     if not path.is_file():
         raise CheckpointError(f"there is no {path}; name a tokenizer.json with --tokenizer.")
     return path
