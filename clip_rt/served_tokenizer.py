@@ -31,6 +31,8 @@ MAX_LOADED = 8
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Tokenization, int], FileTokenizer] = {}
+_chunks: dict[str, list[bytes]] = {}
+"""Parts that have come so far of files that are not whole, by the sha256 they are to have."""
 
 
 def load_tokenizer(model: Model, deadline: Deadline) -> TextTokenizer:
@@ -84,8 +86,11 @@ def _find(tokenization: Tokenization) -> bytes | None:
 def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> bytes:
     name = tokenizer_model(model.manifest.model)
     num_chunks = -(-tokenization.num_bytes // TOKENIZER_CHUNK_BYTES)
+    # What came before a deadline need not come again.
+    chunks = _chunks.setdefault(tokenization.sha256, [])
     try:
-        content = model.connection.read_file(name, num_chunks, deadline)
+        while len(chunks) < num_chunks:
+            chunks.append(model.connection.read_chunk(model, name, len(chunks), deadline))
     except InferenceError as error:
         raise ContractError(
             f"{model.connection.urls} serves {model.manifest.model!r} and not the tokenizer its "
@@ -94,7 +99,9 @@ def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> byte
             expected=name,
             found=None,
         ) from error
+    content = b"".join(_chunks.pop(tokenization.sha256))
     if hashlib.sha256(content).hexdigest() != tokenization.sha256:
+        model.connection.verify_with_retries(model, deadline)
         raise ContractError(
             f"{name} at {model.connection.urls} handed out {len(content):,} bytes that are not the "
             f"tokenizer its manifest names, of {tokenization.num_bytes:,} bytes and the sha256 "

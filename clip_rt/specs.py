@@ -10,7 +10,7 @@ ViT-H/14, ViT-g/14 and ViT-bigG/14 mlfoundations/open_clip `src/open_clip/model_
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args
 
 from clip_rt.errors import InputError, UnknownModelError
@@ -159,6 +159,12 @@ class Tokenization:
             if not (type(value) is int and 0 <= value < self.vocab_size):
                 raise InputError(f"{name} is {value!r:.80}; it must be 0 to {self.vocab_size - 1}.")
         if self.kind == "openai":
+            for each in fields(self):
+                if getattr(self, each.name) != each.default:
+                    raise InputError(
+                        f"{each.name} of OpenAI's tokenizer is {getattr(self, each.name)!r:.80}; "
+                        f"it is {each.default!r}."
+                    )
             return
         if not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
             raise InputError(

@@ -21,6 +21,7 @@ FP32_OPERATORS = (
     *("Pow", "Sqrt", "Reciprocal", "Exp", "Erf", "Range", "CumSum", "Sin", "Cos"),
 )
 """What loses most of FP16: sums of many numbers, and functions that leave its range."""
+MAX_MESSAGE_BYTES = 2**31 - 2**24
 PRODUCTS = frozenset(("Conv", "MatMul", "Gemm"))
 """What a tower begins and ends with, once the pixels are and before the embedding is normalised."""
 
@@ -34,6 +35,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     _name_nodes(model.graph)
+    num_bytes = sum(len(each.raw_data) for each in model.graph.initializer)
     blocked = {*_first_steps(model.graph), *_last_steps(model.graph)}
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # Of weights that FP16 rounds to nothing.
@@ -42,6 +44,8 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             keep_io_types=True,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FP32_OPERATORS],
             node_block_list=sorted(blocked),
+            # It takes no message of 2 GiB, and torch's exporter has written every type.
+            disable_shape_infer=num_bytes > MAX_MESSAGE_BYTES,
         )
     return converted
 

@@ -116,7 +116,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     if config.dry_run:
         limit = parity_report.TOLERANCES[config.precision]
         print_plan(
-            ("load the weights", f"{config.weights}, as {config.model}"),
+            ("load the weights", f"{_name_weights(config)}, as {config.model}"),
             ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),
             ("compare with torch", f"cosine at least {limit.min_cosine}, every batch and length"),
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
@@ -178,6 +178,11 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         outcome.extend(str(folder) for folder in folders)
     print_what_next(config, folders)
     return report
+
+
+def _name_weights(config: OnnxConfig) -> str:
+    is_own = is_external(config.model) and config.weights == OnnxConfig.weights
+    return "its own" if is_own else config.weights
 
 
 def compare_with_source(

@@ -49,6 +49,8 @@ from export.store import Artefact, Store, sha256_of, source_hash
 from export.version_folder import REPORT
 from training import model as training_model
 from training import resnet
+from training.encoders import encoder as encoder_module
+from training.encoders import of_open_clip, of_transformers
 from training.encoders.encoder import (
     DualEncoder,
     ExternalEncoder,
@@ -67,6 +69,8 @@ ISLAND_IMAGES = 8
 """Of each of the user's samples; every layer's drift is measured on all of them."""
 _WRITERS = (graphs, half, onnx_writer, precision, specs, storage, training_model, resnet)
 """Modules whose code decides the bytes of an ONNX file."""
+_BUILDERS = (encoder_module, of_open_clip, of_transformers)
+"""Those that build models of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def load_own(config: ExportConfig) -> CLIP:
             f"{config.model} is another library's model, and this works on clip_rt's own "
             f"architectures only: {', '.join(MODELS)}. python -m export.onnx exports the others."
         )
+    if config.tokenizer is not None:
+        raise InputError(f"{config.model} has OpenAI's tokenizer; leave --tokenizer out.")
     spec = find_spec(config.model)
     with stage("load the weights") as outcome:
         if config.weights == RANDOM:
@@ -110,6 +116,11 @@ def load_own(config: ExportConfig) -> CLIP:
 
 
 def _load_external(config: ExportConfig) -> ExternalEncoder:
+    if config.activation is not None:
+        raise InputError(
+            f"{config.model} has the activation of its configuration; leave --activation out. "
+            "open_clip has configurations of both, such as ViT-B-32-quickgelu."
+        )
     with stage("load the weights") as outcome:
         encoder = load_encoder(
             config.model,
@@ -228,7 +239,7 @@ def make_onnx(
                 fp16=is_whole,
             )
 
-        key = {
+        key: dict[str, object] = {
             "tower": tower,
             "weights": weights_fingerprint,
             "spec": repr(getattr(clip, "spec", clip.facts)),
@@ -240,6 +251,9 @@ def make_onnx(
             "onnx_ir": onnx_ir.__version__,
             "onnxscript": onnxscript.__version__,
         }
+        if isinstance(clip, ExternalEncoder):
+            key |= {f"version of {name}": each for name, each in clip.versions.items()}
+            key |= {"builders": source_hash(*_BUILDERS), "onnxruntime": onnxruntime.__version__}
         with stage(f"export the {tower} tower") as outcome:
             artefact = store.make("model.onnx", key, write)
             made.append(artefact)

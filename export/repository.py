@@ -184,8 +184,11 @@ def publish(
     with alone(repository), staging_folder(repository) as staging:
         # Again, now that nobody else can take the folders.
         check_name(manifest.model, repository)
+        _check_ensembles(repository, manifest)
         served = [served_version(target) for target in targets if target.exists()]
-        version = 1 + max((each for target in targets for each in list_versions(target)), default=0)
+        tokenizer = repository / tokenizer_model(manifest.model)
+        used = [each for target in (*targets, tokenizer) for each in list_versions(target)]
+        version = 1 + max(used, default=0)
         for (tower, given), target in zip(towers, targets, strict=True):
             files = dict(given) if isinstance(given, Mapping) else {}
             if isinstance(given, Path):
@@ -198,9 +201,9 @@ def publish(
             write_version(staging / target.name, version, config, files, report)
         published: tuple[Path, ...] = targets
         if tokenizer_file is not None:
-            published = (*targets, repository / tokenizer_model(manifest.model))
+            published = (*targets, tokenizer)
             config = render_tokenizer_config(manifest, version=version)
-            write_tokenizer_version(staging / published[-1].name, version, config, tokenizer_file)
+            write_tokenizer_version(staging / tokenizer.name, version, config, tokenizer_file)
         with ExitStack() as undo:
             for target in published:
                 staged = staging / target.name
@@ -212,12 +215,13 @@ def publish(
                 os.rename(staged / str(version), target / str(version))
             _serve(published, version, staging, undo)
             undo.pop_all()
-        for target in published:
+        for target in targets:
             # The one before goes back to what was served, which need not be the newest.
             earlier = [each for each in list_versions(target) if each != version]
             earlier.sort(key=lambda each: (each in served, each), reverse=True)
             for each in earlier[keep_versions - 1 :]:
                 _remove_version(target, each, staging)
+        _prune_tokenizers(tokenizer, targets, staging)
     return targets
 
 
@@ -250,6 +254,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
                 f"to in {repository}; it has {', '.join(map(str, sorted(kept))) or 'none'}, and "
                 f"serves {now}."
             )
+        _check_ensembles(repository, read_manifest(targets[0] / str(choice)))
         tokenizer = repository / tokenizer_model(name)
         followers = (tokenizer,) if choice in _switchable(tokenizer) else ()
         with ExitStack() as undo:
@@ -338,11 +343,7 @@ def add_ensembles(
     targets = _folders(repository, name)
     check_name(name, repository)
     check_known(repository, name)
-    if read_manifest(targets[0]).tokenization != CLIP_TOKENIZATION:
-        raise InputError(
-            f"{name!r} has a tokenizer of its own, and ensembles tokenize as OpenAI's models only. "
-            "Ask its towers through clip_rt.Client."
-        )
+    _check_tokenizer(read_manifest(targets[0]))
     folders = tuple(repository / each for each in folder_names(name))
     with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
@@ -360,6 +361,25 @@ def add_ensembles(
             undo.callback(os.rename, folder, staging / f"{folder.name}-undone")
         undo.pop_all()
     return folders
+
+
+def _check_ensembles(repository: Path, manifest: Manifest) -> None:
+    """Refuse to serve, behind ensembles that follow it, a model that they cannot tokenize for.
+
+    Raises:
+        InputError: names the folders.
+    """
+    there = [each for each in folder_names(manifest.model) if (repository / each).exists()]
+    if there:
+        _check_tokenizer(manifest, f" Or remove the folders {', '.join(there)} of {repository}.")
+
+
+def _check_tokenizer(manifest: Manifest, way_out: str = "") -> None:
+    if manifest.tokenization != CLIP_TOKENIZATION:
+        raise InputError(
+            f"{manifest.model!r} has a tokenizer of its own, and ensembles tokenize as OpenAI's "
+            f"models only. Ask its towers through clip_rt.Client.{way_out}"
+        )
 
 
 def _limits(target: Path, name: str) -> Limits:
@@ -405,6 +425,17 @@ def _serve(targets: Sequence[Path], version: int, staging: Path, undo: ExitStack
             after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
             undo.callback(os.replace, before, path)
             os.replace(after, path)
+
+
+def _prune_tokenizers(tokenizer: Path, targets: Sequence[Path], staging: Path) -> None:
+    """Remove the tokenizers of versions that are gone; with none left, the folder."""
+    kept = {version for target in targets for version in list_versions(target)}
+    versions = list_versions(tokenizer)
+    if versions and kept.isdisjoint(versions):
+        os.rename(tokenizer, staging / f"{tokenizer.name}-removed")
+        return
+    for version in set(versions) - kept:
+        _remove_version(tokenizer, version, staging)
 
 
 def _remove_version(target: Path, version: int, staging: Path) -> None:

@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from clip_rt.client import Client
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
-from clip_rt.specs import image_model, slug, text_model
+from clip_rt.specs import image_model, slug, text_model, tokenizer_model
 from export.models import list_versions, served_version
 from export.version_folder import CONFIG
 
@@ -51,8 +51,12 @@ class Reference:
                 yield client
             return
         with tempfile.TemporaryDirectory(prefix="clip_rt-compare-") as folder:
+            version = int(self.version or 0)
             for source in _towers(self.repository, str(self.name)):
-                _link_version(source, int(self.version or 0), Path(folder, source.name))
+                _link_version(source, version, Path(folder, source.name))
+            tokenizer = self.repository / tokenizer_model(str(self.name))
+            if (tokenizer / str(version)).is_dir():
+                _link_version(tokenizer, version, Path(folder, tokenizer.name))
             with Client(
                 repository=folder,
                 model=self.name,

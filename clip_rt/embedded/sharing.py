@@ -58,8 +58,10 @@ def make_key(home: Home, models: dict[str, Path]) -> str:
             if "__pycache__" not in path.parts and stat.S_ISREG(found.st_mode):
                 text = path.read_text("utf-8", "replace") if path.name == CONFIG else ""
                 files.append((str(path), found.st_size, found.st_mtime_ns, text))
+    # Of one version there may be two in a checkout, before and after a change of their protocol.
+    supervisor = hashlib.sha256(Path(__file__).with_name("supervisor.py").read_bytes()).hexdigest()
     made_of = (
-        *(__version__, os.getuid(), sys.version, repr(home), files),
+        *(__version__, supervisor, os.getuid(), sys.version, repr(home), files),
         sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)),
         sorted(os.sched_getaffinity(0)),
         # A container may share the folder with its host, but not the loopback interface.

@@ -3,7 +3,7 @@
 Source: open_clip 3.3.0 `tokenizer.py`, `get_clean_fn` and `canonicalize_text`; openai/CLIP
 `clip/simple_tokenizer.py`, `basic_clean` and `whitespace_clean`; google-research/big_vision
 `big_vision/evaluators/proj/image_text/prompt_engineering.py`, `canonicalize_text`; transformers
-5.24.0 `models/siglip/tokenization_siglip.py`, `canonicalize_text`.
+5.23.0 `models/siglip/tokenization_siglip.py`, `canonicalize_text`.
 """
 
 from __future__ import annotations

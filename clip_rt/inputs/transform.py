@@ -2,7 +2,7 @@
 
 Source: open_clip 3.3.0 `transform.py`, `image_transform` (which is openai/CLIP `clip/clip.py`,
 `_transform`, for CLIP's own models) with torchvision 0.28.0 `Resize` and `CenterCrop`; transformers
-5.24 `image_processing_backends.py`. `prepare` states the deviations.
+5.23 `image_processing_backends.py`. `prepare` states the deviations.
 """
 
 from __future__ import annotations

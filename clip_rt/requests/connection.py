@@ -7,7 +7,6 @@ back into rotation when it serves the same model.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import queue
 import threading
@@ -135,25 +134,35 @@ class Connection:
         """Do as `verify`, and again as often as the retry policy allows."""
         self._retry(lambda: self.verify(model, deadline), deadline)
 
-    def read_file(self, name: str, num_chunks: int, deadline: Deadline) -> bytes:
-        """Read the file that a Triton model hands out in parts, from whichever server answers.
+    def read_chunk(self, model: Model, name: str, index: int, deadline: Deadline) -> bytes:
+        """Read a part of a file that a Triton model hands out, from whichever server answers.
 
         Raises:
+            ModelReplacedError: `model` is not served any more.
             ServerError: nobody answers, or nobody has it.
         """
 
-        def read(index: int) -> bytes:
+        def read() -> bytes:
+            self.verify(model, deadline)
             healthy = [each for each in self.pool.replicas if each.is_healthy]
-            replica = (healthy or list(self.pool.replicas))[0]
+            if not healthy:
+                raise ServerUnavailableError(f"{self.urls}: nobody answers there now.")
+            replica = healthy[index % len(healthy)]
+            # One that is silent leaves time for the others.
+            share_s = deadline.remaining_s() / len(healthy)
+            share = Deadline(share_s, time.monotonic() + share_s, deadline.cancellation)
             try:
-                return replica.transport.read_chunk(name, index, deadline)
+                return replica.transport.read_chunk(name, index, share)
+            except ServerTimeoutError as error:
+                if len(healthy) == 1:
+                    raise
+                self.pool.mark_unhealthy(replica)
+                raise ServerUnavailableError(str(error)) from error
             except ServerUnavailableError:
                 self.pool.mark_unhealthy(replica)
                 raise
 
-        return b"".join(
-            self._retry(functools.partial(read, index), deadline) for index in range(num_chunks)
-        )
+        return self._retry(read, deadline)
 
     def _retry(self, attempt: Callable[[], Result], deadline: Deadline) -> Result:
         return self.pool.retry_policy.call(

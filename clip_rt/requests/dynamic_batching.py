@@ -139,20 +139,25 @@ class Request:
         for each in batches:
             each.request = self
 
-    def stack(self) -> NDArray[Any]:
+    def stack(self, *, pad_id: int) -> NDArray[Any]:
         """Return the rows of all batches as one array; texts are padded to the longest."""
         arrays = [each.array for each in self.batches]
         if len(arrays) == 1:
             return arrays[0]
         width = max(array.shape[1] for array in arrays)
         if arrays[0].ndim == 2:
-            arrays = [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
+            arrays = [
+                np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=pad_id)
+                for array in arrays
+            ]
         return np.concatenate(arrays)
 
     def give_up_if_unwanted(self) -> None:
         """Call it off when no caller waits for any of it."""
-        if self.future is not None and all(each.is_over for each in self.batches):
-            self.replica.transport.give_up(self.future)
+        # Both at once, because it may end on another thread meanwhile.
+        future, batches = self.future, self.batches
+        if future is not None and all(each.is_over for each in batches):
+            self.replica.transport.give_up(future)
 
     def end(self, error: ClipRTError | None, *, may_retry: bool) -> None:
         """Part its batches; those that have no outcome yet fail."""
@@ -201,11 +206,14 @@ class DynamicBatcher:
             return  # A request failed at once; the loop that sent it goes on.
         active.add(self)
         request: Request | None = None
+        pad_id = self.tower.manifest.tokenization.pad_id
         try:
             while (request := self._take()) is not None:
                 transport = request.replica.transport
                 try:
-                    message = make_inference_request(self.tower, request.stack(), request.deadline)
+                    message = make_inference_request(
+                        self.tower, request.stack(pad_id=pad_id), request.deadline
+                    )
                     future = transport.send("ModelInfer", message, request.deadline)
                 except ClipRTError as error:
                     self._end(request, error)

@@ -53,7 +53,7 @@ class Manifest:
     logit_bias: float
     """Added to the scaled cosine; 0 for models trained with InfoNCE."""
     activation: str
-    """Of the MLP blocks, quick_gelu or gelu; configured is as its library has it."""
+    """Of the MLP blocks, quick_gelu or gelu; configured:<digest> is another library's."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     precision: str

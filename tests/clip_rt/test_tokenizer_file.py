@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import external_models
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 from tokenizers import Tokenizer
 
 import clip_rt
+from clip_rt.deadline import Deadline
 from clip_rt.errors import ContractError, InputError, TextError, TextTooLongError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.inputs.cleaning import clean
 from clip_rt.inputs.tokenizer import pad
 from clip_rt.inputs.tokenizer_file import FileTokenizer
 from clip_rt.requests.batches import plan_texts
+from clip_rt.requests.dynamic_batching import PendingBatch, Request
 from clip_rt.specs import MAX_TOKENIZER_BYTES, Resizing, Tokenization
 from clip_rt.testing import FakeServer
 
@@ -85,6 +88,17 @@ def test_texts_are_padded_with_the_id_of_the_model_to_the_one_length():
     alone = [pad([each], length_tokens=16, pad_id=7)[0] for each in ids]
     np.testing.assert_array_equal(batch[plan.row_by_text], alone)
     assert (batch[0, len(ids[0]) :] == 7).all()
+
+
+def test_joined_requests_are_padded_with_the_id_of_the_model():
+    """A tower that masks padding would read any other id as text."""
+    deadline = Deadline.after(5.0)
+    batches = [
+        PendingBatch(np.array([ids], np.int32), deadline) for ids in ([5, 2], [5, 6, 7, 8, 2])
+    ]
+    replica = SimpleNamespace(generation=0)
+    stacked = Request(batches, replica, None).stack(pad_id=1)
+    np.testing.assert_array_equal(stacked, [[5, 2, 1, 1, 1], [5, 6, 7, 8, 2]])
 
 
 @pytest.mark.parametrize(

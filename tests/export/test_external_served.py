@@ -18,11 +18,13 @@ from PIL import Image
 
 import clip_rt
 from clip_rt import served_tokenizer
+from clip_rt.specs import CLIP_RESIZING, CLIP_TOKENIZATION, TOKENIZER_CHUNK_BYTES
 from export import bundle
 from export.models import served_version
 from export.onnx import OnnxConfig, export
 from export.repository import add_ensembles, publish, switch_version
 from export.triton_config import read_manifest
+from export.version_folder import PYTHON_TOKENIZER_FILE
 from training.encoders.find import load_encoder
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
@@ -191,6 +193,53 @@ def test_going_back_takes_the_tokenizer_along(repository, tmp_path):
 def test_ensembles_do_not_take_another_tokenizer(repository):
     with pytest.raises(clip_rt.InputError, match="has a tokenizer of its own"):
         add_ensembles(repository, "siglip")
+
+
+def test_ensembles_do_not_follow_a_model_to_another_tokenizer(repository, tmp_path):
+    image, text = (repository / f"siglip_{tower}/1/model.onnx" for tower in ("image", "text"))
+    siglip = read_manifest(repository / "siglip_text")
+    clip = replace(
+        siglip,
+        resizing=CLIP_RESIZING,
+        tokenization=CLIP_TOKENIZATION,
+        score="softmax",
+        text_buckets=(),
+    )
+    publish(tmp_path, siglip, image=image, text=text, tokenizer_file=b"{}")
+    publish(tmp_path, clip, image=image, text=text)
+    add_ensembles(tmp_path, "siglip")
+    with pytest.raises(clip_rt.InputError, match="Or remove the folders siglip_decode"):
+        publish(tmp_path, siglip, image=image, text=text, tokenizer_file=b"{}")
+    with pytest.raises(clip_rt.InputError, match="Or remove the folders siglip_decode"):
+        switch_version(tmp_path, "siglip")
+    # With the last version that has one the tokenizer goes.
+    assert (tmp_path / "siglip_tokenizer_file").is_dir()
+    publish(tmp_path, clip, image=image, text=text)
+    assert not (tmp_path / "siglip_tokenizer_file").exists()
+
+
+def test_a_long_file_comes_whole(repository, tmp_path, monkeypatch):
+    """In three parts; that they are the right ones says the sha256, checked before it is read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    image, text = (repository / f"siglip_{tower}/1/model.onnx" for tower in ("image", "text"))
+    content = np.random.default_rng(0).bytes(5 * TOKENIZER_CHUNK_BYTES // 2)
+    manifest = read_manifest(repository / "siglip_text")
+    sha256 = hashlib.sha256(content).hexdigest()
+    other = replace(manifest.tokenization, sha256=sha256, num_bytes=len(content))
+    manifest = replace(manifest, tokenization=other)
+    publish(tmp_path / "models", manifest, image=image, text=text, tokenizer_file=content)
+    with (
+        clip_rt.Client(repository=tmp_path / "models", timeout_s=120) as client,
+        pytest.raises(clip_rt.ContractError, match="cannot be read by tokenizers"),
+    ):
+        client.encode_texts(["a cat"])
+    (kept,) = (tmp_path / "home/clip_rt/tokenizers").iterdir()
+    assert kept.read_bytes() == content
+
+
+def test_a_part_of_the_file_is_what_the_contract_says():
+    assert PYTHON_TOKENIZER_FILE.read_text().split("CHUNK_BYTES = ")[1].split("\n")[0] == "2**20"
+    assert TOKENIZER_CHUNK_BYTES == 2**20
 
 
 def _run(program):

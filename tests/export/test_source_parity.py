@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import external_models
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rt.errors import CheckpointError, ParityError, UnknownModelError
+from clip_rt.errors import CheckpointError, InputError, ParityError, UnknownModelError
 from clip_rt.specs import Resizing
 from export import onnx_writer, parity, source_parity
 from export.graphs import make_graphs
@@ -17,6 +19,7 @@ from export.parity_report import TOLERANCES
 from export.probes import PROMPTS
 from training.encoders.encoder import measure_any_length
 from training.encoders.find import load_encoder, name_model
+from training.weights import hub
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
 
@@ -107,6 +110,10 @@ def test_a_wrong_resize_is_caught(encoder):
 
 def test_a_wrong_padding_is_caught(encoder):
     right = encoder.facts
+    if right.tokenization.kind == "openai":
+        with pytest.raises(InputError, match="pad_id of OpenAI's tokenizer is 7"):
+            replace(right.tokenization, pad_id=7)
+        return
     encoder.facts = replace(right, tokenization=replace(right.tokenization, pad_id=7))
     try:
         with pytest.raises(ParityError, match="has other ids"):
@@ -122,6 +129,7 @@ def test_a_wrong_padding_is_caught(encoder):
         ("open_clip:ViT-B-16-SigLIP2", "ViT-B-16-SigLIP2"),
         ("open_clip:models/mine", "mine"),
         ("hf:google/siglip2-base-patch16-224@main", "siglip2-base-patch16-224"),
+        ("hf:google/siglip2-base-patch16-224@refs/pr/1", "siglip2-base-patch16-224"),
     ],
 )
 def test_a_model_is_served_under_its_own_name(model, name):
@@ -131,6 +139,61 @@ def test_a_model_is_served_under_its_own_name(model, name):
 def test_a_configuration_that_open_clip_does_not_have():
     with pytest.raises(UnknownModelError, match=r"open_clip .* has no model 'ViT-nothing'"):
         load_encoder("open_clip:ViT-nothing", weights=None)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return external_models.write_open_clip(tmp_path_factory.mktemp("clip_folder"))
+
+
+def test_what_a_folder_has_itself_is_not_named_again(clip_folder, tmp_path):
+    for model in (f"open_clip:{clip_folder}", f"hf:{clip_folder}"):
+        with pytest.raises(InputError, match="has weights of its own"):
+            load_encoder(model, weights="mine.safetensors")
+    with pytest.raises(InputError, match="has a tokenizer of its own"):
+        load_encoder(f"hf:{clip_folder}", weights="openai", tokenizer=tmp_path)
+
+
+def test_random_weights_are_not_those_of_the_folder(clip_folder):
+    own, random = (load_encoder(f"open_clip:{clip_folder}", weights=w) for w in ("openai", None))
+    name = "text.token_embedding.weight"
+    assert not torch.equal(own.weights()[name], random.weights()[name])
+
+
+def test_a_folder_without_weights_is_refused(clip_folder, tmp_path):
+    shutil.copy(clip_folder / "open_clip_config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_encoder(f"open_clip:{tmp_path}", weights="openai")
+
+
+def test_weights_of_another_model_than_the_one_named_are_refused(clip_folder, monkeypatch):
+    found = hub.open_folder(clip_folder)
+    monkeypatch.setattr(hub, "fetch", lambda _: found)
+    with pytest.raises(CheckpointError, match="the configuration of another model than ViT-B-32"):
+        load_encoder("open_clip:ViT-B-32", weights="hf:somebody/else")
+
+
+def test_the_same_weights_under_another_configuration_are_another_model(clip_folder, tmp_path):
+    other = tmp_path / "quick"
+    shutil.copytree(clip_folder, other)
+    document = json.loads((other / "open_clip_config.json").read_text("utf-8"))
+    document["model_cfg"]["quick_gelu"] = True
+    (other / "open_clip_config.json").write_text(json.dumps(document), "utf-8")
+    one, two = (
+        load_encoder(f"open_clip:{each}", weights="openai") for each in (clip_folder, other)
+    )
+    assert all(map(torch.equal, one.weights().values(), two.weights().values()))
+    assert one.facts.activation != two.facts.activation
+
+
+def test_a_tokenizer_that_does_not_say_its_padding_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(external_models.sentencepiece_bpe(), "utf-8")
+    with pytest.raises(CheckpointError, match="what texts are padded with"):
+        load_encoder(
+            "open_clip:ViT-B-32-SigLIP2-256",
+            weights=None,
+            tokenizer=tmp_path / "tokenizer.json",
+        )
 
 
 def test_weights_must_be_named_and_be_there(tmp_path):
@@ -143,7 +206,10 @@ def test_weights_must_be_named_and_be_there(tmp_path):
 def test_weights_in_a_file_are_fed_as_open_clip_feeds_those_it_knows(tmp_path):
     """The configuration of SigLIP says nothing of squashing, nor does a file of weights."""
     tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text(external_models.sentencepiece_bpe(), "utf-8")
+    content = json.loads(external_models.sentencepiece_bpe())
+    content["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_id": 0}
+    content["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<pad>"}
+    tokenizer.write_text(json.dumps(content), "utf-8")
     found = load_encoder("open_clip:ViT-B-32-SigLIP2-256", weights=None, tokenizer=tokenizer)
     assert found.facts.resizing == Resizing(mode="squash")
     assert (found.facts.mean, found.facts.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

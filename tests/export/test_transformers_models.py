@@ -9,12 +9,15 @@ import external_models
 import pytest
 
 from clip_rt.errors import CheckpointError
+from clip_rt.inputs import tokenizer_file
+from clip_rt.inputs.tokenizer_file import FileTokenizer
 from export import onnx_writer, parity, source_parity
 from export.graphs import make_graphs
 from export.parity_report import TOLERANCES
 from export.probes import PROMPTS
 from training.encoders.encoder import measure_any_length
 from training.encoders.find import load_encoder
+from training.encoders.tokenizer_source import read_tokenizer_file
 
 # The fixture imports torchvision, which transformers reads images with.
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
@@ -143,6 +146,39 @@ def test_an_export_is_the_model_and_is_fed_as_its_processor_feeds_it(family, tmp
     assert found.max_levels <= 1.01
     assert min(found.min_image_cosine, found.min_text_cosine) > 0.9999
     assert encoder.facts.score == ("sigmoid" if family == "siglip" else "softmax")
+
+
+def test_siglips_own_tokenizer_becomes_a_tokenizer_json(tmp_path):
+    """Its files are sentencepiece's, and transformers cleans texts and runs it in Python."""
+    import sentencepiece
+    from transformers import SiglipTokenizer
+
+    lines = [each.lower() for each in (external_models.WORDS, *source_parity.TEXTS[:20])]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines * 4), "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=220,
+        pad_id=-1,
+        bos_id=-1,
+        eos_id=1,
+        unk_id=2,
+        add_dummy_prefix=False,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    theirs = SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=LENGTH)
+    content, cleaning = read_tokenizer_file(theirs)
+    pad_id = theirs.pad_token_id
+    described = tokenizer_file.describe(
+        content, vocab_size=theirs.vocab_size, cleaning=cleaning, pad_id=pad_id
+    )
+    mine = FileTokenizer(content, described, context_length=LENGTH)
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    for text in source_parity.TEXTS[:-1]:
+        ids = mine.encode_text(text, truncate=True)
+        assert ids + [pad_id] * (LENGTH - len(ids)) == theirs(text, **options)["input_ids"], text
 
 
 def test_a_folder_of_another_family_is_refused(tmp_path):

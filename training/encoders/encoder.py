@@ -7,8 +7,10 @@ Our own model (`training.model.CLIP`) and those of open_clip and transformers ha
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -115,6 +117,15 @@ class ExternalEncoder(nn.Module):
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Embed padded token ids; float (B, E), not L2-normalised."""
         return self.text_tower(tokens_BL)
+
+
+def describe_configuration(configuration: Mapping[str, Any]) -> str:
+    """Return what `Manifest.activation` says of a library's configuration.
+
+    The same weights under another one are another model: its activation, heads or epsilons differ.
+    """
+    text = json.dumps(configuration, sort_keys=True, default=str)
+    return f"configured:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def tokenizer_of(encoder: DualEncoder) -> TextTokenizer:

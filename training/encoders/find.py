@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clip_rt.errors import CheckpointError
+from clip_rt.errors import CheckpointError, InputError
 from training.encoders import of_open_clip, of_transformers
 from training.encoders.encoder import ExternalEncoder
 from training.weights import hub
@@ -22,7 +22,10 @@ def name_model(model: str) -> str:
     """Return the name that a model is served under unless the user chooses one."""
     if not is_external(model):
         return model
-    return Path(model.partition(":")[2]).name.partition("@")[0]
+    place = model.partition(":")[2]
+    if model.startswith(of_transformers.PREFIX) and not Path(place).is_dir():
+        place = place.partition("@")[0]
+    return Path(place).name
 
 
 def load_encoder(
@@ -33,29 +36,52 @@ def load_encoder(
     Args:
         model: See the first line of this module.
         weights: For a named configuration of open_clip: a file, or `hf:owner/name[@revision]`, a
-            repository that open_clip wrote. None leaves them random. A folder has its own.
+            repository that open_clip wrote. A folder and a repository of the hub have their own,
+            which "openai" stands for: nobody has named any. None leaves them random.
         tokenizer: See `of_open_clip.load_open_clip`.
 
     Raises:
         UnknownModelError: there is no such configuration.
+        InputError: an option means nothing for this model.
         CheckpointError: something cannot be had or read.
     """
+    place = model.partition(":")[2]
+    has_own = model.startswith(of_transformers.PREFIX) or Path(place).is_dir()
+    if has_own and weights not in (None, _NO_WEIGHTS):
+        raise InputError(
+            f"{model} has weights of its own, and --weights names {weights[:80]!r}. Leave it out, "
+            "or name random."
+        )
     if model.startswith(of_transformers.PREFIX):
-        place = model.removeprefix(of_transformers.PREFIX)
-        folder = Path(place) if Path(place).is_dir() else hub.fetch(model).folder
-        name = folder.name if Path(place).is_dir() else place
-        return of_transformers.load_transformers(folder, name=name, random=weights is None)
-    name = model.removeprefix(of_open_clip.PREFIX)
-    if weights == _NO_WEIGHTS and not Path(name).is_dir():
+        if tokenizer is not None:
+            raise InputError(f"{model} has a tokenizer of its own; leave --tokenizer out.")
+        folder = Path(place)
+        if not folder.is_dir():
+            folder = hub.fetch(model, prefer=hub.BY_TRANSFORMERS).folder
+        return of_transformers.load_transformers(
+            folder, name=name_of_source(place), random=weights is None
+        )
+    if has_own:
+        if weights is not None:
+            hub.open_folder(Path(place))
+        return of_open_clip.load_open_clip(
+            place, folder=Path(place), has_weights=weights is not None, tokenizer=tokenizer
+        )
+    if weights == _NO_WEIGHTS:
         raise CheckpointError(
             f"{model} needs --weights: a file, hf:owner/name of a repository that open_clip wrote, "
             "or random."
         )
     if weights is not None and weights.startswith(hub.PREFIX):
         return of_open_clip.load_open_clip(
-            str(hub.fetch(weights).folder), weights=None, tokenizer=tokenizer
+            place, folder=hub.fetch(weights).folder, has_weights=True, tokenizer=tokenizer
         )
-    file = None if weights in (None, _NO_WEIGHTS) else Path(weights)
+    file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
         raise CheckpointError(f"there is no file {file}; name the weights with --weights.")
-    return of_open_clip.load_open_clip(name, weights=file, tokenizer=tokenizer)
+    return of_open_clip.load_open_clip(place, file=file, tokenizer=tokenizer)
+
+
+def name_of_source(place: str) -> str:
+    """Return what a model of the hub, or a folder, is called in messages and manifests."""
+    return Path(place).name if Path(place).is_dir() else place

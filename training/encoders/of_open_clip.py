@@ -22,13 +22,14 @@ from clip_rt.errors import CheckpointError, UnknownModelError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.specs import (
     CLIP_TOKENIZATION,
+    TOKENIZER_FILE,
     Channels,
     Cleaning,
     EncoderFacts,
     Resizing,
     Tokenization,
 )
-from training.encoders.encoder import ExternalEncoder
+from training.encoders.encoder import ExternalEncoder, describe_configuration
 from training.encoders.libraries import import_open_clip
 from training.encoders.tokenizer_source import find_tokenizer_file, pad_id_of, read_tokenizer_file
 
@@ -44,44 +45,40 @@ _CLEANING: dict[str, Cleaning] = {
 
 
 def load_open_clip(
-    name: str, *, weights: str | Path | None, tokenizer: Path | None = None
+    name: str,
+    *,
+    folder: Path | None = None,
+    has_weights: bool = False,
+    file: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> ExternalEncoder:
-    """Build a model of open_clip.
+    """Build a model of open_clip; with neither `has_weights` nor `file` its weights are random.
 
     Args:
-        name: Of one of its configurations, or a folder with an open_clip_config.json.
-        weights: A file; None for a folder's own, or else for random ones.
+        name: Of one of its configurations; or the folder itself.
+        folder: With an open_clip_config.json, in which the tokenizer's files are looked for too.
+        has_weights: Load those in the folder.
+        file: Weights of a named configuration.
         tokenizer: A tokenizer.json or a folder with one, where the configuration names a tokenizer
             of the hub; None lets open_clip look for it.
 
     Raises:
         UnknownModelError: open_clip has no such configuration.
-        CheckpointError: it is not installed, or the weights or the tokenizer cannot be had.
+        CheckpointError: the weights or the tokenizer cannot be had, or are of another model.
     """
     open_clip = import_open_clip()
-    folder = Path(name)
-    identifier = name
-    if folder.is_dir():
-        identifier = f"{LOCAL}{folder}"
-        tokenizer = tokenizer or folder
-    elif open_clip.get_model_config(name) is None:
-        known = tuple(open_clip.list_models())
-        raise UnknownModelError(
-            f"open_clip {open_clip.__version__} has no model {name[:80]!r}; "
-            "open_clip.list_models() lists those it has.",
-            model=name,
-            known=known,
-        )
-    preprocessing = (
-        None if folder.is_dir() else _find_preprocessing(open_clip, name, is_random=weights is None)
-    )
+    is_named = not Path(name).is_dir()
+    configuration = _find_configuration(open_clip, name, folder)
+    preprocessing = None
+    if folder is None:
+        preprocessing = _find_preprocessing(open_clip, name, is_random=file is None)
     with _as_checkpoint_error(f"open_clip cannot build {name}"):
         model = open_clip.create_model(
-            identifier,
-            pretrained=None if weights is None else str(weights),
+            name if folder is None else f"{LOCAL}{folder}",
+            pretrained=None if file is None else str(file),
             precision="fp32",
             device="cpu",
-            load_weights=weights is not None or folder.is_dir(),
+            load_weights=has_weights or file is not None,
             pretrained_text=False,
             force_preprocess_cfg=preprocessing,
             # Its other class for the same weights adds all positions to a text of any length.
@@ -91,19 +88,19 @@ def load_open_clip(
     model.requires_grad_(False).eval()
     _reparameterise(model)
     _let_texts_be_cut(model)
-    text = _text_config(open_clip, name, folder)
-    source = _Source(open_clip, model, _tokenizer(open_clip, name, text, tokenizer))
+    text = configuration["text_cfg"]
+    source = _Source(open_clip, model, _tokenizer(open_clip, name, text, folder, tokenizer))
     tokenization, content = _describe_tokenizer(source.tokenizer, model, text)
     resizing, side_px, mean, std = _read_preprocessing(model.visual.preprocess_cfg, name)
     bias = getattr(model, "logit_bias", None)
     with torch.inference_mode():
         embedding_dim = model.encode_image(torch.zeros(1, 3, side_px, side_px)).shape[-1]
     facts = EncoderFacts(
-        name=f"{PREFIX}{folder.name if folder.is_dir() else name}",
+        name=f"{PREFIX}{name if is_named else Path(name).name}",
         side_px=side_px,
         embedding_dim=embedding_dim,
         context_length=text.get("context_length", 77),
-        activation="configured",
+        activation=describe_configuration(configuration),
         mean=mean,
         std=std,
         resizing=resizing,
@@ -217,18 +214,58 @@ def _cut_mask(
     return args, kwargs
 
 
-def _text_config(open_clip: Any, name: str, folder: Path) -> dict[str, Any]:
-    if folder.is_dir():
-        document = json.loads((folder / "open_clip_config.json").read_text("utf-8"))
-        return dict(document["model_cfg"]["text_cfg"])
-    return dict(open_clip.get_model_config(name)["text_cfg"])
+def _find_configuration(open_clip: Any, name: str, folder: Path | None) -> dict[str, Any]:
+    """Return open_clip's description of the architecture.
+
+    Raises:
+        UnknownModelError: it has none of that name.
+        CheckpointError: the folder has none, or that of another model.
+    """
+    named: Any = None
+    if not Path(name).is_dir():
+        named = open_clip.get_model_config(name)
+        if named is None:
+            raise UnknownModelError(
+                f"open_clip {open_clip.__version__} has no model {name[:80]!r}; "
+                "open_clip.list_models() lists those it has.",
+                model=name,
+                known=tuple(open_clip.list_models()),
+            )
+    if folder is None:
+        return dict(named)
+    file = folder / "open_clip_config.json"
+    try:
+        found = json.loads(file.read_text("utf-8"))["model_cfg"]
+        found["text_cfg"], found["vision_cfg"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not what open_clip writes: {error!r:.200}.") from error
+    if named is not None and _towers_of(found) != _towers_of(named):
+        raise CheckpointError(
+            f"the weights come with the configuration of another model than {name}. Leave the name "
+            f"to them: --model {PREFIX}FOLDER, with a copy of their folder."
+        )
+    return dict(found)
 
 
-def _tokenizer(open_clip: Any, name: str, text: dict[str, Any], place: Path | None) -> Any:
+def _towers_of(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the shape of both towers; where a tokenizer is found is not of it."""
+    text = {
+        key: value
+        for key, value in configuration["text_cfg"].items()
+        if not key.startswith("hf_tokenizer")
+    }
+    return {"vision": configuration["vision_cfg"], "text": text}
+
+
+def _tokenizer(
+    open_clip: Any, name: str, text: dict[str, Any], folder: Path | None, place: Path | None
+) -> Any:
     """Return open_clip's tokenizer, with the file of its library from where the caller says."""
+    if place is None and folder is not None and (folder / TOKENIZER_FILE).is_file():
+        place = folder
     if not text.get("hf_tokenizer_name"):
         with _as_checkpoint_error(f"open_clip has no tokenizer for {name}"):
-            return open_clip.get_tokenizer(f"{LOCAL}{name}" if Path(name).is_dir() else name)
+            return open_clip.get_tokenizer(name if folder is None else f"{LOCAL}{folder}")
     settings = dict(text.get("tokenizer_kwargs") or {})
     where = text["hf_tokenizer_name"]
     if place is not None:
@@ -255,8 +292,13 @@ def _from_file(open_clip: Any, file: Path, settings: dict[str, Any], context_len
     made.strip_sep_token = settings.get("strip_sep_token", False)
     content = file.read_bytes()
     made.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-    if made.tokenizer.pad_token_id is None:
-        made.tokenizer.pad_token = made.tokenizer.convert_ids_to_tokens(pad_id_of(content, 0))
+    pad_id = pad_id_of(content)
+    if pad_id is None:
+        raise CheckpointError(
+            f"{file} does not say what texts are padded with. Put its tokenizer_config.json beside "
+            "it, and name the folder."
+        )
+    made.tokenizer.pad_token = made.tokenizer.convert_ids_to_tokens(pad_id)
     return made
 
 

@@ -1,6 +1,6 @@
 """Dual encoders as transformers builds them, from a folder in the hub's layout.
 
-Source: transformers 5.24.0 `models/{clip,siglip,metaclip_2,chinese_clip,align,altclip,blip}`.
+Source: transformers 5.23.0 `models/{clip,siglip,metaclip_2,chinese_clip,align,altclip,blip}`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from clip_rt.errors import CheckpointError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.specs import Channels, EncoderFacts, Resizing
-from training.encoders.encoder import ExternalEncoder
+from training.encoders.encoder import ExternalEncoder, describe_configuration
 from training.encoders.libraries import import_transformers
 from training.encoders.tokenizer_source import pad_id_of, read_tokenizer_file
 
 PREFIX = "hf:"
-FAMILIES = (*("clip", "siglip", "metaclip_2", "chinese_clip", "align", "altclip", "blip"),)
+FAMILIES = ("clip", "siglip", "metaclip_2", "chinese_clip", "align", "altclip", "blip")
 """Values of `model_type` that are dual encoders with one image and one text tower."""
 _UNMASKED = frozenset(("siglip", "clip", "metaclip_2"))
 """Families whose text tower is given no attention mask. SigLIP reads what fills a text up; the
@@ -79,7 +79,13 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     content, cleaning = read_tokenizer_file(tokenizer)
     pad_id = tokenizer.pad_token_id
-    pad_id = pad_id_of(content, 0) if pad_id is None else pad_id
+    if pad_id is None:
+        pad_id = pad_id_of(content)
+    if pad_id is None:
+        raise CheckpointError(
+            f"the tokenizer of {name} does not say what texts are padded with. Name its pad_token "
+            "in tokenizer_config.json."
+        )
     context_length = _context_length(config, family, tokenizer)
     image_tower = _ImageTower(model, family)
     text_tower = _TextTower(model, family, pad_id)
@@ -92,7 +98,7 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
         side_px=side_px,
         embedding_dim=embedding_dim,
         context_length=context_length,
-        activation="configured",
+        activation=describe_configuration(config.to_dict()),
         mean=mean,
         std=std,
         resizing=resizing,

@@ -1,12 +1,13 @@
 """A tokenizer as another library has it in memory, to the tokenizer.json that a client reads.
 
 What the library's own tokenizer does in Rust is taken as it is in memory, with every change the
-library makes after it has read the file (transformers 5.24 lets SigLIP 2 lower its texts so); what
+library makes after it has read the file (transformers 5.23 lets SigLIP 2 lower its texts so); what
 it does in Python before that becomes a `Cleaning`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,14 @@ def _convert_siglip(tokenizer: Any) -> Any:
 
 
 def _charsmap(proto: bytes) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
+    # sentencepiece's own description of its format asks for a newer protobuf than gRPC's.
+    description: Any = importlib.import_module("transformers.utils.sentencepiece_model_pb2_new")
+    model = description.ModelProto.FromString(proto)
+    return bytes(model.normalizer_spec.precompiled_charsmap)
 
-    return bytes(
-        sentencepiece_model_pb2.ModelProto.FromString(proto).normalizer_spec.precompiled_charsmap
-    )
 
-
-def pad_id_of(content: bytes, fallback: int) -> int:
-    """Return the padding id that a tokenizer.json names, else the fallback."""
+def pad_id_of(content: bytes) -> int | None:
+    """Return the padding id that a tokenizer.json names, if it names one."""
     padding = json.loads(content).get("padding") or {}
-    return int(padding.get("pad_id", fallback))
+    pad_id = padding.get("pad_id")
+    return None if pad_id is None else int(pad_id)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,8 @@ WEIGHTS = (
     *("open_clip_pytorch_model.bin", "pytorch_model.bin"),
 )
 """Files that hold weights, the preferred first."""
+BY_TRANSFORMERS = ("model.safetensors", INDEX)
+"""Those that transformers wrote, of a repository that may have both."""
 CONFIGS = (
     *(OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, HUGGING_FACE_PREPROCESSOR, HUGGING_FACE_PROCESSOR),
     HUGGING_FACE_TOKENIZER,
@@ -88,7 +90,7 @@ class HubFolder:
         return self.files[0].name.startswith("open_clip")
 
 
-def fetch(identifier: str) -> HubFolder:
+def fetch(identifier: str, *, prefer: Sequence[str] = WEIGHTS) -> HubFolder:
     """Bring the weights of a repository into the local cache, or find them there.
 
     `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to
@@ -97,6 +99,7 @@ def fetch(identifier: str) -> HubFolder:
 
     Args:
         identifier: `hf:owner/name` or `hf:owner/name@revision`; a branch, a tag or a commit.
+        prefer: Files of weights to look for, in this order.
 
     Raises:
         CheckpointError: no such repository or revision, no weights in it, a checksum that does not
@@ -111,7 +114,7 @@ def fetch(identifier: str) -> HubFolder:
             f"{identifier} needs huggingface_hub: pip install huggingface_hub. Or download the "
             "files elsewhere, and pass their folder."
         ) from error
-    if _COMMIT.fullmatch(revision) and (cached := _find_cached(repository, revision)):
+    if _COMMIT.fullmatch(revision) and (cached := _find_cached(repository, revision, prefer)):
         return cached
     try:
         info = HfApi().model_info(
@@ -123,7 +126,7 @@ def fetch(identifier: str) -> HubFolder:
             "a private or gated one accept its terms and run hf auth login."
         ) from error
     except (hub_errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        if cached := _find_cached(repository, revision):
+        if cached := _find_cached(repository, revision, prefer):
             _log.warning(
                 "the hub cannot be reached (%s); %s is read from the cache, commit %s",
                 *(error, identifier, cached.commit),
@@ -143,7 +146,7 @@ def fetch(identifier: str) -> HubFolder:
     for name in CONFIGS:
         if name in entries:
             get(name)
-    files = _collect(_choose(entries, identifier), entries, get)
+    files = _collect(_choose(entries, identifier, prefer), entries, get)
     if revision != commit:
         # Without a network, the cache must know what this name stood for.
         reference = files[0].parents[2] / "refs" / revision
@@ -187,12 +190,12 @@ def open_folder(folder: Path) -> HubFolder:
     return HubFolder(folder, _collect(_choose(names, str(folder)), names, folder.joinpath), commit)
 
 
-def _choose(names: Collection[str], where: str) -> str:
-    for name in WEIGHTS:
+def _choose(names: Collection[str], where: str, prefer: Sequence[str] = WEIGHTS) -> str:
+    for name in prefer:
         if name in names:
             return name
     raise CheckpointError(
-        f"{where} holds no weights that can be read; looked for {', '.join(WEIGHTS)}. Pass a file "
+        f"{where} holds no weights that can be read; looked for {', '.join(prefer)}. Pass a file "
         "with a state dict instead."
     )
 
@@ -231,10 +234,10 @@ def _download(repository: str, commit: str, entry: RepoSibling) -> Path:
     return path
 
 
-def _find_cached(repository: str, revision: str) -> HubFolder | None:
+def _find_cached(repository: str, revision: str, prefer: Sequence[str]) -> HubFolder | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for name in WEIGHTS:
+    for name in prefer:
         path = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(path, str):
             folder = Path(path).parent
