@@ -36,9 +36,13 @@ DISTRIBUTIONS = {
 OPTIONAL = {
     "export": {"nncf", "openvino", "tensorrt", "tensorrt_rtx"},
     "benchmarks": {"tensorrt", "tensorrt_rtx"},
+    # Models of other libraries, which export.onnx takes.
+    "training": {"timm", "transformers"},
 }
 """Modules that an option needs, which says so itself, by the package that imports them."""
-RUN_ELSEWHERE = ("export/python_model.py", "export/python_front.py", "export/python_dlpack.py")
+RUN_ELSEWHERE = tuple(
+    f"export/python_{each}.py" for each in ("dlpack", "front", "model", "tokenizer_file")
+)
 """Files that Triton's Python backend runs."""
 
 

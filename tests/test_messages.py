@@ -66,6 +66,12 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     # What joins engines to a version.
     ("export.repository", "--join"): ("export.trt",),
     ("export.pipeline", "--calibration"): ("export.onnx",),
+    # What makes models of other libraries.
+    **{
+        (f"training.encoders.{module}", option): ("export.onnx",)
+        for module in ("find", "of_open_clip", "tokenizer_source")
+        for option in ("--model", "--tokenizer", "--weights")
+    },
     # In the command of another that is printed.
     ("export.pipeline", "--rollback"): ("export.repository",),
     # Its own command.

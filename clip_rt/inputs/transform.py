@@ -185,8 +185,8 @@ def check_resizing(resizing: Resizing, side_px: int) -> int:
     resize_px = resizing.resize_px or side_px
     if resize_px < side_px:
         raise InputError(
-            f"images are resized to {resize_px} px, and {side_px} px are cropped of them. Make "
-            f"resize_px at least {side_px}."
+            f"images are resized to {resize_px} px, and {side_px} px are cropped of them. Resize "
+            f"them to {side_px} px at least."
         )
     return resize_px
 
