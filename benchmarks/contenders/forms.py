@@ -92,11 +92,37 @@ def write_hub(clip: CLIP, folder: Path) -> None:
         InputError: the image tower is no vision transformer.
     """
     spec = clip.spec
+    model = make_hugging_face(clip)
+    transformers = import_transformers()
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    side = {"height": spec.side_px, "width": spec.side_px}
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": spec.side_px}, crop_size=side
+    ).save_pretrained(folder)
+    ours: Any = json.loads(tokenizer._load().to_str())["model"]
+    transformers.CLIPTokenizer(
+        vocab={**ours["vocab"], START: START_OF_TEXT, END: END_OF_TEXT},
+        merges=[tuple(each) for each in ours["merges"]],
+        model_max_length=spec.text.context_length,
+    ).save_pretrained(folder)
+
+
+def make_hugging_face(clip: CLIP, **settings: Any) -> Any:
+    """Build a CLIPModel of transformers with the weights of ours.
+
+    Args:
+        clip: With a vision transformer.
+        settings: Of its configuration, such as attn_implementation.
+
+    Raises:
+        InputError: the image tower is no vision transformer.
+    """
+    spec = clip.spec
     image, text = spec.image, spec.text
     if not isinstance(image, ViTSpec):
         raise InputError(f"transformers has no CLIPModel like {spec.name}.")
     transformers = import_transformers()
-    shutil.rmtree(folder, ignore_errors=True)
     common = {"hidden_act": spec.activation, "projection_dim": spec.embedding_dim}
     config = transformers.CLIPConfig(
         projection_dim=spec.embedding_dim,
@@ -121,20 +147,11 @@ def write_hub(clip: CLIP, folder: Path) -> None:
             "eos_token_id": END_OF_TEXT,
             "pad_token_id": END_OF_TEXT,
         },
+        **settings,
     )
     model = transformers.CLIPModel(config)
     model.load_state_dict(to_hugging_face(clip.state_dict()))
-    model.save_pretrained(folder)
-    side = {"height": spec.side_px, "width": spec.side_px}
-    transformers.CLIPImageProcessor(
-        size={"shortest_edge": spec.side_px}, crop_size=side
-    ).save_pretrained(folder)
-    ours: Any = json.loads(tokenizer._load().to_str())["model"]
-    transformers.CLIPTokenizer(
-        vocab={**ours["vocab"], START: START_OF_TEXT, END: END_OF_TEXT},
-        merges=[tuple(each) for each in ours["merges"]],
-        model_max_length=text.context_length,
-    ).save_pretrained(folder)
+    return model
 
 
 def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, Tower
+from training.encoders.libraries import import_open_clip
 from training.model import CLIP
 
 
-def import_contenders() -> tuple[Any, Any]:
-    """Import what gives peers the weights of ours, `forms`, and what imports them, `torch_based`.
+def import_forms() -> Any:
+    """Import what gives peers the weights of ours.
 
     Raises:
-        ImportError: something they need, such as psutil, is not installed.
+        ImportError: something it needs, such as psutil, is not installed.
     """
-    package = "benchmarks.contenders"
-    forms = importlib.import_module(f"{package}.forms")
-    return forms, importlib.import_module(f"{package}.torch_based")
+    return importlib.import_module("benchmarks.contenders.forms")
 
 
 def form_input(batch: Tensor) -> Tensor:
@@ -46,10 +45,9 @@ def make_open_clip(clip: CLIP, device: torch.device, *, dtype: torch.dtype | Non
         dtype: As its `create_model(precision="fp16")` has it; None keeps FP32 weights, as its
             training does.
     """
-    forms, torch_based = import_contenders()
-    torch_based.import_open_clip()
+    import_open_clip()
     theirs: Any = importlib.import_module("open_clip.model")
-    described = forms.describe_for_open_clip(clip.spec)
+    described = import_forms().describe_for_open_clip(clip.spec)
     model = theirs.CLIP(
         embed_dim=described["embed_dim"],
         vision_cfg=theirs.CLIPVisionCfg(**described["vision_cfg"]),
@@ -75,15 +73,7 @@ def open_clip_encoder(clip: CLIP, device: torch.device, tower: Tower) -> Any:
 
 def transformers_encoder(clip: CLIP, device: torch.device, tower: Tower) -> Any:
     """Return the encoder of a CLIPModel in FP16 with SDPA; takes what `form_input` returns."""
-    forms, torch_based = import_contenders()
-    torch_based.import_torchvision()  # Or transformers fails to, beside some builds of torch.
-    transformers: Any = importlib.import_module("transformers")
-    described = forms.describe_for_hugging_face(clip.spec)
-    names = ("text_config", "vision_config", "projection_dim")
-    config = transformers.CLIPConfig(**{name: described[name] for name in names})
-    config._attn_implementation = "sdpa"
-    model = transformers.CLIPModel(config)
-    model.load_state_dict(forms.to_hugging_face(clip.state_dict()), strict=False)
+    model = import_forms().make_hugging_face(clip, attn_implementation="sdpa")
     model = model.half().to(device).requires_grad_(False).eval()
 
     def encode(given: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.peers import import_contenders
+from benchmarks.gpu.peers import import_forms
 from clip_rt.errors import ExportError
 from export.engine import Runtime, load_runtime
+from training.encoders.libraries import import_open_clip, import_transformers
 
 ONNX_RUNTIME, TENSORRT, RTX = "ONNX Runtime CUDA", "TensorRT", "TensorRT for RTX"
 OPEN_CLIP, TRANSFORMERS = "open_clip", "transformers"
@@ -136,13 +137,13 @@ def _tensorrt(runtime: Runtime) -> str:
 
 
 def _open_clip() -> str:
-    _, torch_based = import_contenders()
-    return str(torch_based.import_open_clip().__version__)
+    import_forms()
+    return str(import_open_clip().__version__)
 
 
 def _transformers() -> str:
-    import_contenders()
-    return _distribution("transformers")
+    import_forms()
+    return str(import_transformers().__version__)
 
 
 def _distribution(name: str) -> str:
