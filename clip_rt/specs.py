@@ -1,7 +1,8 @@
 """The one table of numbers about models: architectures, tensor names, preprocessing constants.
 
 Training builds its modules from it, export names its tensors from it, the model repository is
-rendered from it and the client checks the server against it. Nothing here does any work.
+rendered from it and the client checks the server against it. Nothing here does any work but to
+refuse values that mean nothing.
 
 Sources: Radford et al. 2021, tables 19 and 20; openai/CLIP `clip/model.py` and `clip/clip.py`; for
 ViT-H/14, ViT-g/14 and ViT-bigG/14 mlfoundations/open_clip `src/open_clip/model_configs/`.

@@ -34,13 +34,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import clip_rt
 from clip_rt.errors import ContractError, InputError
-from clip_rt.specs import TOKENIZER_FILE, Tower, image_model, text_model, tokenizer_model
+from clip_rt.specs import TOKENIZER_FILE, Tower
 from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console, mib, print_next
+from export.model_folders import check_known, tokenizer_folder, tower_folders
 from export.models import served_version
-from export.repository import RELOAD, check_known, publish
+from export.repository import RELOAD, publish
 from export.triton_config import Serving, read_config, read_manifest, read_serving
 from export.version_folder import CONFIG, REPORT, list_weights
 
@@ -90,15 +91,14 @@ def pack(repository: str | Path, name: str, file: str | Path) -> Bundle:
         raise InputError(f"there is no folder {file.parent} to write {file.name} into.")
     check_known(repository, name)
     members = {VOCABULARY: DATA / VOCABULARY, TEMPLATES: DATA / TEMPLATES}
-    for tower, served in zip(TOWERS, (image_model(name), text_model(name)), strict=True):
-        folder = repository / served
+    for tower, folder in zip(TOWERS, tower_folders(repository, name), strict=True):
         version = folder / str(served_version(folder))
         members[f"{tower}/{CONFIG}"] = folder / CONFIG
         members |= {f"{tower}/{path.name}": path for path in list_weights(version)}
         if (version / REPORT).is_file():
             members[REPORT] = version / REPORT
-    tokenizer = repository / tokenizer_model(name)
-    if read_manifest(repository / text_model(name)).tokenization.kind == TOKENIZER_FILE:
+    tokenizer = tokenizer_folder(repository, name)
+    if read_manifest(tower_folders(repository, name)[1]).tokenization.kind == TOKENIZER_FILE:
         members[TOKENIZER_FILE] = tokenizer / str(served_version(tokenizer)) / TOKENIZER_FILE
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from clip_rt.errors import InputError
 from clip_rt.inputs.images import preprocess
 from clip_rt.inputs.tokenizer import pad, tokenize
-from clip_rt.specs import CLIP_TOKENIZATION, Resizing, image_model, text_model
+from clip_rt.specs import CLIP_TOKENIZATION, Resizing
 from clip_rt.wire import canary
 from clip_rt.wire.manifest import CANARY
 from clip_rt_commands import program
@@ -34,8 +34,9 @@ from clip_rt_commands.errors import command
 from export import parity, parity_report
 from export.console import console
 from export.graphs import make_graphs
+from export.model_folders import check_known, tower_folders
 from export.models import served_version
-from export.repository import check_known, switch_version
+from export.repository import switch_version
 from export.triton_config import read_config, read_manifest
 from export.version_folder import CONFIG
 from training.encoders.encoder import DualEncoder, tokenizer_of
@@ -70,7 +71,7 @@ def add_canary(repository: Path, name: str) -> Mapping[str, Any]:
         InputError: there is no such model, or it has no ONNX file.
         ContractError: a tower carries no manifest.
     """
-    folders = repository / image_model(name), repository / text_model(name)
+    folders = tower_folders(repository, name)
     check_known(repository, name)
     version = served_version(folders[0])
     files = [folder / str(version) / "model.onnx" for folder in folders]

@@ -26,6 +26,7 @@ from clip_rt_commands.errors import command
 from export import int8, parity, parity_report, source_parity, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
+from export.model_folders import check_name, check_writable
 from export.parity_report import Precision
 from export.pipeline import (
     RANDOM,
@@ -40,7 +41,7 @@ from export.pipeline import (
     read_samples,
     run_gate,
 )
-from export.repository import check_name, check_writable, publish
+from export.repository import publish
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
 from training.encoders.encoder import ExternalEncoder

@@ -42,6 +42,11 @@ class TritonPythonModel:
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
         manifest = Manifest.from_parameters(parameters, served=args["model_name"])
+        if manifest.tokenization.kind != "openai":
+            raise pb_utils.TritonModelException(
+                f"{args['model_name']} leads to a model with a tokenizer of its own, and it "
+                "tokenizes as OpenAI's models only. Remove the folders of the ensembles"
+            )
         names = [name for name in ("max_pixels", "max_bytes") if name in parameters]
         limits = {name: json.loads(parameters[name]) for name in names}
 

@@ -19,7 +19,6 @@ which a client refuses (`clip_rt.requests.connection`) and the next export puts 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,13 +31,14 @@ from rich.table import Column, Table
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
-from clip_rt.specs import CLIP_TOKENIZATION, Tower, image_model, text_model, tokenizer_model
+from clip_rt.specs import CLIP_TOKENIZATION, Tower
 from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
-from export.models import TITLES, find_manifest, list_models, list_versions, served_version
+from export.model_folders import check_known, check_name, tokenizer_folder, tower_folders
+from export.models import TITLES, list_models, list_versions, served_version
 from export.staging import alone, staging_folder
 from export.triton_config import (
     Backend,
@@ -62,7 +62,6 @@ from export.version_folder import (
     write_version,
 )
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/ -]{0,63}")
 KEEP_VERSIONS = 2
 """Versions that stay in a repository: the one that is served and the one to go back to."""
 RELOAD = (
@@ -75,65 +74,9 @@ RELOAD = (
 
 def tell_published(repository: Path, name: str) -> None:
     """Print which version of a model is published, and how running servers come to it."""
-    version = served_version(_folders(repository, name)[0])
+    version = served_version(tower_folders(repository, name)[0])
     text = f"{name} is published in version {version}. {RELOAD}"
     console.print(text, markup=False, soft_wrap=True)
-
-
-def check_writable(repository: Path, name: str) -> None:
-    """Refuse a repository that no version of a model can be written into, before any work.
-
-    Raises:
-        InputError: says what is in the way.
-    """
-    for folder in _folders(repository.absolute(), name):
-        place = next(each for each in (folder, *folder.parents) if each.exists())
-        if not place.is_dir():
-            raise InputError(f"{place} is no folder; name another --repository.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(f"the folder {place} cannot be written; name another --repository.")
-
-
-def check_known(repository: Path, name: str) -> None:
-    """Refuse a name that a repository holds no model of.
-
-    Raises:
-        InputError: lists those it holds.
-    """
-    if not repository.is_dir():
-        raise InputError(f"there is no folder {repository}; name one with --repository.")
-    if all(_owner(folder) == name for folder in _folders(repository, name)):
-        return
-    owners = {_owner(folder) for folder in repository.glob("*_image")} - {None}
-    known = ", ".join(sorted(map(str, owners))) or "none"
-    raise InputError(
-        f"{repository} holds no model {name[:80]!r}; it holds {known}. Name another --repository."
-    )
-
-
-def check_name(name: str, repository: Path) -> None:
-    """Refuse a name that is unsafe, or whose folders belong to another model.
-
-    Raises:
-        InputError: says which rule, and what stands in the way.
-    """
-    if not SAFE_NAME.fullmatch(name) or ".." in name:
-        raise InputError(
-            f"model name {name[:80]!r} is not usable: 1 to 64 letters, digits, spaces or _ . @ / - "
-            "are, beginning with a letter or digit and without '..'."
-        )
-    names = image_model(name), text_model(name), tokenizer_model(name), *folder_names(name)
-    for served in names:
-        folder = repository / served
-        if not os.path.lexists(folder):
-            continue
-        owner = _owner(folder)
-        if owner != name:
-            holds = "no clip_rt model" if owner is None else f"the model {owner!r}"
-            raise InputError(
-                f"{str(folder)!r} holds {holds}, and {name!r} would be served as {served} too. "
-                "Choose another --name, or remove that folder."
-            )
 
 
 def publish(
@@ -179,14 +122,14 @@ def publish(
     if repository.exists() and not repository.is_dir():
         raise InputError(f"{repository} is no folder; name another --repository.")
     repository.mkdir(parents=True, exist_ok=True)
-    targets = _folders(repository, manifest.model)
+    targets = tower_folders(repository, manifest.model)
     towers: tuple[tuple[Tower, Path | Mapping[str, Path]], ...] = (("image", image), ("text", text))
     with alone(repository), staging_folder(repository) as staging:
         # Again, now that nobody else can take the folders.
         check_name(manifest.model, repository)
         _check_ensembles(repository, manifest)
         served = [served_version(target) for target in targets if target.exists()]
-        tokenizer = repository / tokenizer_model(manifest.model)
+        tokenizer = tokenizer_folder(repository, manifest.model)
         used = [each for target in (*targets, tokenizer) for each in list_versions(target)]
         version = 1 + max(used, default=0)
         for (tower, given), target in zip(towers, targets, strict=True):
@@ -240,7 +183,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
         InputError: there is no such model or version; lists those there are.
     """
     repository = Path(repository)
-    targets = _folders(repository, name)
+    targets = tower_folders(repository, name)
     check_known(repository, name)
     with alone(repository), staging_folder(repository) as staging:
         kept = set.intersection(*(_switchable(target) for target in targets))
@@ -255,7 +198,7 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
                 f"serves {now}."
             )
         _check_ensembles(repository, read_manifest(targets[0] / str(choice)))
-        tokenizer = repository / tokenizer_model(name)
+        tokenizer = tokenizer_folder(repository, name)
         followers = (tokenizer,) if choice in _switchable(tokenizer) else ()
         with ExitStack() as undo:
             _serve((*targets, *followers), choice, staging, undo)
@@ -278,7 +221,7 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
         InputError: there is no such model, or the backend or the runtime cannot run its file.
     """
     repository = Path(repository)
-    targets = _folders(repository, name)
+    targets = tower_folders(repository, name)
     check_known(repository, name)
     with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         serving = replace(read_serving(read_config(targets[0])), **settings)  # type: ignore[arg-type]
@@ -340,7 +283,7 @@ def add_ensembles(
             none.
     """
     repository = Path(repository)
-    targets = _folders(repository, name)
+    targets = tower_folders(repository, name)
     check_name(name, repository)
     check_known(repository, name)
     _check_tokenizer(read_manifest(targets[0]))
@@ -393,16 +336,8 @@ def _render_ensembles(target: Path, limits: Limits) -> dict[str, ModelConfig]:
     return render_ensembles(read_manifest(target), max_batch_size=size, limits=limits)
 
 
-def _folders(repository: Path, name: str) -> tuple[Path, Path]:
-    return repository / image_model(name), repository / text_model(name)
-
-
 def _switchable(folder: Path) -> set[int]:  # Versions that know how they are served.
     return {each for each in list_versions(folder) if (folder / str(each) / CONFIG).is_file()}
-
-
-def _owner(folder: Path) -> str | None:
-    return manifest.model if (manifest := find_manifest(folder)) else None
 
 
 def _serve(targets: Sequence[Path], version: int, staging: Path, undo: ExitStack) -> None:

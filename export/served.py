@@ -14,7 +14,8 @@ from google.protobuf import text_format
 from clip_rt.client import Client
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import DEFAULT_LIMITS, Limits
-from clip_rt.specs import image_model, slug, text_model, tokenizer_model
+from clip_rt.specs import slug
+from export.model_folders import tokenizer_folder, tower_folders
 from export.models import list_versions, served_version
 from export.version_folder import CONFIG
 
@@ -52,9 +53,9 @@ class Reference:
             return
         with tempfile.TemporaryDirectory(prefix="clip_rt-compare-") as folder:
             version = int(self.version or 0)
-            for source in _towers(self.repository, str(self.name)):
+            for source in tower_folders(self.repository, str(self.name)):
                 _link_version(source, version, Path(folder, source.name))
-            tokenizer = self.repository / tokenizer_model(str(self.name))
+            tokenizer = tokenizer_folder(self.repository, str(self.name))
             if (tokenizer / str(version)).is_dir():
                 _link_version(tokenizer, version, Path(folder, tokenizer.name))
             with Client(
@@ -81,13 +82,13 @@ def find_reference(text: str, repository: Path) -> Reference:
     if not repository.is_dir():
         raise InputError(f"there is no folder {repository}; name one with --repository.")
     names = [path.name.removesuffix("_image") for path in sorted(repository.glob("*_image"))]
-    known = [each for each in names if (repository / text_model(each)).is_dir()]
+    known = [each for each in names if tower_folders(repository, each)[1].is_dir()]
     if not name or slug(name) not in known:
         raise InputError(
             f"{repository} holds no model {name[:80]!r}; it holds {', '.join(known) or 'none'}. A "
             "running server's is named grpc://host:port/NAME."
         )
-    towers = _towers(repository, name)
+    towers = tower_folders(repository, name)
     try:
         served = {served_version(folder) for folder in towers}
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
@@ -105,10 +106,6 @@ def find_reference(text: str, repository: Path) -> Reference:
             f"{', '.join(map(str, sorted(kept))) or 'none'}."
         )
     return Reference(name=name, repository=repository, version=version)
-
-
-def _towers(repository: Path, name: str) -> tuple[Path, Path]:
-    return repository / image_model(name), repository / text_model(name)
 
 
 def _config_of(folder: Path, version: int) -> Path:

@@ -45,6 +45,7 @@ from export.engine import (
     text_profiles,
 )
 from export.engine_runner import EngineRunner
+from export.model_folders import check_name, check_writable
 from export.pipeline import (
     Towers,
     choose_islands,
@@ -56,7 +57,7 @@ from export.pipeline import (
     read_samples,
     run_gate,
 )
-from export.repository import check_name, check_writable, publish
+from export.repository import publish
 from export.samples import Samples
 from export.storage import external_files
 from export.store import Store, sha256_of

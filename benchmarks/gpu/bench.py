@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Turns, Way, inverse, scaled, take_turns
-from clip_rt.specs import MODELS, ModelSpec, TextSpec, ViTSpec, find_spec
+from clip_rt.specs import ModelSpec, TextSpec, ViTSpec, find_spec
 from export.pipeline import random_clip
 from training.model import CLIP, ResidualAttentionBlock
 
@@ -56,11 +56,9 @@ class Scale:
 
 def full_scale(memory_gib: float) -> Scale:
     """Return what is measured on a GPU of so much memory."""
-    image = next((name for name in MODELS if "siglip" in name.lower()), None)
-    names = ["ViT-L/14", "ViT-B/32", *([image] if image else [])]
     is_large = memory_gib > 60
     return Scale(
-        models=tuple(map(find_spec, names)),
+        models=tuple(map(find_spec, ("ViT-L/14", "ViT-B/32"))),
         batches=(128, 1, 32, 8, 256),
         gemm_side=8192,
         copy_mib=2048,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import clip_rt
+from clip_rt import served_tokenizer
 from clip_rt.deadline import Deadline
 from clip_rt.errors import ContractError, InputError, TextError, TextTooLongError
 from clip_rt.inputs import tokenizer_file
@@ -23,6 +25,7 @@ from clip_rt.requests.batches import plan_texts
 from clip_rt.requests.dynamic_batching import PendingBatch, Request
 from clip_rt.specs import MAX_TOKENIZER_BYTES, Resizing, Tokenization
 from clip_rt.testing import FakeServer
+from clip_rt.wire.transport import Transport
 
 GEMMA = external_models.sentencepiece_bpe().encode()
 BERT = external_models.word_piece().encode()
@@ -154,6 +157,38 @@ def test_a_server_that_does_not_hand_it_out_is_a_contract_error(tmp_path, monkey
             pytest.raises(ContractError, match="Put the folder siglip_tokenizer_file"),
         ):
             client.encode_texts(["a cat"])
+
+
+def test_who_waits_for_a_tokenizer_waits_no_longer_than_the_call_may_take(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=8)
+    with FakeServer(model="siglip") as server:
+        server.manifest = replace(server.manifest, tokenization=described)
+        with clip_rt.Client(server.url, timeout_s=5.0) as client, served_tokenizer._lock:
+            start_s = time.monotonic()
+            with pytest.raises(clip_rt.ServerTimeoutError, match="still loading a tokenizer"):
+                client.encode_texts(["a cat"], timeout_s=0.5)
+            assert time.monotonic() - start_s < 2.0
+
+
+def test_a_part_that_a_silent_server_keeps_comes_from_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=6)
+    asked = []
+
+    def read_chunk(transport, name, index, deadline):
+        asked.append(transport.url)
+        if len(asked) == 1:
+            raise clip_rt.ServerUnavailableError(f"{transport.url} is away", was_reached=True)
+        return GEMMA
+
+    monkeypatch.setattr(Transport, "read_chunk", read_chunk)
+    with FakeServer(model="siglip") as one, FakeServer(model="siglip") as other:
+        for server in (one, other):
+            server.manifest = replace(one.manifest, tokenization=described)
+        with clip_rt.Client([one.url, other.url], timeout_s=5.0) as client:
+            assert len(client.encode_texts(["a cat"])) == 1
+    assert len(set(asked)) == 2
 
 
 def test_a_kept_file_needs_no_server_and_no_hub(tmp_path, monkeypatch):

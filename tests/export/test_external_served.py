@@ -23,8 +23,8 @@ from export import bundle
 from export.models import served_version
 from export.onnx import OnnxConfig, export
 from export.repository import add_ensembles, publish, switch_version
+from export.served import Reference
 from export.triton_config import read_manifest
-from export.version_folder import PYTHON_TOKENIZER_FILE
 from training.encoders.find import load_encoder
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
@@ -237,9 +237,16 @@ def test_a_long_file_comes_whole(repository, tmp_path, monkeypatch):
     assert kept.read_bytes() == content
 
 
-def test_a_part_of_the_file_is_what_the_contract_says():
-    assert PYTHON_TOKENIZER_FILE.read_text().split("CHUNK_BYTES = ")[1].split("\n")[0] == "2**20"
-    assert TOKENIZER_CHUNK_BYTES == 2**20
+def test_a_version_in_a_repository_is_served_with_its_tokenizer(
+    repository, client, tmp_path, monkeypatch
+):
+    """As `export.compare` serves one, to a user who has never asked this model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(served_tokenizer, "_loaded", {})
+    reference = Reference(name="siglip", repository=repository, version=1)
+    with reference.connect() as other:
+        found = other.encode_texts(["a cat"])
+    np.testing.assert_allclose(found, client.encode_texts(["a cat"]), atol=1e-6)
 
 
 def _run(program):
