@@ -2,8 +2,8 @@
 
 Our own towers choose a precision for each layer in torch (`export.precision`); of graphs that are
 not ours only the operators are known. Those that sum or exponentiate stay FP32, as do the first
-steps, which normalise pixels of up to 255, and the last, which normalise the embedding. The parity
-gate decides whether that is enough: a residual stream beyond the range of FP16 fails it.
+steps, which normalise pixels of up to 255, and the last, which project and normalise the embedding.
+The parity gate decides whether that is enough: a residual stream beyond the range of FP16 fails it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         model: FP32, with its weights inside; it is changed.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     _name_nodes(model.graph)
     num_bytes = sum(len(each.raw_data) for each in model.graph.initializer)
@@ -47,6 +48,10 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             # It takes no message of 2 GiB, and torch's exporter has written every type.
             disable_shape_infer=num_bytes > MAX_MESSAGE_BYTES,
         )
+    _join_fp32(converted.graph)
+    _drop_stale_types(converted.graph)
+    # The converter puts its casts at the end, which the format forbids.
+    OnnxModel(converted).topological_sort()
     return converted
 
 
@@ -78,9 +83,60 @@ def _first_steps(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _last_steps(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yield what comes between the last product and the output."""
+    """Yield the last product, and what comes between it and the output."""
     wanted = {graph.output[0].name}
     for node in reversed(graph.node):
-        if wanted.intersection(node.output) and node.op_type not in PRODUCTS:
+        if wanted.intersection(node.output):
             yield node.name
-            wanted.update(node.input)
+            if node.op_type not in PRODUCTS:
+                wanted.update(node.input)
+
+
+def _join_fp32(graph: onnx.GraphProto) -> None:
+    """Let FP32 operators hand FP32 to each other, where the converter rounds to FP16 between them.
+
+    It would round the length of an embedding, by which all its numbers are divided.
+    """
+    halves = {node.output[0]: node.input[0] for node in _casts(graph, onnx.TensorProto.FLOAT16)}
+    wholes = {
+        node.output[0]: halves[node.input[0]]
+        for node in _casts(graph, onnx.TensorProto.FLOAT)
+        if node.input[0] in halves
+    }
+    outputs = {each.name for each in graph.output}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = wholes.get(name, name)
+        # The output keeps its name, and becomes a cast of FP32 to itself.
+        if node.op_type == "Cast" and node.output[0] in outputs & set(wholes):
+            node.input[0] = wholes[node.output[0]]
+    _drop_unused_casts(graph, outputs)
+
+
+def _casts(graph: onnx.GraphProto, to: int) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == to:
+            yield node
+
+
+def _drop_stale_types(graph: onnx.GraphProto) -> None:
+    """Keep what is said of the tensors that nodes make; of names of before it is wrong.
+
+    Without any, ONNX Runtime 1.32 crashes in its fusion of transposed products.
+    """
+    made = {name for node in graph.node for name in node.output}
+    kept = [each for each in graph.value_info if each.name in made]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _drop_unused_casts(graph: onnx.GraphProto, outputs: set[str]) -> None:
+    while True:
+        used = {name for node in graph.node for name in node.input} | outputs
+        unused = [
+            node for node in graph.node if node.op_type == "Cast" and used.isdisjoint(node.output)
+        ]
+        if not unused:
+            return
+        for node in unused:
+            graph.node.remove(node)

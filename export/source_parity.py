@@ -152,7 +152,8 @@ def _embed(encode: Any, array: NDArray[Any]) -> NDArray[np.float32]:
 def _compare(
     what: str, found: NDArray[np.float32], expected: NDArray[np.float32], tolerance: Tolerance
 ) -> float:
-    cosine = float((found.astype(np.float64) * expected).sum(axis=1).min())
+    cosines = (found.astype(np.float64) * expected).sum(axis=1)
+    cosine = float((cosines / np.linalg.norm(found, axis=1)).min())
     # A pixel off by a level moves an embedding too.
     if cosine < min(tolerance.min_cosine, MIN_COSINE_WITH_OTHER_PIXELS):
         raise ParityError(

@@ -165,6 +165,22 @@ def test_a_client_with_nothing_but_an_address_fetches_the_tokenizer_once(
     assert len(kept.read_bytes()) == client.manifest.tokenization.num_bytes
 
 
+@pytest.mark.parametrize("precision", ["fp16_weights", "int8"])
+def test_other_precisions_pass_the_gate_and_are_published(folder, tmp_path, precision):
+    report = export(
+        OnnxConfig(
+            model=f"open_clip:{folder}",
+            weights="random",
+            precision=precision,
+            repository=tmp_path / "models",
+            cache=tmp_path / "cache",
+        )
+    )
+    assert report.passed
+    manifest = read_manifest(tmp_path / "models" / f"{folder.name}_text")
+    assert (manifest.precision, manifest.resizing.mode) == (precision, "squash")
+
+
 def test_a_bundle_carries_the_tokenizer(repository, encoder, tmp_path):
     bundle.pack(repository, "siglip", tmp_path / "siglip.tar")
     found, _ = bundle.unpack(tmp_path / "siglip.tar", tmp_path / "models")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import external_models
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -86,6 +87,25 @@ def test_an_export_is_the_model_and_is_fed_as_its_library_feeds_it(encoder, tmp_
     sizes = [file.stat().st_size for file in (image, text)]
     weights = 4 * sum(each.numel() for each in encoder.parameters())
     assert sum(sizes) < 1.2 * weights + 300_000
+
+
+def test_fp16_of_another_librarys_graph_is_valid_and_normalises_in_fp32(encoder, tmp_path):
+    files = {}
+    for graph in make_graphs(encoder):
+        files[graph.tower] = tmp_path / f"{graph.tower}.onnx"
+        onnx_writer.write_onnx(graph, encoder.facts, files[graph.tower], fp16=True)
+        # Sorted, and of types that agree: what TensorRT demands too.
+        onnx.checker.check_model(str(files[graph.tower]), full_check=True)
+    report = parity.check_files(encoder, **files, precision="fp16")
+    assert max(case.norm_error for case in report.cases) < 1e-6
+    encode_images, encode_texts = parity.load_files(**files)
+    found = source_parity.check_source(
+        encoder,
+        encode_images=encode_images,
+        encode_texts=encode_texts,
+        tolerance=TOLERANCES["fp16"],
+    )
+    assert min(found.min_image_cosine, found.min_text_cosine) > 0.9999
 
 
 def torch_encoders(encoder):
