@@ -82,6 +82,14 @@ def write_onnx(
     _save(model, path)
 
 
+def write_fp16(source: Path, path: Path) -> None:
+    """Write a file of `write_onnx` again with the arithmetic in FP16 where that is safe.
+
+    The same file as `write_onnx(..., fp16=True)` writes, without tracing the tower again.
+    """
+    _save(half.to_fp16(onnx.load(source)), path)
+
+
 @contextlib.contextmanager
 def _only_errors(logger: str) -> Iterator[None]:
     """Keep what a library says of its own doings from whoever exports."""

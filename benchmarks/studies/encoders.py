@@ -6,14 +6,17 @@
 
 Weights are random, with norms and biases moved away from where they begin, so that none can be left
 out. Each configuration is exported in a process of its own and passes through the gate of every
-export, both towers, batches of 1, 3 and more. What is done is written at once and not done again. A
-configuration whose text tower or tokenizer lies on the hub gets a small tokenizer, and is left out
-where the tower itself must be fetched.
+export, both towers, batches of 1, 3 and more, small ones first. What is done is written at once and
+not done again; what failed is tried again. No network is needed: a configuration whose tokenizer
+lies on the hub gets a small one, and one whose text tower is described there finds the description
+in a local folder in the hub's layout.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +33,7 @@ from tyro.conf import UseAppendAction
 from benchmarks.record import describe_result, write
 from benchmarks.studies.common import ROOT, console, show
 from clip_rt.errors import ParityError
+from clip_rt.specs import Tower
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import onnx_writer, parity
@@ -40,6 +44,7 @@ from training.encoders.encoder import ExternalEncoder, measure_any_length
 from training.encoders.libraries import import_open_clip
 from training.encoders.of_open_clip import load_open_clip
 
+TOWERS: tuple[Tower, ...] = ("image", "text")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 COMMAND = ("python", "-m", "benchmarks.studies.encoders")
 LIMIT_S = 1800.0
@@ -58,7 +63,7 @@ class EncodersConfig:
     out: Path = ROOT / "benchmarks/results/encoders.json"
     """What is done already is read from here and kept."""
     one: str | None = None
-    """Export this one here, and print what came of it as JSON."""
+    """Export this one here, and print what came of it as lines of JSON, the last the fullest."""
 
 
 @torch.no_grad()
@@ -70,12 +75,12 @@ def disturb(encoder: ExternalEncoder) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Export one configuration in both precisions, and return what the gate says of each."""
+def measure(name: str) -> None:
+    """Export one configuration in both precisions, and print what the gate says of each."""
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "tokenizer.json").write_text(_small_tokenizer(), "utf-8")
+        (place / "tokenizer.json").write_text(_small_tokenizer(name), "utf-8")
         encoder = load_open_clip(name, tokenizer=place / "tokenizer.json")
         disturb(encoder)
         if not measure_any_length(encoder, PROMPTS):
@@ -91,47 +96,88 @@ def measure(name: str) -> dict[str, Any]:
             "score": facts.score,
             "parameters": sum(each.numel() for each in encoder.parameters()),
         }
+        files = dict[Precision, dict[str, Path]]()
         for precision in PRECISIONS:
-            found[precision] = _gate(encoder, place / precision, precision)
-    return found | {"seconds": round(time.monotonic() - start_s, 1)}
+            files[precision] = {each: place / f"{precision}_{each}.onnx" for each in TOWERS}
+        for graph in make_graphs(encoder):
+            onnx_writer.write_onnx(graph, facts, files["fp32"][graph.tower])
+        for precision in PRECISIONS:
+            if precision == "fp16":
+                for tower in TOWERS:
+                    onnx_writer.write_fp16(files["fp32"][tower], files["fp16"][tower])
+            found[precision] = _gate(encoder, files[precision], precision)
+            found["seconds"] = round(time.monotonic() - start_s, 1)
+            # Printed now: a runtime that ends this process takes the next precision only.
+            print(json.dumps(found), flush=True)  # noqa: T201
 
 
-def _gate(encoder: ExternalEncoder, folder: Path, precision: Precision) -> dict[str, Any]:
-    folder.mkdir()
-    files: dict[str, Path] = {}
-    for graph in make_graphs(encoder):
-        files[graph.tower] = folder / f"{graph.tower}.onnx"
-        onnx_writer.write_onnx(graph, encoder.facts, files[graph.tower], fp16=precision == "fp16")
+def write_hub(folder: Path) -> None:
+    """Write the text towers that open_clip names on the hub, in the layout of the hub's cache.
+
+    Sizes as their authors publish them; weights and tokenizers are not there.
+    """
+    from transformers import M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
+
+    roberta = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    towers = {
+        "roberta-base": RobertaConfig(vocab_size=50265, **roberta),
+        "xlm-roberta-base": XLMRobertaConfig(vocab_size=250002, **roberta),
+        "xlm-roberta-large": XLMRobertaConfig(
+            vocab_size=250002, intermediate_size=4096, **roberta, **large
+        ),
+        "google/mt5-base": MT5Config(
+            vocab_size=250112, d_model=768, d_ff=2048, num_layers=12, num_heads=12
+        ),
+        "google/mt5-xl": MT5Config(
+            vocab_size=250112, d_model=2048, d_ff=5120, num_layers=24, num_heads=32
+        ),
+        "facebook/nllb-200-distilled-600M": M2M100Config(vocab_size=256206),
+        "facebook/nllb-200-distilled-1.3B": M2M100Config(
+            vocab_size=256206, encoder_layers=24, encoder_ffn_dim=8192, decoder_layers=24
+        ),
+    }
+    for name, tower in towers.items():
+        place = folder / f"models--{name.replace('/', '--')}"
+        tower.save_pretrained(place / "snapshots" / "local")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("local", "utf-8")
+
+
+def _gate(encoder: ExternalEncoder, files: dict[str, Path], precision: Precision) -> dict[str, Any]:
     try:
         report: Any = parity.check_files(
             encoder, image=files["image"], text=files["text"], precision=precision
         ).to_json()
     except ParityError as error:
         report = error.report
-    finally:
-        for file in folder.iterdir():
-            file.unlink()
     cosines = {
         tower: min(case["min_cosine"] for case in report["cases"] if case["tower"] == tower)
-        for tower in files
+        for tower in TOWERS
     }
     return {"passed": report["passed"], **cosines}
 
 
-def _small_tokenizer() -> str:
-    """Return the tokenizer.json of a few words: a tower is asked for vectors, not for sense."""
+def _small_tokenizer(name: str) -> str:
+    """Return the tokenizer.json of a few words: a tower is asked for vectors, not for sense.
+
+    Its padding is where the text tower expects it, which masks it or not by its id.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    where = import_open_clip().get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "")
+    special = ["<pad>", "</s>", "<s>", "<unk>"]
+    if any(family in where for family in ("roberta", "xlm", "nllb")):
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.train_from_iterator(
         PROMPTS, trainers.BpeTrainer(special_tokens=special, show_progress=False)
     )
     made.post_processor = processors.TemplateProcessing(
-        single="$A <eos>", special_tokens=[("<eos>", 1)]
+        single="$A </s>", special_tokens=[("</s>", special.index("</s>"))]
     )
-    made.enable_padding(pad_id=0, pad_token="<pad>")
+    made.enable_padding(pad_id=special.index("<pad>"), pad_token="<pad>")
     return str(made.to_str())
 
 
@@ -140,14 +186,29 @@ def _measure_apart(name: str) -> dict[str, Any]:
     arguments = [sys.executable, "-m", "benchmarks.studies.encoders", "--one", name]
     try:
         done = subprocess.run(
-            arguments, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            arguments,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {LIMIT_S:g} s"}
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout if isinstance(error.stdout, str) else (error.stdout or b"").decode()
+        return _last(text) | {"failed": f"not done within {LIMIT_S:g} s"}
     if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    last = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"failed": last[-1][:300] if last else f"exit code {done.returncode}"}
+        return _last(done.stdout)
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode < 0:
+        why = f"ended by {signal.Signals(-done.returncode).name}"
+    else:
+        why = errors[-1][:300] if errors else f"exit code {done.returncode}"
+    return _last(done.stdout) | {"failed": why}
+
+
+def _last(printed: str) -> dict[str, Any]:
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1])) if lines else {}
 
 
 def _count_parameters(name: str) -> float:
@@ -155,7 +216,9 @@ def _count_parameters(name: str) -> float:
     open_clip = import_open_clip()
     try:
         with torch.device("meta"):
-            model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            model = open_clip.create_model(
+                name, device="meta", load_weights=False, pretrained_text=False
+            )
         return float(sum(each.numel() for each in model.parameters()))
     # What cannot be made says why when it is measured.
     except Exception:
@@ -165,19 +228,24 @@ def _count_parameters(name: str) -> float:
 def main(config: EncodersConfig) -> None:
     """Do what `config` says."""
     if config.one is not None:
-        print(json.dumps(measure(config.one)))  # noqa: T201
+        measure(config.one)
         return
     done: dict[str, Any] = {}
     if config.out.is_file():
         done = json.loads(config.out.read_text("utf-8"))["models"]
-    names = config.model or tuple(import_open_clip().list_models())
-    left = [name for name in names if name not in done]
-    for name in track(left, "open_clip's configurations", console=console):
-        if (size := _count_parameters(name)) > config.max_parameters:
-            done[name] = {"left_out": f"{size / 1e9:.1f} billion parameters"}
-        else:
-            done[name] = _measure_apart(name)
-        write(config.out, describe_result(COMMAND, PACKAGES) | {"models": done})
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the hub's library is imported, which counting does.
+        os.environ |= {"HF_HUB_CACHE": folder, "HF_HUB_OFFLINE": "1"}
+        write_hub(Path(folder))
+        names = config.model or tuple(import_open_clip().list_models())
+        left = [name for name in names if name not in done or "failed" in done[name]]
+        sizes = {name: _count_parameters(name) for name in left}
+        for name in track(sorted(left, key=sizes.__getitem__), "exporting", console=console):
+            if (size := sizes[name]) > config.max_parameters:
+                done[name] = {"left_out": f"{size / 1e9:.1f} billion parameters"}
+            else:
+                done[name] = _measure_apart(name)
+            write(config.out, describe_result(COMMAND, PACKAGES) | {"models": done})
     show(
         ("model", "side", "tokens", "FP32", "FP16", "s"),
         [_row(name, found) for name, found in done.items()],
@@ -185,14 +253,14 @@ def main(config: EncodersConfig) -> None:
 
 
 def _row(name: str, found: dict[str, Any]) -> tuple[object, ...]:
-    if "side_px" not in found:
-        return name, "", "", found.get("failed") or found.get("left_out"), "", ""
-    worst = [
-        f"{min(found[each]['image'], found[each]['text']):.7f}"
-        + ("" if found[each]["passed"] else " refused")
-        for each in PRECISIONS
-    ]
-    return name, found["side_px"], found["context_length"], *worst, found["seconds"]
+    why = found.get("failed") or found.get("left_out", "")
+    shown = [_worst(found[each]) if each in found else why for each in PRECISIONS]
+    return name, found.get("side_px"), found.get("context_length"), *shown, found.get("seconds")
+
+
+def _worst(gate: dict[str, Any]) -> str:
+    text = f"{min(gate['image'], gate['text']):.7f}"
+    return text if gate["passed"] else f"{text} refused"
 
 
 if __name__ == "__main__":
