@@ -41,7 +41,7 @@ from export.graphs import make_graphs
 from export.parity_report import Precision
 from export.probes import PROMPTS
 from training.encoders.encoder import ExternalEncoder, measure_any_length
-from training.encoders.libraries import import_open_clip
+from training.encoders.libraries import import_open_clip, import_transformers
 from training.encoders.of_open_clip import load_open_clip
 
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -116,24 +116,23 @@ def write_hub(folder: Path) -> None:
 
     Sizes as their authors publish them; weights and tokenizers are not there.
     """
-    from transformers import M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
-
+    library = import_transformers()
     roberta = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
     towers = {
-        "roberta-base": RobertaConfig(vocab_size=50265, **roberta),
-        "xlm-roberta-base": XLMRobertaConfig(vocab_size=250002, **roberta),
-        "xlm-roberta-large": XLMRobertaConfig(
+        "roberta-base": library.RobertaConfig(vocab_size=50265, **roberta),
+        "xlm-roberta-base": library.XLMRobertaConfig(vocab_size=250002, **roberta),
+        "xlm-roberta-large": library.XLMRobertaConfig(
             vocab_size=250002, intermediate_size=4096, **roberta, **large
         ),
-        "google/mt5-base": MT5Config(
+        "google/mt5-base": library.MT5Config(
             vocab_size=250112, d_model=768, d_ff=2048, num_layers=12, num_heads=12
         ),
-        "google/mt5-xl": MT5Config(
+        "google/mt5-xl": library.MT5Config(
             vocab_size=250112, d_model=2048, d_ff=5120, num_layers=24, num_heads=32
         ),
-        "facebook/nllb-200-distilled-600M": M2M100Config(vocab_size=256206),
-        "facebook/nllb-200-distilled-1.3B": M2M100Config(
+        "facebook/nllb-200-distilled-600M": library.M2M100Config(vocab_size=256206),
+        "facebook/nllb-200-distilled-1.3B": library.M2M100Config(
             vocab_size=256206, encoder_layers=24, encoder_ffn_dim=8192, decoder_layers=24
         ),
     }
@@ -151,7 +150,7 @@ def _gate(encoder: ExternalEncoder, files: dict[str, Path], precision: Precision
         ).to_json()
     except ParityError as error:
         report = error.report
-    cosines = {
+    cosines: dict[str, float] = {
         tower: min(case["min_cosine"] for case in report["cases"] if case["tower"] == tower)
         for tower in TOWERS
     }
