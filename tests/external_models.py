@@ -41,6 +41,30 @@ def sentencepiece_bpe() -> str:
     return str(made.to_str())
 
 
+def sentencepiece_unigram(folder: Path) -> Path:
+    """Write a model of sentencepiece like SigLIP's: pieces with scores, of lower-case text."""
+    import sentencepiece
+
+    from export.source_parity import TEXTS
+
+    lines = [each.lower() for each in (WORDS, *TEXTS[:20])]
+    (folder / "corpus.txt").write_text("\n".join(lines * 4), "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=220,
+        pad_id=-1,
+        bos_id=-1,
+        eos_id=1,
+        unk_id=2,
+        add_dummy_prefix=False,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "spiece.model"
+
+
 @cache
 def word_piece() -> str:
     """Return a tokenizer.json like BERT's: words of pieces between [CLS] and [SEP]."""

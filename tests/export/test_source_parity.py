@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from clip_rt.errors import CheckpointError, InputError, ParityError, UnknownModelError
+from clip_rt.requests.batches import plan_texts
 from clip_rt.specs import Resizing
 from export import onnx_writer, parity, source_parity
 from export.graphs import make_graphs
 from export.parity_report import TOLERANCES
 from export.probes import PROMPTS
-from training.encoders.encoder import measure_any_length
+from training.encoders.encoder import encode_usable, measure_any_length
 from training.encoders.find import load_encoder, name_model
 from training.weights import hub
 
@@ -243,9 +244,14 @@ def test_weights_that_may_be_fed_in_two_ways_are_refused(tmp_path):
         load_encoder("open_clip:ViT-L-14", weights=str(tmp_path / "weights.pt"))
 
 
-def test_embeddings_of_two_lengths_are_bit_for_bit_of_one(encoder):
-    """A batch of mixed lengths has the ids of its texts alone."""
-    texts = ["a cat", "a photo of two people and the old bridge over", "red"]
-    together = encoder.source.tokens(texts)
+def test_a_batch_of_mixed_lengths_has_the_ids_of_single_texts(encoder):
+    facts, texts = encoder.facts, ["a cat", "a photo of two people and the old bridge over", "red"]
+    plan = plan_texts(
+        list(encode_usable(encoder, texts).values()),
+        max_rows=8,
+        buckets=(facts.context_length,),
+        pad_id=facts.tokenization.pad_id,
+    )
+    (batch,) = plan.batches
     alone = np.concatenate([encoder.source.tokens([text]) for text in texts])
-    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_array_equal(batch[plan.row_by_text], alone)

@@ -25,11 +25,13 @@ pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
 LENGTH = external_models.CONTEXT_LENGTH
 TOWER = {"hidden_size": 32, "intermediate_size": 64}
 TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**TOWER, "image_size": 32, "patch_size": 16}
+# So large that an image processor on torchvision differs by more than a level.
+SIDE_PX = 224
+VISION = {**TOWER, "image_size": SIDE_PX, "patch_size": 112}
 GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-SQUASH = {"size": {"height": 32, "width": 32}}
-CROP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+SQUASH = {"size": {"height": SIDE_PX, "width": SIDE_PX}}
+CROP = {"size": {"shortest_edge": SIDE_PX}, "crop_size": SQUASH["size"]}
 
 
 def tokenizer(content):
@@ -150,25 +152,10 @@ def test_an_export_is_the_model_and_is_fed_as_its_processor_feeds_it(family, tmp
 
 def test_siglips_own_tokenizer_becomes_a_tokenizer_json(tmp_path):
     """Its files are sentencepiece's, and transformers cleans texts and runs it in Python."""
-    import sentencepiece
     from transformers import SiglipTokenizer
 
-    lines = [each.lower() for each in (external_models.WORDS, *source_parity.TEXTS[:20])]
-    (tmp_path / "corpus.txt").write_text("\n".join(lines * 4), "utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
-        model_prefix=str(tmp_path / "spiece"),
-        vocab_size=220,
-        pad_id=-1,
-        bos_id=-1,
-        eos_id=1,
-        unk_id=2,
-        add_dummy_prefix=False,
-        character_coverage=0.98,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    theirs = SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=LENGTH)
+    model = external_models.sentencepiece_unigram(tmp_path)
+    theirs = SiglipTokenizer(str(model), model_max_length=LENGTH)
     content, cleaning = read_tokenizer_file(theirs)
     pad_id = theirs.pad_token_id
     described = tokenizer_file.describe(

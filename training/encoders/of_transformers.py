@@ -75,8 +75,14 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
                 use_safetensors=True,
             )
         model = model.float().requires_grad_(False).eval()
-        images = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Its processors on torchvision round the weights of a resize to 16 bits, and differ from
+        # its own on Pillow by up to 3 of 255 levels.
+        images = transformers.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     content, cleaning = read_tokenizer_file(tokenizer)
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
