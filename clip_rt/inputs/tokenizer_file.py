@@ -20,7 +20,8 @@ from clip_rt.inputs.tokenizer import (
     make_empty_error,
     make_length_error,
 )
-from clip_rt.specs import MAX_TOKENIZER_BYTES, Cleaning, Tokenization
+from clip_rt.inputs.tokenizer_limits import check_content, check_tokenizer
+from clip_rt.specs import Cleaning, Tokenization
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +85,8 @@ class FileTokenizer:
             raise make_empty_error(text, index)
         try:
             encoding = self._tokenizer.encode(cleaned)
-        except Exception as error:
+        except BaseException as error:
+            _raise_unless_of_rust(error)
             name = "text" if index is None else f"text {index}"
             raise TextError(
                 f"{name} cannot be split into tokens by the model's tokenizer: {error!s:.200}. "
@@ -129,29 +131,24 @@ def parse(content: bytes) -> Tokenizer:
     """Read a tokenizer.json, whoever wrote it.
 
     Raises:
-        ContractError: it is too large, or not one that the installed `tokenizers` can read.
+        ContractError: it is not one that the installed `tokenizers` can read, or is beyond the
+            limits of `tokenizer_limits`.
     """
     from tokenizers import Tokenizer
 
-    if len(content) > MAX_TOKENIZER_BYTES:
-        raise ContractError(
-            f"the tokenizer.json has {len(content):,} bytes; at most {MAX_TOKENIZER_BYTES:,} are "
-            "read. Export the model with a smaller one.",
-            expected=MAX_TOKENIZER_BYTES,
-            found=len(content),
-        )
+    check_content(content)
     try:
-        return Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer(content)
     except BaseException as error:
-        # A panic of Rust comes as a BaseException of its own.
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
-            raise
+        _raise_unless_of_rust(error)
         raise ContractError(
             f"the tokenizer.json cannot be read by tokenizers {_version()}: {error!s:.200}. Is it "
             "whole? Install a newer tokenizers, or export the model again.",
             expected="a tokenizer.json",
             found=content[:40],
         ) from error
+    check_tokenizer(tokenizer)
+    return tokenizer
 
 
 def describe(
@@ -186,6 +183,15 @@ def compact(content: str) -> bytes:
         return json.dumps(json.loads(content), ensure_ascii=False, separators=(",", ":")).encode()
     except ValueError as error:
         raise InputError(f"the tokenizer.json is not JSON: {error}.") from error
+
+
+def _raise_unless_of_rust(error: BaseException) -> None:
+    """Raise again what has nothing to do with the tokenizer.
+
+    A panic of Rust, as where a regular expression gives up, is a BaseException of its own.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+        raise error
 
 
 def _version() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from dataclasses import replace
 
 import external_models
@@ -174,10 +176,70 @@ def test_a_folder_of_another_family_is_refused(tmp_path):
         load_encoder(f"hf:{tmp_path}", weights="openai")
 
 
-def test_code_in_a_folder_is_never_run(tmp_path):
-    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
-    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", "utf-8")
-    with pytest.raises(CheckpointError, match="transformers cannot read"):
-        load_encoder(f"hf:{tmp_path}", weights="openai")
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    config, content, images = configurations()["siglip"]
+    return external_models.write_transformers(
+        tmp_path_factory.mktemp("siglip"), config, tokenizer(content), images
+    )
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")
+
+
+def test_weights_of_another_family_are_refused(siglip_folder, tmp_path):
+    """transformers would leave random what is not there."""
+    config, content, images = configurations()["chinese_clip"]
+    other = external_models.write_transformers(
+        tmp_path / "other", config, tokenizer(content), images
+    )
+    shutil.copy(other / "model.safetensors", shutil.copytree(siglip_folder, tmp_path / "mixed"))
+    with pytest.raises(CheckpointError, match=r"another model than its config\.json says"):
+        load_encoder(f"hf:{tmp_path / 'mixed'}", weights="openai")
+
+
+def test_weights_of_another_size_are_refused(siglip_folder, tmp_path):
+    folder = tmp_path / "larger"
+    shutil.copytree(siglip_folder, folder)
+    said = json.loads((folder / "config.json").read_text("utf-8"))
+    edit(folder / "config.json", text_config=said["text_config"] | {"vocab_size": 500})
+    with pytest.raises(
+        CheckpointError, match="1 weights are not in its files, or of another shape"
+    ):
+        load_encoder(f"hf:{folder}", weights="openai")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}),
+        ("config.json", {"auto_map": {"AutoModel": "mine.Mine", "AutoConfig": "mine.Mine"}}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}},
+        ),
+        (
+            "processor_config.json",
+            {"processor_class": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}},
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}},
+        ),
+    ],
+    ids=["family", "model", "tokenizer", "processor", "images"],
+)
+def test_code_in_a_folder_is_never_run(siglip_folder, tmp_path, monkeypatch, file, changes):
+    """Nor is anybody asked whether to."""
+    folder = tmp_path / "mine"
+    shutil.copytree(siglip_folder, folder)
+    if not (folder / file).exists():
+        (folder / file).write_text("{}", "utf-8")
+    edit(folder / file, **changes)
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", "utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    # Where transformers has a class of its own for it, it is taken.
+    with contextlib.suppress(CheckpointError):
+        load_encoder(f"hf:{folder}", weights="openai")
     assert not (tmp_path / "ran").exists()

@@ -67,13 +67,23 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
             make = getattr(model_class, "from_config", None) or model_class._from_config
             model = make(config)
         else:
-            model = model_class.from_pretrained(
+            model, loaded = model_class.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
+            # It would go on with random ones.
+            others = {*loaded["missing_keys"], *(each[0] for each in loaded["mismatched_keys"])}
+            if others:
+                raise CheckpointError(
+                    f"{len(others)} weights are not in its files, or of another shape, among them "
+                    f"{', '.join(sorted(others)[:3])}: they are of another model than its "
+                    "config.json says. Download it again."
+                )
         model = model.float().requires_grad_(False).eval()
         # Its processors on torchvision round the weights of a resize to 16 bits, and differ from
         # its own on Pillow by up to 3 of 255 levels.
