@@ -13,6 +13,7 @@ import hashlib
 import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clip_rt import fork, telemetry
@@ -28,6 +29,9 @@ FOLDER = "tokenizers"
 """Below the user's cache of clip_rt."""
 MAX_LOADED = 8
 """Tokenizers kept in memory; one of 256,000 tokens takes about 100 MB."""
+
+PARALLEL_CHUNKS = 4
+"""Parts that are asked for at a time: of a distant server one after another is mostly waiting."""
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Tokenization, int], FileTokenizer] = {}
@@ -88,9 +92,13 @@ def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> byte
     num_chunks = -(-tokenization.num_bytes // TOKENIZER_CHUNK_BYTES)
     # What came before a deadline need not come again.
     chunks = _chunks.setdefault(tokenization.sha256, [])
+
+    def read(index: int) -> bytes:
+        return model.connection.read_chunk(model, name, index, deadline)
+
+    threads = ThreadPoolExecutor(PARALLEL_CHUNKS, thread_name_prefix="clip_rt_tokenizer")
     try:
-        while len(chunks) < num_chunks:
-            chunks.append(model.connection.read_chunk(model, name, len(chunks), deadline))
+        chunks.extend(threads.map(read, range(len(chunks), num_chunks)))
     except InferenceError as error:
         raise ContractError(
             f"{model.connection.urls} serves {model.manifest.model!r} and not the tokenizer its "
@@ -99,6 +107,9 @@ def _fetch(model: Model, tokenization: Tokenization, deadline: Deadline) -> byte
             expected=name,
             found=None,
         ) from error
+    finally:
+        # Those under way end by the deadline; Ctrl-C does not wait for them.
+        threads.shutdown(wait=False, cancel_futures=True)
     content = b"".join(_chunks.pop(tokenization.sha256))
     if hashlib.sha256(content).hexdigest() != tokenization.sha256:
         model.connection.verify_with_retries(model, deadline)

@@ -59,9 +59,11 @@ def check_content(content: bytes) -> None:
     num_added = content.count(b'"single_word"')
     if num_added > MAX_ADDED_TOKENS:
         raise _refuse("added tokens", num_added, MAX_ADDED_TOKENS)
-    for match in _CHARSMAP.finditer(content):
-        _read_charsmap(match[1])
-    if escaped := _ESCAPED_LETTER.search(content):
+    # Looked for as bytes first, which takes a tenth of the time in a file that has none.
+    if b"precompiled_charsmap" in content:
+        for match in _CHARSMAP.finditer(content):
+            _read_charsmap(match[1])
+    if b"\\u00" in content and (escaped := _ESCAPED_LETTER.search(content)):
         raise ContractError(
             f"the tokenizer.json hides a letter of ASCII as {escaped[0].decode()}, which none that "
             "is exported does. Export the model again.",

@@ -191,6 +191,33 @@ def test_a_part_that_a_silent_server_keeps_comes_from_another(tmp_path, monkeypa
     assert len(set(asked)) == 2
 
 
+def test_parts_that_came_before_an_error_do_not_come_again(tmp_path, monkeypatch):
+    """Several are asked for at a time, and put together in order."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(served_tokenizer, "TOKENIZER_CHUNK_BYTES", 100)
+    described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=5)
+    num_chunks = -(-len(GEMMA) // 100)
+    asked = []
+
+    def read_chunk(transport, name, index, deadline):
+        asked.append(index)
+        if asked.count(index) == 1 and index == num_chunks // 2:
+            raise clip_rt.InferenceError("the disk is away", index=None)
+        time.sleep(0.02 if index % 2 else 0.0)
+        return GEMMA[100 * index : 100 * (index + 1)]
+
+    monkeypatch.setattr(Transport, "read_chunk", read_chunk)
+    with FakeServer(model="siglip") as server:
+        server.manifest = replace(server.manifest, tokenization=described)
+        with clip_rt.Client(server.url, timeout_s=5.0) as client:
+            with pytest.raises(ContractError, match="the disk is away"):
+                client.encode_texts(["a cat"])
+            begun = len(asked)
+            assert len(client.encode_texts(["a cat"])) == 1
+    assert min(asked[begun:]) == num_chunks // 2
+    assert set(asked) == set(range(num_chunks))
+
+
 def test_a_kept_file_needs_no_server_and_no_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     described = tokenizer_file.describe(GEMMA, vocab_size=400, cleaning="none", pad_id=9)
