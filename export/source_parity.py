@@ -8,6 +8,7 @@ be the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,12 +100,10 @@ def check_source(
         ParityError: they differ; says in what.
     """
     facts = encoder.facts
-    images = [_draw(width, height) for width, height in SIZES_PX]
+    images = [draw(width, height) for width, height in SIZES_PX]
     ours = preprocess(images, side_px=facts.side_px, resizing=facts.resizing)
     theirs = encoder.source.pixels(images)
-    mean, std = (np.array(each, np.float32)[:, None, None] for each in (facts.mean, facts.std))
-    as_levels = 255 * (theirs * std + mean)
-    differences = np.abs(as_levels - ours.transpose(0, 3, 1, 2)).max(axis=(1, 2, 3))
+    differences = _in_levels(encoder, ours, theirs)
     worst = int(differences.argmax())
     if differences[worst] > MAX_LEVELS + LEVEL_ROUNDING:
         raise ParityError(
@@ -124,6 +123,24 @@ def check_source(
             "texts", encode_texts(ids), _embed(encoder.encode_text, ids.astype(np.int64)), tolerance
         ),
     )
+
+
+def pixel_differences(
+    encoder: ExternalEncoder, images: Sequence[Image.Image]
+) -> NDArray[np.float32]:
+    """Return how many of 255 levels a pixel of each image differs at most from the library's."""
+    facts = encoder.facts
+    ours = preprocess(images, side_px=facts.side_px, resizing=facts.resizing)
+    return _in_levels(encoder, ours, encoder.source.pixels(images))
+
+
+def _in_levels(
+    encoder: ExternalEncoder, ours: NDArray[np.uint8], theirs: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    facts = encoder.facts
+    mean, std = (np.array(each, np.float32)[:, None, None] for each in (facts.mean, facts.std))
+    as_levels = 255 * (theirs * std + mean)
+    return np.abs(as_levels - ours.transpose(0, 3, 1, 2)).max(axis=(1, 2, 3))
 
 
 def _check_ids(encoder: ExternalEncoder) -> NDArray[np.int32]:
@@ -168,7 +185,7 @@ MIN_COSINE_WITH_OTHER_PIXELS = 0.9999
 """For FP32, whose tolerance is of equal pixels."""
 
 
-def _draw(width: int, height: int) -> Image.Image:
+def draw(width: int, height: int) -> Image.Image:
     """Draw a smooth picture with noise on it, the same at every call."""
     rng = np.random.default_rng(width * 10_000 + height)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((width, height))
