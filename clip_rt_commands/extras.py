@@ -34,6 +34,7 @@ EXTRAS = {
     "benchmarks.gpu": "export",
     "benchmarks.report": "bench",
     "benchmarks.run": "server,export,int8,bench",
+    "benchmarks.studies.families": "server,export,open-clip,transformers,bench",
     "benchmarks.studies.text_length": "export,bench,peers",
     "benchmarks.studies.training_step": "train,bench,peers",
     "export": "export",
@@ -46,7 +47,7 @@ EXTRAS = {
 SLOW_MODULES = frozenset(
     "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib nncf onnx onnx_ir onnxruntime "
     "onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py safetensors scipy "
-    "rich skimage sklearn tensorboard tensorrt tensorrt_rtx timm tomli torch torchvision tqdm "
+    "rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm tomli torch torchvision tqdm "
     "transformers webdataset".split()
 )
 """What no text of `--help` depends on: everything but the client's own."""
