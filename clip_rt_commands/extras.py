@@ -47,8 +47,8 @@ EXTRAS = {
 SLOW_MODULES = frozenset(
     "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib nncf onnx onnx_ir onnxruntime "
     "onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py safetensors scipy "
-    "rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm tomli torch torchvision tqdm "
-    "transformers webdataset".split()
+    "rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm tomli torch "
+    "torchvision tqdm transformers webdataset".split()
 )
 """What no text of `--help` depends on: everything but the client's own."""
 

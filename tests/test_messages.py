@@ -63,6 +63,7 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("export.int8", "--calibration"): ("export.onnx",),
     ("export.precision", "--fp32-island"): ("export.onnx", "export.trt"),
     ("export.storage", "--precision"): ("export.onnx",),
+    ("export.trial_load", "--precision"): ("export.onnx",),
     # Who takes a name; the others look a model up.
     ("export.model_folders", "--name"): ("export.onnx", "export.trt", "export.repository"),
     # What joins engines to a version.
