@@ -37,6 +37,7 @@ FOREIGN = {
     "torchrun": {"--nproc-per-node"},
     "PYTHON_CONFIGURE_OPTS": {"--enable-shared"},
     "np.stack(": {"axis="},
+    "onnxruntime.InferenceSession(": {"providers="},
     "Decode its source with": {"errors="},
     ", map_location='cpu'": {"map_location="},
     "PYTHON_CONFIGURE_OPTS=": {"PYTHON_CONFIGURE_OPTS="},

@@ -61,7 +61,7 @@ def word_piece(vocab_size: int = 4000) -> str:
     return str(made.to_str())
 
 
-def unigram(vocab_size: int = 3000) -> str:
+def unigram(vocab_size: int = 12000) -> str:
     """Return a tokenizer.json like XLM-V's and mT5's: pieces with scores, by Viterbi."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
