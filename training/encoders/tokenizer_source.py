@@ -50,14 +50,30 @@ def find_tokenizer_file(place: Path) -> Path:
 
 def _convert_siglip(tokenizer: Any) -> Any:
     """Build in Rust what transformers runs in Python: SigLIP's sentencepiece model."""
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from tokenizers.models import Unigram
 
     model = tokenizer.sp_model
     pieces = [(model.IdToPiece(each), model.GetScore(each)) for each in range(len(model))]
     made = Tokenizer(Unigram(pieces, unk_id=model.unk_id(), byte_fallback=False))
     rules = model.serialized_model_proto()
-    made.normalizer = normalizers.Sequence([normalizers.Precompiled(_charsmap(rules))])
+    # Rust looks its rules up for letters of less than 6 bytes, marks included, and for single
+    # characters; sentencepiece for the longest that there is, and leaves no two spaces in a row.
+    made.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Precompiled(_charsmap(rules)),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
     made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     made.decoder = decoders.Metaspace()
     end = tokenizer.eos_token
