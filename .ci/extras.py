@@ -132,7 +132,8 @@ from training.checkpoint import save_checkpoint
 from training.model import CLIP
 torch.manual_seed(0)
 model = CLIP(find_spec("RN26@64px"))
-save_checkpoint(pathlib.Path("clip.safetensors"), model.state_dict(), model.spec, step=0, config={})
+file = pathlib.Path("clip.safetensors")
+save_checkpoint(file, model.state_dict(), model.facts, step=0, config={})
 """
 
 

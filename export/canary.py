@@ -39,13 +39,13 @@ from export.models import served_version
 from export.repository import switch_version
 from export.triton_config import read_config, read_manifest
 from export.version_folder import CONFIG
-from training.encoders.encoder import DualEncoder, tokenizer_of
+from training.dual_encoder import DualEncoder
 
 
 def make_canary(clip: DualEncoder, precision: str) -> dict[str, Any]:
     """Ask `clip`, in FP32, and return the value of `Manifest.canary` for an export of it."""
     facts = clip.facts
-    ids = tokenizer_of(clip).encode_text(canary.TEXT, truncate=True)
+    ids = clip.text_tokenizer.encode_text(canary.TEXT, truncate=True)
     tokens = pad([ids], length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id)
     pixels = _pixels(facts.side_px, facts.resizing)
     image_graph, text_graph = make_graphs(clip)

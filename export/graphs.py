@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, END_OF_TEXT, Channels, Tower
-from training.encoders.encoder import DualEncoder, ExternalEncoder
+from training.dual_encoder import DualEncoder
+from training.encoders.encoder import ExternalEncoder
 from training.model import CLIP, Attention, ResidualAttentionBlock, VisionTransformer
 
 MASKED = -30_000.0
@@ -192,11 +193,11 @@ class ExternalImageGraph(nn.Module):
     def __init__(self, encoder: ExternalEncoder) -> None:
         super().__init__()
         self.normalise = Normalise(encoder.facts.mean, encoder.facts.std)
-        self.image_tower = encoder.image_tower
+        self.encoder = encoder
 
     def forward(self, pixels_BSSC: Tensor) -> Tensor:
         """Embed RGB images; as `ImageGraph`."""
-        return _normalise(self.image_tower(self.normalise(pixels_BSSC)))
+        return _normalise(self.encoder.encode_image(self.normalise(pixels_BSSC)))
 
     def layers(self) -> dict[str, nn.Module]:
         """Return what a precision can be chosen for in torch: nothing, see `export.half`."""
@@ -210,11 +211,11 @@ class ExternalTextGraph(nn.Module):
 
     def __init__(self, encoder: ExternalEncoder) -> None:
         super().__init__()
-        self.text_tower = encoder.text_tower
+        self.encoder = encoder
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Embed token ids; as `TextGraph`, padded as the manifest says."""
-        return _normalise(self.text_tower(tokens_BL.long()))
+        return _normalise(self.encoder.encode_text(tokens_BL.long()))
 
     def layers(self) -> dict[str, nn.Module]:
         """Return what a precision can be chosen for in torch: nothing."""

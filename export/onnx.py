@@ -29,7 +29,6 @@ from export.console import print_plan, stage
 from export.model_folders import check_name, check_writable
 from export.parity_report import Precision
 from export.pipeline import (
-    RANDOM,
     Towers,
     choose_islands,
     fingerprint_of,
@@ -45,7 +44,7 @@ from export.repository import publish
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
 from training.encoders.encoder import ExternalEncoder
-from training.encoders.find import is_external
+from training.encoders.find import RANDOM_WEIGHTS, is_external
 from training.evaluation.labelled import check_exist
 
 
@@ -88,7 +87,7 @@ class OnnxConfig(ExportConfig):
             raise InputError("int8 is run by OpenVINO: leave --backend python and --device cpu.")
         elif self.runtime == "onnxruntime":
             raise InputError("int8 is run by OpenVINO only: leave --runtime auto.")
-        elif self.weights != RANDOM and not (self.calibration and self.samples):
+        elif self.weights != RANDOM_WEIGHTS and not (self.calibration and self.samples):
             raise InputError(
                 "int8 needs --calibration, images and texts like those to come, and --samples to "
                 "measure what it costs; calibrated on other pictures it answers nonsense."

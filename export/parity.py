@@ -34,7 +34,7 @@ from export.parity_report import (
     Tolerance,
 )
 from export.samples import NO_TEXT, Samples
-from training.encoders.encoder import DualEncoder
+from training.dual_encoder import DualEncoder
 
 FloatArray = NDArray[np.float32]
 Encoder = Callable[[NDArray[np.generic]], FloatArray]

@@ -48,29 +48,22 @@ from export.samples import Samples, calibration_batches, load_samples
 from export.store import Artefact, Store, sha256_of, source_hash
 from export.trial_load import check_survives
 from export.version_folder import REPORT
+from training import dual_encoder, resnet
 from training import model as training_model
-from training import resnet
+from training.dual_encoder import DualEncoder
 from training.encoders import encoder as encoder_module
 from training.encoders import of_open_clip, of_transformers
-from training.encoders.encoder import (
-    DualEncoder,
-    ExternalEncoder,
-    measure_any_length,
-    tokenizer_of,
-)
-from training.encoders.find import is_external, load_encoder
+from training.encoders.encoder import ExternalEncoder
+from training.encoders.find import RANDOM_WEIGHTS, is_external, load_encoder
 from training.evaluation.class_names import read_name_table
 from training.model import CLIP
 from training.weights.load import fingerprint, load_clip
-
-RANDOM = "random"
-"""Weights nobody trained, for benchmarks; never a default."""
 
 ISLAND_IMAGES = 8
 """Of each of the user's samples; every layer's drift is measured on all of them."""
 _WRITERS = (graphs, half, onnx_writer, precision, specs, storage, training_model, resnet)
 """Modules whose code decides the bytes of an ONNX file."""
-_BUILDERS = (encoder_module, of_open_clip, of_transformers)
+_BUILDERS = (dual_encoder, encoder_module, of_open_clip, of_transformers)
 """Those that build models of other libraries."""
 
 
@@ -107,7 +100,7 @@ def load_own(config: ExportConfig) -> CLIP:
         raise InputError(f"{config.model} has OpenAI's tokenizer; leave --tokenizer out.")
     spec = find_spec(config.model)
     with stage("load the weights") as outcome:
-        if config.weights == RANDOM:
+        if config.weights == RANDOM_WEIGHTS:
             clip = random_clip(replace(spec, activation=config.activation or spec.activation))
         else:
             clip = load_clip(spec, config.weights, activation=config.activation)
@@ -125,11 +118,9 @@ def _load_external(config: ExportConfig) -> ExternalEncoder:
     with stage("load the weights") as outcome:
         encoder = load_encoder(
             config.model,
-            weights=None if config.weights == RANDOM else config.weights,
+            weights=None if config.weights == RANDOM_WEIGHTS else config.weights,
             tokenizer=config.tokenizer,
         )
-        if not measure_any_length(encoder, probes.PROMPTS):
-            encoder.facts = replace(encoder.facts, is_any_length_exact=False)
         facts = encoder.facts
         num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
         outcome.append(f"{facts.name}, {num_parameters / 1e6:.1f} M")
@@ -164,7 +155,7 @@ def read_samples(
             load_samples(
                 path,
                 encoder.facts,
-                tokenizer=tokenizer_of(encoder),
+                tokenizer=encoder.text_tokenizer,
                 num_images=config.num_images,
                 table=table,
                 allow_outside=config.allow_outside,
@@ -369,7 +360,7 @@ def make_manifest(
 
 def fingerprint_of(clip: DualEncoder) -> str:
     """Return the sha256 over the weights that names this model everywhere."""
-    return fingerprint(clip.weights() if isinstance(clip, ExternalEncoder) else clip.state_dict())
+    return fingerprint(clip.weights())
 
 
 def run_gate(

@@ -11,7 +11,8 @@ from PIL import Image
 
 from clip_rt.inputs.tokenizer import pad, tokenize
 from clip_rt.specs import CLIP_TOKENIZATION, END_OF_TEXT, START_OF_TEXT
-from training.encoders.encoder import DualEncoder, encode_usable
+from training.dual_encoder import DualEncoder
+from training.encoders.encoder import encode_usable
 
 PROMPTS = (
     "a photo of a cat.",

@@ -16,7 +16,7 @@ from clip_rt.processor import Processor
 from clip_rt.specs import Tower
 from export import int8, parity, probes
 from export.pipeline import Towers
-from training.encoders.encoder import DualEncoder
+from training.dual_encoder import DualEncoder
 
 TEXT_LENGTH_TOKENS = 16
 Encoder = Callable[[NDArray[np.generic]], NDArray[np.float32]]

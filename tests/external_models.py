@@ -14,6 +14,16 @@ WORDS = (
     "A Photo TWO Dogs isn't it? crème brûlée Maßstab красная машина 红色的汽车 赤い自転車"
 )
 
+TOWER = {"hidden_size": 32, "intermediate_size": 64}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+# So large that an image processor on torchvision differs by more than a level.
+LARGE_PX = 224
+VISION = {**TOWER, "image_size": LARGE_PX, "patch_size": 112}
+GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+SQUASH = {"size": {"height": LARGE_PX, "width": LARGE_PX}}
+CROP = {"size": {"shortest_edge": LARGE_PX}, "crop_size": SQUASH["size"]}
+
 
 @cache
 def sentencepiece_bpe() -> str:
@@ -152,6 +162,124 @@ def write_transformers(folder: Path, config: Any, tokenizer: Any, images: Any) -
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)
     return folder
+
+
+KINDS = ("open_clip's CLIP", "open_clip's SigLIP", "transformers' SigLIP", "transformers' BERT")
+"""One of each way that models of other libraries are fed and asked."""
+
+
+def write_kind(folder: Path, kind: str) -> str:
+    """Write a small model of one of `KINDS`; return it as --model names it."""
+    if kind == "open_clip's CLIP":
+        return f"open_clip:{write_open_clip(folder)}"
+    if kind == "open_clip's SigLIP":
+        return f"open_clip:{write_siglip(folder)}"
+    family = "siglip" if kind == "transformers' SigLIP" else "chinese_clip"
+    return f"hf:{write_family(folder, family)}"
+
+
+def write_siglip(folder: Path) -> Path:
+    """Write a small SigLIP 2 as open_clip has it."""
+    return write_open_clip(
+        folder,
+        text={"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+        | {"tokenizer_kwargs": {"clean": "canonicalize"}},
+        tokenizer=sentencepiece_bpe(),
+        preprocessing={"resize_mode": "squash"},
+        bias=-10.0,
+    )
+
+
+def write_family(folder: Path, family: str) -> Path:
+    """Write a small model of a family of transformers, by its `model_type`."""
+    config, content, images = _families()[family]
+    return write_transformers(folder, config, _tokenizer(content), images)
+
+
+def _tokenizer(content: str) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    is_bert = "[CLS]" in content
+    names = (
+        {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"}
+        if is_bert
+        else {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(content), model_max_length=CONTEXT_LENGTH, **names
+    )
+
+
+def _text_tower(
+    ids: dict[str, int], *, length: int = CONTEXT_LENGTH, **others: Any
+) -> dict[str, Any]:
+    return {**TOWER, **ids, "max_position_embeddings": length, **others}
+
+
+def _families() -> dict[str, tuple[Any, str, Any]]:
+    import transformers as library
+
+    joint = {"projection_dim": 24}
+    vision = {**VISION, **joint}
+    bert, gemma = word_piece(), sentencepiece_bpe()
+    crop, squash = library.CLIPImageProcessor(**CROP), library.SiglipImageProcessor(**SQUASH)
+    return {
+        "siglip": (
+            library.SiglipConfig(
+                text_config=_text_tower(GEMMA, projection_size=32), vision_config=VISION
+            ),
+            gemma,
+            squash,
+        ),
+        "metaclip_2": (
+            library.MetaClip2Config(
+                text_config=_text_tower(GEMMA, **joint), vision_config=vision, **joint
+            ),
+            gemma,
+            crop,
+        ),
+        "chinese_clip": (
+            library.ChineseCLIPConfig(text_config=_text_tower(BERT), vision_config=vision, **joint),
+            bert,
+            library.ChineseCLIPImageProcessor(**SQUASH, do_center_crop=False),
+        ),
+        "altclip": (
+            library.AltCLIPConfig(
+                # Its positions begin behind the padding id.
+                text_config=_text_tower(BERT, length=CONTEXT_LENGTH + 1, project_dim=24),
+                vision_config=vision,
+                **joint,
+            ),
+            bert,
+            crop,
+        ),
+        "blip": (
+            library.BlipConfig(
+                text_config=_text_tower(BERT, encoder_hidden_size=32, sep_token_id=3),
+                vision_config=VISION,
+                image_text_hidden_size=24,
+                **joint,
+            ),
+            bert,
+            library.BlipImageProcessor(**SQUASH),
+        ),
+        "align": (
+            library.AlignConfig(
+                text_config=_text_tower(BERT),
+                vision_config={"image_size": 64, "width_coefficient": 0.2, "hidden_dim": 64}
+                | {"depth_coefficient": 0.2},
+                projection_dim=64,
+            ),
+            bert,
+            library.EfficientNetImageProcessor(
+                size={"height": 72, "width": 72},
+                crop_size={"height": 64, "width": 64},
+                do_center_crop=True,
+                include_top=False,
+            ),
+        ),
+    }
 
 
 def _special_tokens(tokenizer: str) -> dict[str, Any]:

@@ -52,6 +52,8 @@ BARE = re.compile(
     re.IGNORECASE,
 )
 NO_OPTIONS = {"clip_rt", "quick_gelu", "open_clip", "huggingface_hub", "infinity_emb"}
+LABELLED = ("training.coop", "training.evaluate", "training.few_shot", "training.probe")
+"""Commands that take a model and labelled images."""
 SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     # Only a run of many processes splits a batch.
     ("training.data.batches", "--batch-size"): ("training.run",),
@@ -70,12 +72,17 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     # What joins engines to a version.
     ("export.repository", "--join"): ("export.trt",),
     ("export.pipeline", "--calibration"): ("export.onnx",),
-    # What makes models of other libraries.
+    # Who loads models of other libraries.
     **{
-        (f"training.encoders.{module}", option): ("export.onnx",)
-        for module in ("find", "of_open_clip", "tokenizer_source")
-        for option in ("--model", "--tokenizer", "--weights")
+        (f"training.{module}", option): ("export.onnx", "training.interpolate", *LABELLED)
+        for module in (
+            *("encoders.encoder", "encoders.find", "encoders.of_open_clip"),
+            *("encoders.tokenizer_source", "evaluation.embed"),
+        )
+        for option in ("--model", "--tokenizer")
     },
+    # The other one always names weights.
+    ("training.evaluation.embed", "--checkpoint"): LABELLED,
     # In the command of another that is printed.
     ("export.pipeline", "--rollback"): ("export.repository",),
     # Its own command.

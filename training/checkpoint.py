@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_rt.errors import CheckpointError
-from clip_rt.specs import ModelSpec
+from clip_rt.specs import EncoderFacts
 
 _SNAPSHOT = re.compile(r"step_(\d{8})\.safetensors")
 _FACTS = "clip_rt.run"
@@ -40,7 +40,7 @@ class Snapshot:
 def save_checkpoint(
     path: Path,
     weights: Mapping[str, Tensor],
-    spec: ModelSpec,
+    facts: EncoderFacts,
     *,
     step: int,
     config: Mapping[str, Any],
@@ -49,8 +49,8 @@ def save_checkpoint(
 
     Args:
         path: Ends in .safetensors. A reader sees the old file or the new one, never a part.
-        weights: The state dict of a model of `spec`.
-        spec: Its name and activation are noted, so that nobody loads it as something else.
+        weights: What `DualEncoder.to_file` gives.
+        facts: Name and activation are noted, so that nobody loads it as something else.
         step: Updates done.
         config: Everything the run was started with; JSON.
 
@@ -58,8 +58,8 @@ def save_checkpoint(
         CheckpointError: it cannot be written; what was there before is still there.
     """
     metadata = {
-        "architecture": spec.name,
-        "activation": spec.activation,
+        "architecture": facts.name,
+        "activation": facts.activation,
         "step": str(step),
         "config": json.dumps(config),
     }

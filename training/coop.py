@@ -13,6 +13,7 @@ start from words.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,14 @@ from torch.nn import functional
 from clip_rt.classification.probe import Probe
 from clip_rt.errors import InputError
 from clip_rt.inputs.prompts import check_labels, fill
-from clip_rt.inputs.tokenizer import encode, pad
+from clip_rt.inputs.tokenizer import pad
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
+from training.dual_encoder import DualEncoder
 from training.evaluation.embed import device_of, logit_scale
 from training.evaluation.labelled import check_exist
 from training.evaluation.source import Source, choose_shots, embed_data, find_classes
 from training.evaluation.tune import Recipe, descend
-from training.model import CLIP, causal_mask
 from training.weights.load import fingerprint
 
 NUM_CONTEXT = 16
@@ -63,8 +64,11 @@ class CoopConfig(Source):
     """Of the context vectors and of the choice of examples."""
 
 
-def embed_prompts(model: CLIP, context_MD: Tensor, labels: Sequence[str]) -> Tensor:
+def embed_prompts(model: DualEncoder, context_MD: Tensor, labels: Sequence[str]) -> Tensor:
     """Embed learned context followed by each label and a full stop.
+
+    The model reads the id of a filler for each vector, and the vectors in place of the filler's: so
+    this works for whatever text tower lies behind a table of vectors.
 
     Args:
         model: Its text tower is used as it is.
@@ -77,29 +81,53 @@ def embed_prompts(model: CLIP, context_MD: Tensor, labels: Sequence[str]) -> Ten
     Raises:
         InputError: context and the longest label do not fit into the context length together.
     """
-    device = device_of(model)
-    ids = encode([fill("{}.", label) for label in check_labels(labels)])
-    num_context, longest = len(context_MD), max(map(len, ids))
-    length = num_context + longest
-    if length > model.spec.text.context_length:
+    device, facts, num_context = device_of(model), model.facts, len(context_MD)
+    start, _ = _count_ends(model)
+    filler = _encode(model, "a")[start]
+    ids = [
+        [*each[:start], *[filler] * num_context, *each[start:]]
+        for each in (_encode(model, fill("{}.", label)) for label in check_labels(labels))
+    ]
+    length = max(map(len, ids))
+    if length > facts.context_length:
         raise InputError(
-            f"{num_context} context vectors and a label of {longest} tokens are {length}; the "
-            f"model reads {model.spec.text.context_length}. Use fewer context vectors."
+            f"{num_context} context vectors and a label of {length - num_context} tokens are "
+            f"{length}; the model reads {facts.context_length}. Use fewer context vectors."
         )
-    tokens_CL = torch.from_numpy(pad(ids, length_tokens=longest)).to(device)
-    words_CLD = model.token_embedding(tokens_CL)
-    context_CMD = context_MD.expand(len(labels), -1, -1)
-    # Start of text, then the context, then the name, the full stop and the end of text.
-    x_CLD = torch.cat([words_CLD[:, :1], context_CMD, words_CLD[:, 1:]], dim=1)
-    x_CLD = x_CLD + model.positional_embedding[:length]
-    x_CLD = model.transformer(x_CLD, causal_mask(length).to(device))
-    end_C = torch.tensor([num_context + len(each) - 1 for each in ids], device=device)
-    x_CD = x_CLD[torch.arange(len(ids), device=device), end_C]
-    return functional.normalize((model.ln_final(x_CD) @ model.text_projection).float(), dim=-1)
+    if not facts.is_any_length_exact:
+        length = facts.context_length
+    tokens_CL = pad(ids, length_tokens=length, pad_id=facts.tokenization.pad_id)
+
+    def put_context(_: nn.Module, __: object, words_CLD: Tensor) -> Tensor:
+        context_CMD = context_MD.to(words_CLD.dtype).expand(len(words_CLD), -1, -1)
+        name_CLD = words_CLD[:, start + num_context :]
+        return torch.cat([words_CLD[:, :start], context_CMD, name_CLD], dim=1)
+
+    hook = model.embed_tokens().register_forward_hook(put_context)
+    try:
+        text_CE = model.encode_text(torch.from_numpy(tokens_CL).long().to(device))
+    finally:
+        hook.remove()
+    return functional.normalize(text_CE.float(), dim=-1)
+
+
+def _encode(model: DualEncoder, text: str) -> list[int]:
+    return model.text_tokenizer.encode_text(text)
+
+
+def _count_ends(model: DualEncoder) -> tuple[int, int]:
+    """Return how many ids every text begins with, and how many it ends with."""
+    forward = [_encode(model, text) for text in ("a", "7", "x y")]
+    return _count_common(forward), _count_common([ids[::-1] for ids in forward])
+
+
+def _count_common(rows: Sequence[Sequence[int]]) -> int:
+    same = (len(set(column)) == 1 for column in zip(*rows, strict=False))
+    return sum(itertools.takewhile(bool, same))
 
 
 def learn_context(
-    model: CLIP,
+    model: DualEncoder,
     image_NE: NDArray[np.float32],
     right_N: NDArray[np.int64],
     labels: Sequence[str],
@@ -126,14 +154,17 @@ def learn_context(
         InputError: no room for any, or a label is too long.
     """
     device = device_of(model)
-    longest = max(map(len, encode([fill("{}.", label) for label in check_labels(labels)])))
-    num_context = min(num_context, model.spec.text.context_length - longest)
+    longest = max(len(_encode(model, fill("{}.", label))) for label in check_labels(labels))
+    num_context = min(num_context, model.facts.context_length - longest)
+    table_VD = model.embed_tokens().weight.detach()
     if words is not None:
-        start_MD = model.token_embedding.weight[encode([words])[0][1:-1]].detach().clone()
+        num_start, num_end = _count_ends(model)
+        ids = _encode(model, words)
+        start_MD = table_VD[ids[num_start : len(ids) - num_end]].clone()
     else:
         generator = torch.Generator().manual_seed(recipe.seed)
-        width = model.spec.text.width
-        start_MD = CONTEXT_STD * torch.randn(max(num_context, 0), width, generator=generator)
+        size = max(num_context, 0), table_VD.shape[1]
+        start_MD = CONTEXT_STD * torch.randn(size, generator=generator)
     if len(start_MD) == 0:
         raise InputError(f"num_context is {num_context}; at least 1 vector must have room.")
     context_MD = nn.Parameter(start_MD.to(device))
@@ -150,14 +181,14 @@ def learn_context(
 
 
 @torch.no_grad()
-def context_probe(model: CLIP, context_MD: Tensor, labels: Sequence[str]) -> Probe:
+def context_probe(model: DualEncoder, context_MD: Tensor, labels: Sequence[str]) -> Probe:
     """Turn learned context into the classifier of some labels; they may be others than learned."""
     class_CE = embed_prompts(model, context_MD, labels).cpu().numpy()
     return Probe(
         weight=logit_scale(model) * class_CE,
         bias=np.zeros(len(labels), np.float32),
         labels=tuple(labels),
-        fingerprint=fingerprint(model.state_dict()),
+        fingerprint=fingerprint(model.weights()),
         method=f"CoOp, {len(context_MD)} context vectors",
     )
 

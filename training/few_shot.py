@@ -33,6 +33,7 @@ from clip_rt.inputs.images import preprocess
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.coop import context_probe, learn_context
+from training.dual_encoder import DualEncoder
 from training.evaluation.class_names import read_templates
 from training.evaluation.embed import class_embeddings, embed_images
 from training.evaluation.labelled import check_exist, read_samples
@@ -40,7 +41,6 @@ from training.evaluation.metrics import accuracy
 from training.evaluation.source import Source, choose_shots, find_classes
 from training.evaluation.tune import Recipe, tune_image, tune_text
 from training.interpolate import interpolate, zero_shot_probe
-from training.model import CLIP
 from training.probe import fit_probe
 from training.weights.load import fingerprint
 
@@ -80,7 +80,7 @@ class Task:
 
 
 def make_task(
-    model: CLIP,
+    model: DualEncoder,
     pixels_NSSC: NDArray[np.uint8],
     right_N: NDArray[np.int64],
     labels: Sequence[str],
@@ -92,7 +92,12 @@ def make_task(
 
 
 def measure(
-    model: CLIP, task: Task, *, shots: Sequence[int], seeds: Sequence[int], progress: bool = True
+    model: DualEncoder,
+    task: Task,
+    *,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    progress: bool = True,
 ) -> Curves:
     """Measure every method at every number of examples with every seed.
 
@@ -128,7 +133,7 @@ def measure(
 
 
 def _fit_all(
-    model: CLIP, task: Task, rows: NDArray[np.int64], test: NDArray[np.int64], *, seed: int
+    model: DualEncoder, task: Task, rows: NDArray[np.int64], test: NDArray[np.int64], *, seed: int
 ) -> dict[str, float]:
     """Use the examples in `rows` in every way; score each on `test`."""
     image_NE, right_N = task.image_NE[rows], task.right_N[rows]
@@ -138,7 +143,7 @@ def _fit_all(
         image_NE,
         right_N,
         labels=task.labels,
-        fingerprint=fingerprint(model.state_dict()),
+        fingerprint=fingerprint(model.weights()),
         rng=np.random.default_rng(seed),
     )
     found["linear probe"] = _score(probe.classify(test_NE).logits, task, test)
@@ -262,7 +267,8 @@ def main(config: FewShotConfig) -> None:
     try:
         pixels = preprocess(
             (sample.image for sample in kept),
-            side_px=model.spec.side_px,
+            side_px=model.facts.side_px,
+            resizing=model.facts.resizing,
             max_pixels=config.max_pixels,
             max_bytes=config.max_bytes,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import tyro
@@ -29,13 +30,14 @@ from clip_rt.specs import Activation
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.checkpoint import save_checkpoint
+from training.dual_encoder import DualEncoder
+from training.encoders.find import is_external
 from training.evaluation.class_names import read_name_table, read_templates
 from training.evaluation.embed import class_embeddings, logit_scale, open_model
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import Accuracy
 from training.evaluation.source import embed_data
 from training.evaluation.zero_shot import zero_shot
-from training.model import CLIP
 from training.weights.load import fingerprint
 
 
@@ -43,8 +45,9 @@ from training.weights.load import fingerprint
 class InterpolateConfig(Limits):
     """What to mix, how, and where to."""
 
-    zero_shot: Path
-    """Weights before fine-tuning: alpha = 0."""
+    zero_shot: str
+    """Weights before fine-tuning: alpha = 0. openai stands for those that a model of another
+    library brings along."""
     fine_tuned: Path
     """Weights after it: alpha = 1."""
     alphas: tuple[float, ...] = (0.5,)
@@ -58,7 +61,10 @@ class InterpolateConfig(Limits):
     out: Path | None = None
     """Where the mixture goes; ends in .safetensors. Of several, the most accurate."""
     model: str | None = None
-    """Architecture; without it, the one the checkpoints name."""
+    """Architecture; without it, the one the checkpoints name. Or a model of another library."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one, for models of open_clip whose tokenizer is not
+    OpenAI's and cannot be had from the hub."""
     activation: Activation | None = None
     """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it."""
     device: str = "cpu"
@@ -122,7 +128,7 @@ def interpolate_probes(first: Probe, second: Probe, alpha: float) -> Probe:
 
 
 def zero_shot_probe(
-    model: CLIP, labels: Sequence[str], *, templates: str | Sequence[str] | None = None
+    model: DualEncoder, labels: Sequence[str], *, templates: str | Sequence[str] | None = None
 ) -> Probe:
     """Write the zero-shot classifier of some labels as a probe: scaled class embeddings, no bias.
 
@@ -134,7 +140,7 @@ def zero_shot_probe(
         weight=weight,
         bias=weight[:, 0] * 0,
         labels=tuple(labels),
-        fingerprint=fingerprint(model.state_dict()),
+        fingerprint=fingerprint(model.weights()),
         method="zero-shot",
     )
 
@@ -148,10 +154,17 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
     table = read_name_table(config.class_names) if config.class_names else None
     frames = read_templates(config.templates) if config.templates else [DEFAULT_TEMPLATE]
     check_exist(*config.data)
-    model = open_model(config.zero_shot, model=config.model, activation=config.activation)
-    name, activation = model.spec.name, model.spec.activation
+    tokenizer, activation = config.tokenizer, config.activation
+    model = open_model(
+        config.zero_shot, model=config.model, activation=activation, tokenizer=tokenizer
+    )
+    name = config.model or model.facts.name
+    if not is_external(name):
+        activation = cast("Activation", model.facts.activation)
     first = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    second = open_model(config.fine_tuned, model=name, activation=activation).state_dict()
+    second = open_model(
+        config.fine_tuned, model=name, activation=activation, tokenizer=tokenizer
+    ).state_dict()
     model.to(torch.device(config.device))
     found: dict[float, Accuracy] = {}
     for alpha in config.alphas if config.data else ():
@@ -164,8 +177,8 @@ def run(config: InterpolateConfig) -> dict[float, Accuracy]:
         facts = {"zero_shot": str(config.zero_shot), "fine_tuned": str(config.fine_tuned)}
         save_checkpoint(
             config.out,
-            interpolate(first, second, best),
-            model.spec,
+            model.to_file(interpolate(first, second, best)),
+            model.facts,
             step=0,
             config={**facts, "alpha": best},
         )

@@ -16,20 +16,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clip_rt.errors import InputError
-from clip_rt.specs import (
-    END_OF_TEXT,
-    MAX_LOGIT_SCALE,
-    Activation,
-    EncoderFacts,
-    ModelSpec,
-    ViTSpec,
-)
+from clip_rt.inputs.tokenizer import OpenAITokenizer
+from clip_rt.specs import END_OF_TEXT, Activation, ModelSpec, Tower, ViTSpec
+from training.dual_encoder import SCALARS, DualEncoder
 from training.recompute import recompute_in_backward
 from training.resnet import ModifiedResNet
 
@@ -203,7 +199,7 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x_BLD[:, 0]) @ self.proj
 
 
-class CLIP(nn.Module):
+class CLIP(DualEncoder):
     """Both towers of one architecture, randomly initialised.
 
     Args:
@@ -224,6 +220,8 @@ class CLIP(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.facts = spec.facts
+        self.text_tokenizer = OpenAITokenizer(spec.text.context_length)
         text = spec.text
         _check_lengths(spec)
         _check_patch_dropout(spec, patch_dropout)
@@ -249,11 +247,6 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.transformer.reset_parameters()
 
-    @property
-    def facts(self) -> EncoderFacts:
-        """What a client must know of it."""
-        return self.spec.facts
-
     def encode_image(self, image_BCSS: Tensor) -> Tensor:
         """Embed images, float (B, 3, S, S), mean and std already applied.
 
@@ -278,15 +271,28 @@ class CLIP(nn.Module):
         x_BD = x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), end_B]
         return self.ln_final(x_BD) @ self.text_projection
 
-    def forward(self, image_BCSS: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed a batch of pairs.
+    def embed_tokens(self) -> nn.Embedding:
+        """Return the table from which the text tower takes the vectors of ids."""
+        return self.token_embedding
 
-        Returns:
-            Image and text embeddings, float32 (B, E) each, L2-normalised.
-        """
-        image_BE = functional.normalize(self.encode_image(image_BCSS).float(), dim=-1)
-        text_BE = functional.normalize(self.encode_text(tokens_BL).float(), dim=-1)
-        return image_BE, text_BE
+    def tower_of(self, name: str) -> Tower | None:
+        """Say to which tower a parameter belongs."""
+        if name in SCALARS:
+            return None
+        return "image" if name.startswith("visual.") else "text"
+
+    def image_modules(self) -> Sequence[nn.Module]:
+        """Return the modules that are the image tower."""
+        return (self.visual,)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> CLIP:
+        """Return another CLIP of this architecture; see `DualEncoder.with_weights`."""
+        # On the meta device nothing is initialised only to be overwritten.
+        with torch.device("meta"):
+            clip = CLIP(self.spec, logit_bias=0.0 if "logit_bias" in weights else None)
+        clip.load_state_dict(weights, strict=True, assign=True)
+        clip.causal_mask_LL = causal_mask(self.spec.text.context_length)
+        return clip.requires_grad_(False).eval()
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Trade time for memory: keep one activation per transformer block or ResNet stage.
@@ -296,11 +302,6 @@ class CLIP(nn.Module):
         for module in self.modules():
             if isinstance(module, Transformer | ModifiedResNet):
                 module.grad_checkpointing = enabled
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keep the learned temperature in the range the paper allows (section 2.5)."""
-        self.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
 
 
 def _check_lengths(spec: ModelSpec) -> None:

@@ -196,7 +196,7 @@ def run(config: ProbeConfig) -> tuple[Probe, Accuracy | None]:
     images = embed(config.data)
     classes = find_classes(images.labels, table)
     image_NE, right_N = images.image_NE[classes.rows_N], classes.right_N
-    weights = fingerprint(model.state_dict())
+    weights = fingerprint(model.weights())
     if config.validation:
         held = embed(config.validation)
         held_NE, held_right_N = _same_classes(held, classes.ids, table)

@@ -203,8 +203,9 @@ def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
         if score >= run.best_score:
             run.best_score = score
             paths.append(config.out_dir / "best.safetensors")
+        tensors, facts = run.clip.to_file(weights), run.clip.facts
         for path in paths:
-            save_checkpoint(path, weights, run.clip.spec, step=run.step, config=config.as_json())
+            save_checkpoint(path, tensors, facts, step=run.step, config=config.as_json())
         draw_curves(journal.path, config.out_dir / "curves.png")
     parallel.barrier()
 

@@ -35,10 +35,10 @@ from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from training.data.drawing_batches import Drawings, load_drawings
+from training.dual_encoder import DualEncoder
 from training.evaluation.embed import embed_images, on_white, open_model
 from training.evaluation.metrics import accuracy
 from training.interpolate import zero_shot_probe
-from training.model import CLIP
 from training.probe import fit_probe
 
 REFERENCE = "noto"
@@ -163,7 +163,7 @@ def expect(points: list[tuple[float, float]]) -> Callable[[float], float]:
 
 
 def measure_once(
-    model: CLIP, task: Task, *, seed: int
+    model: DualEncoder, task: Task, *, seed: int
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
     """Return the accuracy on every style by classifier, and that of the baselines of the line."""
     embedding = {style: embed_images(model, task.pixels_by_style[style]) for style in STYLES}

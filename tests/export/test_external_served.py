@@ -41,14 +41,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return external_models.write_open_clip(
-        tmp_path_factory.mktemp("siglip"),
-        text={"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-        | {"tokenizer_kwargs": {"clean": "canonicalize"}},
-        tokenizer=external_models.sentencepiece_bpe(),
-        preprocessing={"resize_mode": "squash"},
-        bias=-10.0,
-    )
+    return external_models.write_siglip(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="module")

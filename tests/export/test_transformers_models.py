@@ -26,110 +26,12 @@ from training.encoders.tokenizer_source import read_tokenizer_file
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
 
 LENGTH = external_models.CONTEXT_LENGTH
-TOWER = {"hidden_size": 32, "intermediate_size": 64}
-TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-# So large that an image processor on torchvision differs by more than a level.
-SIDE_PX = 224
-VISION = {**TOWER, "image_size": SIDE_PX, "patch_size": 112}
-GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-SQUASH = {"size": {"height": SIDE_PX, "width": SIDE_PX}}
-CROP = {"size": {"shortest_edge": SIDE_PX}, "crop_size": SQUASH["size"]}
-
-
-def tokenizer(content):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    is_bert = "[CLS]" in content
-    names = (
-        {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"}
-        if is_bert
-        else {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(content), model_max_length=LENGTH, **names
-    )
-
-
-def text_tower(ids, *, length=LENGTH, **others):
-    return {**TOWER, **ids, "max_position_embeddings": length, **others}
-
-
-def configurations():
-    import transformers as library
-
-    joint = {"projection_dim": 24}
-    vision = {**VISION, **joint}
-    bert, gemma = external_models.word_piece(), external_models.sentencepiece_bpe()
-    crop, squash = library.CLIPImageProcessor(**CROP), library.SiglipImageProcessor(**SQUASH)
-    return {
-        "siglip": (
-            library.SiglipConfig(
-                text_config=text_tower(GEMMA, projection_size=32), vision_config=VISION
-            ),
-            gemma,
-            squash,
-        ),
-        "metaclip_2": (
-            library.MetaClip2Config(
-                text_config=text_tower(GEMMA, **joint), vision_config=vision, **joint
-            ),
-            gemma,
-            crop,
-        ),
-        "chinese_clip": (
-            library.ChineseCLIPConfig(text_config=text_tower(BERT), vision_config=vision, **joint),
-            bert,
-            library.ChineseCLIPImageProcessor(**SQUASH, do_center_crop=False),
-        ),
-        "altclip": (
-            library.AltCLIPConfig(
-                # Its positions begin behind the padding id.
-                text_config=text_tower(BERT, length=LENGTH + 1, project_dim=24),
-                vision_config=vision,
-                **joint,
-            ),
-            bert,
-            crop,
-        ),
-        "blip": (
-            library.BlipConfig(
-                text_config=text_tower(BERT, encoder_hidden_size=32, sep_token_id=3),
-                vision_config=VISION,
-                image_text_hidden_size=24,
-                **joint,
-            ),
-            bert,
-            library.BlipImageProcessor(**SQUASH),
-        ),
-        "align": (
-            library.AlignConfig(
-                text_config=text_tower(BERT),
-                vision_config={"image_size": 64, "width_coefficient": 0.2, "hidden_dim": 64}
-                | {"depth_coefficient": 0.2},
-                projection_dim=64,
-            ),
-            bert,
-            library.EfficientNetImageProcessor(
-                size={"height": 72, "width": 72},
-                crop_size={"height": 64, "width": 64},
-                do_center_crop=True,
-                include_top=False,
-            ),
-        ),
-    }
-
-
 FAMILIES = ("siglip", "metaclip_2", "chinese_clip", "altclip", "blip", "align")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_is_the_model_and_is_fed_as_its_processor_feeds_it(family, tmp_path):
-    config, content, images = configurations()[family]
-    folder = external_models.write_transformers(
-        tmp_path / family, config, tokenizer(content), images
-    )
+    folder = external_models.write_family(tmp_path / family, family)
     encoder = load_encoder(f"hf:{folder}", weights="openai")
     assert encoder.facts.name == f"hf:{family}"
     assert encoder.facts.context_length == LENGTH

@@ -104,7 +104,7 @@ def test_an_optimizers_state_comes_back_as_it_was() -> None:
 
 def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     path = tmp_path / "new" / "checkpoint.safetensors"
-    save_checkpoint(path, TENSORS, MODELS["RN26@64px"], step=3, config={"seed": 1})
+    save_checkpoint(path, TENSORS, MODELS["RN26@64px"].facts, step=3, config={"seed": 1})
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     assert metadata["architecture"] == "RN26@64px"

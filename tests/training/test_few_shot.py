@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from clip_rt.classification.probe import Probe
 from clip_rt.classification.zero_shot import classify
 from clip_rt.errors import CheckpointError, InputError, TrainingError
+from clip_rt.inputs import tokenizer
 from clip_rt.specs import MODELS
 from training import coop, few_shot, interpolate
 from training.coop import CoopConfig, context_probe, embed_prompts, learn_context
@@ -143,7 +144,7 @@ def write_folders(root: Path, pixels_NSSC: np.ndarray) -> None:
 @torch.no_grad()
 def test_a_context_of_words_embeds_as_the_words_do(model: CLIP) -> None:
     words = "a photo of a"
-    ids = coop.encode([words])[0][1:-1]
+    ids = tokenizer.encode([words])[0][1:-1]
     labels = ["cat", "very long haired guinea pig"]
     found = embed_prompts(model, model.token_embedding.weight[ids], labels).numpy()
     expected = embed_texts(model, [f"{words} {label}." for label in labels])

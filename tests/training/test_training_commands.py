@@ -195,7 +195,9 @@ def test_a_table_of_absolute_paths_is_read_where_that_is_asked_for(
 ) -> None:
     monkeypatch.setitem(MODELS, tiny.VIT.name, tiny.VIT)
     model = tiny.make(tiny.VIT)
-    save_checkpoint(tmp_path / "w.safetensors", model.state_dict(), tiny.VIT, step=0, config={})
+    save_checkpoint(
+        tmp_path / "w.safetensors", model.state_dict(), tiny.VIT.facts, step=0, config={}
+    )
     (tmp_path / "table").mkdir()
     rows = [f"{path},{path.parent.name}\n" for path in sorted(classes.rglob("*.jpg"))]
     (tmp_path / "table/t.csv").write_text("image,label\n" + "".join(rows))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, Channels
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -170,8 +170,7 @@ def augment(
     return normalise(_restyle(image, dice, random_convolutions))
 
 
-def normalise(image_BCSS: Tensor) -> Tensor:
-    """Apply CLIP's mean and standard deviation to float images in [0, 1]."""
-    mean = torch.tensor(CLIP_MEAN)[None, :, None, None]
-    std = torch.tensor(CLIP_STD)[None, :, None, None]
-    return (image_BCSS - mean) / std
+def normalise(image_BCSS: Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD) -> Tensor:
+    """Apply mean and standard deviation, CLIP's where none are given, to images in [0, 1]."""
+    mean_C11, std_C11 = (torch.tensor(each)[:, None, None] for each in (mean, std))
+    return (image_BCSS - mean_C11) / std_C11

@@ -1,15 +1,12 @@
-"""What a dual encoder is to an export: two towers, and all that a client must know to feed them.
-
-Our own model (`training.model.CLIP`) and those of open_clip and transformers have the same face:
-`facts`, `encode_image`, `encode_text`, `logit_scale`, `logit_bias` and `state_dict`.
-"""
+"""Dual encoders of other libraries: the library's model, with all that a client must know of it."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +15,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from clip_rt.errors import TextError
-from clip_rt.inputs.tokenizer import OpenAITokenizer, TextTokenizer, pad
+from clip_rt.errors import CheckpointError, TextError
+from clip_rt.inputs.tokenizer import OpenAITokenizer, pad
 from clip_rt.inputs.tokenizer_file import FileTokenizer
-from clip_rt.specs import EncoderFacts
+from clip_rt.specs import EncoderFacts, Tower
+from training.dual_encoder import DualEncoder
 
 MAX_CUT_DIFFERENCE = 1e-5
 """Of numbers of an embedding of length 1, through rounding in another order of summation."""
+_MODEL = "model."
+_SCALE, _DIVISOR, _BIAS = "logit_scale", "temperature", "logit_bias"
+"""Parameters of the library's model: logarithm of the factor of the cosine; a divisor of it, where
+it has that; what is added."""
 
 
 class Source(Protocol):
@@ -37,40 +39,31 @@ class Source(Protocol):
         """Return int64 (N, context length), padded."""
 
 
-class DualEncoder(Protocol):
-    """Two towers with one space of embeddings: `training.model.CLIP` or an `ExternalEncoder`."""
+class Towers(Protocol):
+    """How a library's model is asked for embeddings, and which of its modules make them."""
 
     @property
-    def facts(self) -> EncoderFacts:
-        """What a client must know of it."""
+    def image_modules(self) -> Sequence[str]:
+        """Names of submodules of the model; those it lacks are passed over."""
 
-    logit_scale: nn.Parameter
-    """Logarithm of the factor of the cosine."""
-    logit_bias: nn.Parameter | None
+    @property
+    def text_modules(self) -> Sequence[str]:
+        """The same of the text tower."""
 
-    def encode_image(self, image_BCSS: Tensor) -> Tensor:
-        """Embed normalised images; float (B, E), not L2-normalised."""
+    def image(self, model: Any, image_BCSS: Tensor) -> Tensor:
+        """Return float (B, E), of any length."""
 
-    def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """Embed padded token ids; float (B, E), not L2-normalised."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield every weight."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return every weight by its name."""
+    def text(self, model: Any, tokens_BL: Tensor) -> Tensor:
+        """Return float (B, E), of any length."""
 
 
-class ExternalEncoder(nn.Module):
+class ExternalEncoder(DualEncoder):
     """A dual encoder of another library, in eval mode, without gradients.
 
     Args:
         facts: What a client must know.
-        image_tower: float (B, 3, S, S), normalised, to (B, E), of any length; its `model` is the
-            library's.
-        text_tower: int (B, L), padded, to (B, E), of any length.
-        logit_scale: The factor of the cosine, not its logarithm.
-        logit_bias: Added to the scaled cosine; None where the model has none.
+        model: The library's; its temperature and bias become those of this encoder.
+        towers: How it is asked.
         tokenizer_file: Bytes of the tokenizer.json; None for OpenAI's.
         source: How the library itself prepares images and texts.
         versions: Of the libraries that built it.
@@ -80,20 +73,18 @@ class ExternalEncoder(nn.Module):
         self,
         facts: EncoderFacts,
         *,
-        image_tower: nn.Module,
-        text_tower: nn.Module,
-        logit_scale: float,
-        logit_bias: float | None,
+        model: nn.Module,
+        towers: Towers,
         tokenizer_file: bytes | None,
         source: Source,
         versions: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.facts = facts
-        self.image_tower = image_tower
-        self.text_tower = text_tower
+        self.model = model
+        self.towers = towers
         self.tokenizer_file = tokenizer_file
-        self.text_tokenizer: TextTokenizer = (
+        self.text_tokenizer = (
             OpenAITokenizer(facts.context_length)
             if tokenizer_file is None
             else FileTokenizer(
@@ -102,21 +93,126 @@ class ExternalEncoder(nn.Module):
         )
         self.source = source
         self.versions = dict(versions)
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale).log())
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        has_bias = getattr(model, _BIAS, None) is not None
+        self.logit_bias = nn.Parameter(torch.zeros(())) if has_bias else None
+        self._read_scalars()
         self.requires_grad_(False).eval()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return every weight once: both towers hold the whole model of the library."""
-        return self.image_tower.get_submodule("model").state_dict()
+        """Return every weight once, by the library's names."""
+        return self.model.state_dict()
 
     def encode_image(self, image_BCSS: Tensor) -> Tensor:
         """Embed normalised images; float (B, E), not L2-normalised."""
-        return self.image_tower(image_BCSS)
+        return self.towers.image(self.model, image_BCSS)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Embed padded token ids; float (B, E), not L2-normalised."""
-        return self.text_tower(tokens_BL)
+        return self.towers.text(self.model, tokens_BL)
+
+    def embed_tokens(self) -> nn.Embedding:
+        """Return the table from which the text tower takes the vectors of ids."""
+        tables = [
+            module
+            for part in self._modules_of("text")
+            for module in part.modules()
+            if isinstance(module, nn.Embedding)
+        ]
+        return max(tables, key=lambda table: table.num_embeddings)
+
+    def tower_of(self, name: str) -> Tower | None:
+        """Say to which tower a parameter belongs; None for those of a decoder too."""
+        inner = name.removeprefix(_MODEL)
+        if inner != name:
+            if inner.startswith(tuple(f"{each}." for each in self.towers.image_modules)):
+                return "image"
+            if inner.startswith(tuple(f"{each}." for each in self.towers.text_modules)):
+                return "text"
+        return None
+
+    def image_modules(self) -> Sequence[nn.Module]:
+        """Return the modules that are the image tower."""
+        return self._modules_of("image")
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> ExternalEncoder:
+        """Return another encoder of this model; see `DualEncoder.with_weights`."""
+        # What is asked of these two is not changed by asking.
+        shared = {id(each): each for each in (self.source, self.text_tokenizer)}
+        other = copy.deepcopy(self, shared).to("cpu")
+        other.load_state_dict(weights, strict=True, assign=True)
+        return other.requires_grad_(False).eval()
+
+    def to_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights, named as by `state_dict`, under the library's names."""
+        found = {
+            name.removeprefix(_MODEL): tensor
+            for name, tensor in weights.items()
+            if name.startswith(_MODEL)
+        }
+        if _SCALE in found:
+            found[_SCALE] = weights[_SCALE].reshape(found[_SCALE].shape)
+        elif _DIVISOR in found:
+            found[_DIVISOR] = (-weights[_SCALE]).exp().reshape(found[_DIVISOR].shape)
+        if _BIAS in weights:
+            found[_BIAS] = weights[_BIAS].reshape(found[_BIAS].shape)
+        return found
+
+    def load_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take weights that `to_file` gave.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        mine = self.weights()
+        odd = sorted(
+            name
+            for name in mine.keys() | tensors.keys()
+            if name not in mine or name not in tensors or mine[name].shape != tensors[name].shape
+        )
+        if odd:
+            raise CheckpointError(
+                f"the weights do not fit {self.facts.name}: {len(odd)} names or shapes differ, the "
+                f"first is {odd[0]!r}. Name the model that they were trained as with --model."
+            )
+        self.model.load_state_dict(tensors)
+        self._read_scalars()
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the library's model has a place for a learned temperature."""
+        return any(getattr(self.model, name, None) is not None for name in (_SCALE, _DIVISOR))
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature in the range the paper allows; of a sigmoid it has no limits."""
+        if self.facts.score == "softmax":
+            super().clamp_logit_scale()
+
+    def lock_unused(self) -> None:
+        """Take no gradient for what reaches no embedding, so that nobody waits for one."""
+        facts = self.facts
+        ids = self.text_tokenizer.encode_text("a", truncate=True)
+        tokens_1L = pad([ids], length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id)
+        pixels = torch.zeros(1, 3, facts.side_px, facts.side_px)
+        rows = self.encode_image(pixels), self.encode_text(torch.from_numpy(tokens_1L).long())
+        moving = [each for each in self.parameters() if each.requires_grad]
+        total = torch.stack([row.sum() for row in rows]).sum()
+        gradients = torch.autograd.grad(total, moving, allow_unused=True)
+        for parameter, gradient in zip(moving, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None or parameter.ndim == 0)
+
+    @torch.no_grad()
+    def _read_scalars(self) -> None:
+        if (scale := getattr(self.model, _SCALE, None)) is not None:
+            self.logit_scale.copy_(scale.reshape(()))
+        elif (divisor := getattr(self.model, _DIVISOR, None)) is not None:
+            self.logit_scale.copy_(-divisor.log().reshape(()))
+        if self.logit_bias is not None:
+            self.logit_bias.copy_(getattr(self.model, _BIAS).reshape(()))
+
+    def _modules_of(self, tower: Tower) -> list[nn.Module]:
+        names = self.towers.image_modules if tower == "image" else self.towers.text_modules
+        return [getattr(self.model, each) for each in names if hasattr(self.model, each)]
 
 
 def describe_configuration(configuration: Mapping[str, Any]) -> str:
@@ -128,22 +224,15 @@ def describe_configuration(configuration: Mapping[str, Any]) -> str:
     return f"configured:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def tokenizer_of(encoder: DualEncoder) -> TextTokenizer:
-    """Return what makes ids of texts for an encoder."""
-    if isinstance(encoder, ExternalEncoder):
-        return encoder.text_tokenizer
-    return OpenAITokenizer(encoder.facts.context_length)
-
-
 def encode_usable(encoder: DualEncoder, texts: Sequence[str]) -> dict[str, list[int]]:
     """Return the ids of texts, cut where they are too long, but for texts that say nothing.
 
     What that is depends on the cleaning: of "?" SigLIP leaves nothing.
     """
-    tokenizer, found = tokenizer_of(encoder), {}
+    found = {}
     for text in texts:
         with contextlib.suppress(TextError):
-            found[text] = tokenizer.encode_text(text, truncate=True)
+            found[text] = encoder.text_tokenizer.encode_text(text, truncate=True)
     return found
 
 

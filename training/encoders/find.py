@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from clip_rt.errors import CheckpointError, InputError
 from training.encoders import of_open_clip, of_transformers
-from training.encoders.encoder import ExternalEncoder
+from training.encoders.encoder import ExternalEncoder, measure_any_length
 from training.weights import hub
+from training.weights.tensor_files import read_tensors
 
-_NO_WEIGHTS = "openai"
-"""What an export takes for granted of our own architectures, and means nothing here."""
+OWN_WEIGHTS = "openai"
+"""Those that a model brings along, where an option names none; of our own architectures it is
+OpenAI's."""
+RANDOM_WEIGHTS = "random"
+_TEXTS = (
+    "a photo of a cat.",
+    "a diagram",
+    "two people riding bicycles through heavy rain past a row of parked cars",
+    "the word “naïve” written in neon, 東京 ☔ 2024",
+)
+"""Of several lengths: whether a text may be cut at its end is measured on these."""
 
 
 def is_external(model: str) -> bool:
@@ -35,9 +49,10 @@ def load_encoder(
 
     Args:
         model: See the first line of this module.
-        weights: For a named configuration of open_clip: a file, or `hf:owner/name[@revision]`, a
-            repository that open_clip wrote. A folder and a repository of the hub have their own,
-            which "openai" stands for: nobody has named any. None leaves them random.
+        weights: A file that `training.run` wrote for this model. For a named configuration of
+            open_clip also a file of its own, or `hf:owner/name[@revision]`, a repository that it
+            wrote. A folder and a repository of the hub have their own, which `OWN_WEIGHTS` stands
+            for. None leaves them random.
         tokenizer: See `of_open_clip.load_open_clip`.
 
     Raises:
@@ -45,12 +60,31 @@ def load_encoder(
         InputError: an option means nothing for this model.
         CheckpointError: something cannot be had or read.
     """
+    tuned = None if weights is None else _read_tuned(weights)
+    encoder = _build(model, weights=None if tuned else weights, tokenizer=tokenizer)
+    if tuned is not None:
+        encoder.load_file(tuned)
+    if not measure_any_length(encoder, _TEXTS):
+        encoder.facts = replace(encoder.facts, is_any_length_exact=False)
+    return encoder
+
+
+def _read_tuned(weights: str) -> Mapping[str, Tensor] | None:
+    """Return the tensors of a file that `training.run` wrote of an external model, else None."""
+    path = Path(weights)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    tensors, metadata = read_tensors(path)
+    return tensors if is_external(metadata.get("architecture", "")) else None
+
+
+def _build(model: str, *, weights: str | None, tokenizer: Path | None) -> ExternalEncoder:
     place = model.partition(":")[2]
     has_own = model.startswith(of_transformers.PREFIX) or Path(place).is_dir()
-    if has_own and weights not in (None, _NO_WEIGHTS):
+    if has_own and weights not in (None, OWN_WEIGHTS):
         raise InputError(
-            f"{model} has weights of its own, and --weights names {weights[:80]!r}. Leave it out, "
-            "or name random."
+            f"{model} has weights of its own, and {weights[:80]!r} is no file that training.run "
+            "wrote of it. Leave the weights out, or name random."
         )
     if model.startswith(of_transformers.PREFIX):
         if tokenizer is not None:
@@ -67,10 +101,10 @@ def load_encoder(
         return of_open_clip.load_open_clip(
             place, folder=Path(place), has_weights=weights is not None, tokenizer=tokenizer
         )
-    if weights == _NO_WEIGHTS:
+    if weights == OWN_WEIGHTS:
         raise CheckpointError(
-            f"{model} needs --weights: a file, hf:owner/name of a repository that open_clip wrote, "
-            "or random."
+            f"{model} is a configuration and has no weights of its own. Name a file, hf:owner/name "
+            "of a repository that open_clip wrote, or random."
         )
     if weights is not None and weights.startswith(hub.PREFIX):
         return of_open_clip.load_open_clip(
@@ -78,7 +112,7 @@ def load_encoder(
         )
     file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
-        raise CheckpointError(f"there is no file {file}; name the weights with --weights.")
+        raise CheckpointError(f"there is no file {file}; name one, hf:owner/name, or random.")
     return of_open_clip.load_open_clip(place, file=file, tokenizer=tokenizer)
 
 

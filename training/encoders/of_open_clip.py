@@ -109,33 +109,24 @@ def load_open_clip(
     )
     return ExternalEncoder(
         facts,
-        image_tower=_ImageTower(model),
-        text_tower=_TextTower(model),
-        logit_scale=float(model.logit_scale.exp()),
-        logit_bias=None if bias is None else float(bias),
+        model=model,
+        towers=_Towers(),
         tokenizer_file=content,
         source=source,
         versions={name: metadata.version(name) for name in ("open_clip_torch", "timm")},
     )
 
 
-class _ImageTower(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        # CoCa's returns its tokens too, so its own way in is the model's.
-        self.model: Any = model
+class _Towers:
+    image_modules = ("visual",)
+    text_modules = ("text",)
 
-    def forward(self, image_BCSS: Tensor) -> Tensor:
-        return self.model.encode_image(image_BCSS, normalize=False)
+    def image(self, model: Any, image_BCSS: Tensor) -> Tensor:
+        # CoCa's tower returns its tokens too, so its own way in is the model's.
+        return model.encode_image(image_BCSS, normalize=False)
 
-
-class _TextTower(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        return self.model.encode_text(tokens_BL, normalize=False)
+    def text(self, model: Any, tokens_BL: Tensor) -> Tensor:
+        return model.encode_text(tokens_BL, normalize=False)
 
 
 class _Source:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_rt.errors import CheckpointError
 from clip_rt.inputs import tokenizer_file
@@ -103,11 +103,10 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
             "in tokenizer_config.json."
         )
     context_length = _context_length(config, family, tokenizer)
-    image_tower = _ImageTower(model, family)
-    text_tower = _TextTower(model, family, pad_id)
+    towers = _Towers(family, pad_id)
     resizing, side_px, mean, std = _read_preprocessing(images, name)
     with torch.inference_mode():
-        embedding_dim = image_tower(torch.zeros(1, 3, side_px, side_px)).shape[-1]
+        embedding_dim = towers.image(model, torch.zeros(1, 3, side_px, side_px)).shape[-1]
     bias = getattr(model, "logit_bias", None)
     facts = EncoderFacts(
         name=f"{PREFIX}{name}",
@@ -128,46 +127,38 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
     )
     return ExternalEncoder(
         facts,
-        image_tower=image_tower,
-        text_tower=text_tower,
-        logit_scale=_logit_scale(model, family),
-        logit_bias=None if bias is None else float(bias),
+        model=model,
+        towers=towers,
         tokenizer_file=content,
         source=_Source(images, tokenizer, context_length),
         versions={"transformers": transformers.__version__},
     )
 
 
-class _ImageTower(nn.Module):
-    def __init__(self, model: Any, family: str) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.family = family
+class _Towers:
+    image_modules = ("vision_model", "visual_projection", "vision_proj")
+    text_modules = ("text_model", "text_projection", "text_encoder", "text_proj")
 
-    def forward(self, image_BCSS: Tensor) -> Tensor:
-        if self.family == "blip":
-            hidden_BLD = self.model.vision_model(pixel_values=image_BCSS).last_hidden_state
-            return self.model.vision_proj(hidden_BLD[:, 0])
-        return _pooled(self.model.get_image_features(pixel_values=image_BCSS))
+    def __init__(self, family: str, pad_id: int) -> None:
+        self._family = family
+        self._pad_id = pad_id
 
+    def image(self, model: Any, image_BCSS: Tensor) -> Tensor:
+        if self._family == "blip":
+            hidden_BLD = model.vision_model(pixel_values=image_BCSS).last_hidden_state
+            return model.vision_proj(hidden_BLD[:, 0])
+        return _pooled(model.get_image_features(pixel_values=image_BCSS))
 
-class _TextTower(nn.Module):
-    def __init__(self, model: Any, family: str, pad_id: int) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.family = family
-        self.pad_id = pad_id
-
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        if self.family in _UNMASKED:
-            return _pooled(self.model.get_text_features(input_ids=tokens_BL))
-        is_text_BL = (tokens_BL != self.pad_id).long()
-        if self.family == "blip":
-            hidden_BLD = self.model.text_encoder(
+    def text(self, model: Any, tokens_BL: Tensor) -> Tensor:
+        if self._family in _UNMASKED:
+            return _pooled(model.get_text_features(input_ids=tokens_BL))
+        is_text_BL = (tokens_BL != self._pad_id).long()
+        if self._family == "blip":
+            hidden_BLD = model.text_encoder(
                 input_ids=tokens_BL, attention_mask=is_text_BL
             ).last_hidden_state
-            return self.model.text_proj(hidden_BLD[:, 0])
-        return _pooled(self.model.get_text_features(input_ids=tokens_BL, attention_mask=is_text_BL))
+            return model.text_proj(hidden_BLD[:, 0])
+        return _pooled(model.get_text_features(input_ids=tokens_BL, attention_mask=is_text_BL))
 
 
 class _Source:
@@ -197,16 +188,6 @@ class _Source:
 def _pooled(found: Any) -> Tensor:
     """Return the embedding: transformers 5 wraps it, 4 does not."""
     return found if isinstance(found, Tensor) else found.pooler_output
-
-
-def _logit_scale(model: Any, family: str) -> float:
-    if family == "align":
-        # A divisor of the cosine, and not its logarithm.
-        return 1.0 / float(model.temperature)
-    if family == "blip":
-        # Its contrastive scores are cosines as they are.
-        return 1.0
-    return float(model.logit_scale.exp())
 
 
 def _context_length(config: Any, family: str, tokenizer: Any) -> int:

@@ -14,18 +14,19 @@ from tqdm import tqdm
 from clip_rt.errors import ImageError, InputError
 from clip_rt.inputs.decoding import DEFAULT_LIMITS, ImageInput, Limits
 from clip_rt.specs import Activation
+from training.dual_encoder import DualEncoder
 from training.evaluation.class_names import NameTable, name_classes, read_name_table, sort_ids
 from training.evaluation.embed import embed_images, open_model
 from training.evaluation.labelled import Sample, read_samples
-from training.model import CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Limits):
     """What every command that looks at labelled images is told."""
 
-    checkpoint: str
-    """Weights: a file, a folder in the hub's layout, hf:owner/name@revision, or openai."""
+    checkpoint: str | None = None
+    """Weights: a file, a folder in the hub's layout, hf:owner/name@revision, or openai. Models of
+    other libraries that have their own need none."""
     data: tuple[Path, ...]
     """A folder with one folder of images for each class; a .csv or .jsonl with the columns image
     and label, or caption; or .tar shards in WebDataset's layout."""
@@ -33,7 +34,11 @@ class Source(Limits):
     """What the classes are called: id, tab, name a line; or names alone in the order of the ids; or
     JSON of either kind. Needed for wnids and numbers."""
     model: str | None = None
-    """Architecture; without it, the one the checkpoint names."""
+    """Architecture; without it, the one the checkpoint names. Or a model of another library:
+    open_clip:NAME, open_clip:FOLDER, hf:owner/name or hf:FOLDER."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one, for models of open_clip whose tokenizer is not
+    OpenAI's and cannot be had from the hub."""
     activation: Activation | None = None
     """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it."""
     device: str = "cpu"
@@ -41,9 +46,14 @@ class Source(Limits):
     allow_outside: bool = False
     """Let paths in tables and links in folders of `data` lead out of them."""
 
-    def open_model(self) -> CLIP:
+    def open_model(self) -> DualEncoder:
         """Load the checkpoint; see `training.evaluation.embed.open_model`."""
-        model = open_model(self.checkpoint, model=self.model, activation=self.activation)
+        model = open_model(
+            self.checkpoint,
+            model=self.model,
+            activation=self.activation,
+            tokenizer=self.tokenizer,
+        )
         return model.to(torch.device(self.device))
 
     def read_table(self) -> NameTable | None:
@@ -75,7 +85,7 @@ class Classes:
 
 
 def embed_data(
-    model: CLIP,
+    model: DualEncoder,
     data: Sequence[Path],
     *,
     allow_outside: bool = False,
@@ -88,14 +98,14 @@ def embed_data(
 
 
 def embed_samples(
-    model: CLIP, samples: Iterable[Sample], *, limits: Limits = DEFAULT_LIMITS
+    model: DualEncoder, samples: Iterable[Sample], *, limits: Limits = DEFAULT_LIMITS
 ) -> Embedded:
     """Embed the images of samples, a few in memory at a time.
 
     Raises:
         ImageError: an image cannot be used; the message says which.
     """
-    found = Embedded(np.empty((0, model.spec.embedding_dim), np.float32))
+    found = Embedded(np.empty((0, model.facts.embedding_dim), np.float32))
 
     def images() -> Iterator[ImageInput]:
         for sample in samples:

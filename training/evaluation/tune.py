@@ -8,7 +8,6 @@ what they were: a few examples are no measure of them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,10 @@ from torch.nn import functional
 
 from clip_rt.errors import InputError, TrainingError
 from clip_rt.inputs.prompts import check_labels, fill, find_templates
-from training.data.batches import cut_tokens
+from clip_rt.inputs.tokenizer import pad
+from clip_rt.specs import Tower
+from training.dual_encoder import DualEncoder
 from training.evaluation.embed import device_of, pixels_to_input
-from training.model import CLIP
 from training.schedule import cosine_lr
 
 
@@ -89,12 +89,12 @@ def descend(
 
 
 def tune_image(
-    model: CLIP,
+    model: DualEncoder,
     pixels_NSSC: NDArray[np.uint8],
     right_N: NDArray[np.int64],
     class_CE: NDArray[np.float32],
     recipe: Recipe,
-) -> tuple[CLIP, NDArray[np.float32]]:
+) -> tuple[DualEncoder, NDArray[np.float32]]:
     """Fine-tune the image tower together with a classifier.
 
     Args:
@@ -107,31 +107,30 @@ def tune_image(
     Returns:
         A tuned copy of the model in eval mode, and the tuned classifier, float32 (C, E).
     """
-    tuned = copy.deepcopy(model).eval().requires_grad_(False)
-    tuned.visual.requires_grad_(True)
     device = device_of(model)
+    tuned, moving = _copy_to_tune(model, "image")
     head_CE = nn.Parameter(torch.from_numpy(class_CE.copy()).to(device))
     right = torch.from_numpy(right_N)
     scale = tuned.logit_scale.exp()
 
     def loss_of(rows_B: Tensor) -> Tensor:
-        image_BCSS = pixels_to_input(pixels_NSSC[rows_B.numpy()]).to(device)
+        image_BCSS = pixels_to_input(pixels_NSSC[rows_B.numpy()], tuned.facts).to(device)
         image_BE = functional.normalize(tuned.encode_image(image_BCSS).float(), dim=-1)
         return functional.cross_entropy(scale * image_BE @ head_CE.T, right[rows_B].to(device))
 
-    descend([*tuned.visual.parameters(), head_CE], loss_of, num_rows=len(right_N), recipe=recipe)
+    descend([*moving, head_CE], loss_of, num_rows=len(right_N), recipe=recipe)
     return tuned.requires_grad_(False), head_CE.detach().cpu().numpy()
 
 
 def tune_text(
-    model: CLIP,
+    model: DualEncoder,
     image_NE: NDArray[np.float32],
     right_N: NDArray[np.int64],
     labels: Sequence[str],
     recipe: Recipe,
     *,
     templates: str | Sequence[str] | None = None,
-) -> CLIP:
+) -> DualEncoder:
     """Fine-tune the text tower so that prompts find the examples; the images are locked.
 
     Args:
@@ -145,16 +144,17 @@ def tune_text(
     Returns:
         A tuned copy of the model in eval mode.
     """
-    tuned = copy.deepcopy(model).eval().requires_grad_(False)
-    # The table of tokens stays too: it is most of a small tower, and few of its rows are read.
-    for part in (tuned.transformer, tuned.ln_final):
-        part.requires_grad_(True)
-    for parameter in (tuned.positional_embedding, tuned.text_projection):
-        parameter.requires_grad_(True)
-    device = device_of(model)
+    device, facts = device_of(model), model.facts
+    tuned, moving = _copy_to_tune(model, "text")
     labels, frames = check_labels(labels), find_templates(templates)
     texts = [fill(frame, label) for label in labels for frame in frames]
-    tokens_BL = cut_tokens(texts, context_length=model.spec.text.context_length).to(device)
+    ids = [model.text_tokenizer.encode_text(text, truncate=True) for text in texts]
+    tokens = pad(
+        ids,
+        length_tokens=max(map(len, ids)) if facts.is_any_length_exact else facts.context_length,
+        pad_id=facts.tokenization.pad_id,
+    )
+    tokens_BL = torch.from_numpy(tokens).long().to(device)
     images, right = torch.from_numpy(image_NE).to(device), torch.from_numpy(right_N).to(device)
     scale = tuned.logit_scale.exp().detach()
 
@@ -165,6 +165,21 @@ def tune_text(
         rows = rows_B.to(device)
         return functional.cross_entropy(scale * images[rows] @ class_CE.T, right[rows])
 
-    moving = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     descend(moving, loss_of, num_rows=len(right_N), recipe=recipe)
     return tuned.requires_grad_(False)
+
+
+def _copy_to_tune(model: DualEncoder, tower: Tower) -> tuple[DualEncoder, list[nn.Parameter]]:
+    """Copy a model in eval mode; return the copy and those of its parameters that may move."""
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tuned = model.with_weights(weights).to(device_of(model))
+    # The table of tokens stays: it is most of a small tower, and few of its rows are read.
+    table = tuned.embed_tokens().weight
+    moving = [
+        parameter
+        for name, parameter in tuned.named_parameters()
+        if tuned.tower_of(name) == tower and parameter is not table
+    ]
+    for parameter in moving:
+        parameter.requires_grad_(True)
+    return tuned, moving

@@ -14,15 +14,15 @@ import numpy as np
 from clip_rt.classification.zero_shot import classify
 from clip_rt.inputs.prompts import DEFAULT_TEMPLATE
 from training.data.drawing_batches import Drawings
+from training.dual_encoder import DualEncoder
 from training.evaluation.class_names import NameTable, describe_layout, read_templates
 from training.evaluation.embed import class_embeddings, embed_drawings, embed_texts, logit_scale
 from training.evaluation.metrics import Accuracy, Retrieval, accuracy, retrieval
 from training.evaluation.source import Embedded, find_classes
-from training.model import CLIP
 
 
 def zero_shot(
-    model: CLIP,
+    model: DualEncoder,
     embedded: Embedded,
     *,
     table: NameTable | None = None,
@@ -61,7 +61,7 @@ def zero_shot(
     return describe_layout(classes.ids), results
 
 
-def retrieve(model: CLIP, embedded: Embedded) -> Retrieval:
+def retrieve(model: DualEncoder, embedded: Embedded) -> Retrieval:
     """Find images by their captions and captions by their images; too long ones are cut.
 
     Raises:
@@ -73,7 +73,7 @@ def retrieve(model: CLIP, embedded: Embedded) -> Retrieval:
 
 
 def zero_shot_accuracy(
-    model: CLIP,
+    model: DualEncoder,
     drawings: Drawings,
     labels: Sequence[str],
     *,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clip_rt.errors import CheckpointError
 from clip_rt.specs import CLIP_MEAN, CLIP_STD, MODELS, Activation, ModelSpec, ViTSpec
-from training.model import CLIP, causal_mask
+from training.model import CLIP
 from training.weights import hub
 from training.weights.adapt import (
     IMAGE_POSITIONS,
@@ -112,12 +112,9 @@ def load_clip(
             resize = resize_text_positions if name == TEXT_POSITIONS else resize_image_positions
             _log.info("%s: %d positions become %d", name, len(state_dict[name]), expected[name][0])
             state_dict[name] = resize(state_dict[name], expected[name][0])
-    # On the meta device nothing is initialised only to be overwritten.
     with torch.device("meta"):
-        clip = CLIP(spec, logit_bias=0.0 if "logit_bias" in state_dict else None)
-    clip.load_state_dict(state_dict, strict=True, assign=True)
-    clip.causal_mask_LL = causal_mask(spec.text.context_length)
-    return clip.requires_grad_(False).eval()
+        clip = CLIP(spec)
+    return clip.with_weights(state_dict)
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
