@@ -215,7 +215,7 @@ class ExternalTextGraph(nn.Module):
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Embed token ids; as `TextGraph`, padded as the manifest says."""
-        return _normalise(self.encoder.encode_text(tokens_BL.long()))
+        return _normalise(self.encoder.encode_text(tokens_BL))
 
     def layers(self) -> dict[str, nn.Module]:
         """Return what a precision can be chosen for in torch: nothing."""

@@ -74,14 +74,17 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("export.pipeline", "--calibration"): ("export.onnx",),
     # Who loads models of other libraries.
     **{
-        (f"training.{module}", option): ("export.onnx", "training.interpolate", *LABELLED)
+        (f"training.{module}", option): (
+            *("export.onnx", "training.interpolate", "training.run"),
+            *LABELLED,
+        )
         for module in (
             *("encoders.encoder", "encoders.find", "encoders.of_open_clip"),
             *("encoders.tokenizer_source", "evaluation.embed"),
         )
         for option in ("--model", "--tokenizer")
     },
-    # The other one always names weights.
+    # The others always name weights, or need none.
     ("training.evaluation.embed", "--checkpoint"): LABELLED,
     # In the command of another that is printed.
     ("export.pipeline", "--rollback"): ("export.repository",),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from clip_rt.errors import InputError
-from clip_rt.specs import END_OF_TEXT
 from training.data.batches import Batch
 from training.parallel import gradient_sync
 from training.recompute import hold_running_statistics
@@ -30,22 +29,18 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def split_batch(batch: Batch, chunk_size: int) -> list[Batch]:
-    """Cut a batch into chunks of at most `chunk_size` pairs, their tokens as long as they need.
-
-    Tokens on a GPU are waited for; a stream of batches leaves them on the CPU.
-    """
+    """Cut a batch into chunks of at most `chunk_size` pairs, their tokens as long as they need."""
     chunks = []
     for start in range(0, len(batch.group_B), chunk_size):
         rows = slice(start, start + chunk_size)
-        tokens_BL = batch.tokens_BL[rows]
-        # Padding cannot be told from a text's tokens by its id: 0 is also the exclamation mark.
-        used = 1 + int((tokens_BL.cpu().numpy() == END_OF_TEXT).argmax(axis=1).max())
+        length_B = batch.length_B[rows]
         chunks.append(
             replace(
                 batch,
                 image_BCSS=batch.image_BCSS[rows],
-                tokens_BL=tokens_BL[:, :used],
+                tokens_BL=batch.tokens_BL[rows, : int(length_B.numpy().max())],
                 group_B=batch.group_B[rows],
+                length_B=length_B,
             )
         )
     return chunks

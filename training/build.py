@@ -21,7 +21,11 @@ from training.data.drawing_batches import DrawingBatches, load_drawings
 from training.data.pair_batches import PairBatches
 from training.data.photos import PhotoAugmentation
 from training.data.sources import open_sources
+from training.dual_encoder import DualEncoder
 from training.ema import WeightAverage
+from training.encoders.encoder import ExternalEncoder
+from training.encoders.find import is_external
+from training.evaluation.embed import open_external
 from training.model import CLIP
 from training.optimizer import adamw, lock_tower
 from training.state import Run
@@ -45,21 +49,14 @@ def claim_folder(config: TrainConfig) -> None:
 def build(config: TrainConfig, world: parallel.World) -> Run:
     """Make model, optimiser and data as they are before the first update."""
     seed_everything(config.seed)
-    data = open_data(config, world)
-    clip = build_clip(config).to(world.device)
+    clip = build_external(config) if is_external(config.model) else build_clip(config)
+    data = open_data(config, world, clip)
+    clip = clip.to(world.device)
     if config.parallel == "ddp" or world.size == 1:  # FSDP takes contiguous weights only.
         clip = clip.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile_backend:
         clip.compile(backend=config.compile_backend)
     wrapped = parallel.wrap(clip, config.parallel)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_clip(
-            find_spec(config.teacher_model),
-            config.teacher,
-            activation=config.teacher_activation,
-            option="--teacher-activation",
-        ).to(world.device)
     return Run(
         config=config,
         world=world,
@@ -73,14 +70,17 @@ def build(config: TrainConfig, world: parallel.World) -> Run:
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16"),
         data=data,
-        seen_V=torch.zeros(clip.spec.text.vocab_size, dtype=torch.bool),
-        teacher=teacher,
+        seen_V=torch.zeros(clip.embed_tokens().num_embeddings, dtype=torch.bool),
+        is_from_nothing=config.init_from is None and isinstance(clip, CLIP),
+        teacher=None if config.teacher is None else load_teacher(config, clip).to(world.device),
         average=WeightAverage(clip, decay=config.ema_decay) if config.ema_decay else None,
     )
 
 
 def build_clip(config: TrainConfig) -> CLIP:
     """Make the model with random weights, or with those of `init_from`."""
+    if config.tokenizer is not None:
+        raise InputError(f"{config.model} has OpenAI's tokenizer; leave --tokenizer out.")
     spec = find_spec(config.model)
     loaded = None
     if config.init_from is not None:
@@ -88,7 +88,8 @@ def build_clip(config: TrainConfig) -> CLIP:
         spec = loaded.spec  # The weights know better which activation they were trained with.
     elif config.activation is not None:
         spec = replace(spec, activation=config.activation)
-    is_sigmoid = config.objective == "sigmoid"
+    has_bias = loaded is not None and loaded.logit_bias is not None
+    is_sigmoid = config.objective == "sigmoid" or (config.objective is None and has_bias)
     clip = CLIP(
         spec,
         patch_dropout=config.patch_dropout,
@@ -98,16 +99,85 @@ def build_clip(config: TrainConfig) -> CLIP:
         nn.init.constant_(clip.logit_scale, math.log(SIGLIP_LOGIT_SCALE))
     if loaded is not None:
         # Weights of the contrastive loss have no bias; the sigmoid loss then begins with its own.
-        bias_is_new = is_sigmoid and loaded.logit_bias is None
+        bias_is_new = is_sigmoid and not has_bias
         clip.load_state_dict(loaded.state_dict(), strict=not bias_is_new)
     clip.set_grad_checkpointing(config.grad_checkpointing)
     lock_tower(clip, config.lock)
     return clip
 
 
-def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
+def build_external(config: TrainConfig) -> ExternalEncoder:
+    """Load a model of another library, with its own weights or those of `init_from`.
+
+    Raises:
+        InputError: an option is for our own architectures, or the loss is not the model's.
+    """
+    for is_given, option, way_out in (
+        (config.patch_dropout, "--patch-dropout", "--batch-size with --chunk-size saves memory"),
+        (config.grad_checkpointing, "--grad-checkpointing", "--chunk-size saves memory"),
+        (config.parallel == "fsdp", "--parallel fsdp", "--parallel ddp shares the work"),
+        (not config.data, "learning from drawings", "name --data"),
+    ):
+        if is_given:
+            raise InputError(
+                f"{config.model} is another library's model, and {option} is for clip_rt's own "
+                f"architectures only; {way_out}."
+            )
+    encoder = open_external(
+        config.model, config.init_from, activation=config.activation, tokenizer=config.tokenizer
+    )
+    objective = "infonce" if encoder.logit_bias is None else "sigmoid"
+    if config.objective not in (None, objective):
+        raise InputError(
+            f"{config.model} was trained by the objective {objective}, and its library has no "
+            f"place for what {config.objective} learns. Leave --objective out."
+        )
+    if not encoder.has_scale:
+        raise InputError(
+            f"{config.model} has no temperature to learn by a contrastive loss. python -m "
+            "training.probe, training.coop and training.few_shot take it as it is."
+        )
+    lock_tower(encoder, config.lock)
+    encoder.lock_unused()
+    return encoder
+
+
+def load_teacher(config: TrainConfig, student: DualEncoder) -> DualEncoder:
+    """Load the model to distil from.
+
+    Raises:
+        InputError: it reads images or texts otherwise than the student, and there is one batch.
+    """
+    assert config.teacher is not None
+    teacher: DualEncoder
+    if is_external(config.teacher_model):
+        teacher = open_external(
+            config.teacher_model,
+            config.teacher,
+            activation=config.teacher_activation,
+            tokenizer=config.tokenizer,
+        )
+    else:
+        teacher = load_clip(
+            find_spec(config.teacher_model),
+            config.teacher,
+            activation=config.teacher_activation,
+            option="--teacher-activation",
+        )
+    mine, theirs = teacher.facts, student.facts
+    for name in ("side_px", "mean", "std", "context_length", "tokenization"):
+        if getattr(mine, name) != getattr(theirs, name):
+            raise InputError(
+                f"the teacher {mine.name} and {theirs.name} must read the same images and texts, "
+                f"and {name} differs: {getattr(mine, name)} and {getattr(theirs, name)}. Name "
+                "another with --teacher-model."
+            )
+    return teacher
+
+
+def open_data(config: TrainConfig, world: parallel.World, model: DualEncoder) -> BatchStream:
     """Open what the run learns from."""
-    spec = find_spec(config.model)
+    facts = model.facts
     if config.data:
         return PairBatches(
             open_sources(
@@ -119,8 +189,8 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
                 max_bytes=config.max_bytes,
             ),
             batch_size=config.batch_size,
-            side_px=spec.side_px,
-            context_length=spec.text.context_length,
+            facts=facts,
+            tokenizer=model.text_tokenizer,
             seed=config.seed,
             weights=config.data_weights or None,
             augmentation=PhotoAugmentation(
@@ -141,17 +211,17 @@ def open_data(config: TrainConfig, world: parallel.World) -> BatchStream:
             "pass --sample to train on the drawings that come with the code, or name --data."
         )
     drawings = load_drawings(shards, progress=world.is_first)
-    if (side_px := drawings.pixels.shape[1]) != spec.side_px:
+    if (side_px := drawings.pixels.shape[1]) != facts.side_px:
         raise InputError(
             f"the drawings in {data_dir} are {side_px} px wide, and {config.model} reads "
-            f"{spec.side_px} px. --recipe drawings takes a model that fits them."
+            f"{facts.side_px} px. --recipe drawings takes a model that fits them."
         )
     return DrawingBatches(
         drawings,
         batch_size=config.batch_size,
         emoji_fraction=config.drawings.emoji_fraction,
         random_convolutions=config.drawings.random_convolutions,
-        context_length=spec.text.context_length,
+        context_length=facts.context_length,
         seed=config.seed,
     )
 

@@ -18,7 +18,7 @@ from training.optimizer import Lock
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 FREE_FIELDS = frozenset(
-    "recipe out_dir resume init_from teacher num_workers num_threads device parallel "
+    "recipe out_dir resume init_from tokenizer teacher num_workers num_threads device parallel "
     "eval_every_steps log_every_steps keep_last tensorboard eval_data class_names max_bad_share "
     "max_pixels max_bytes".split()
 )
@@ -50,12 +50,17 @@ class TrainConfig(Limits):
     """Of the command line: a recipe whose options come before the others, NAME or NAME:STAGE of
     training/recipes, or a .toml file. Without it and without data, drawings or drawings:sample."""
     model: str = "ViT-B/32"
-    """Architecture, a key of clip_rt.specs.MODELS."""
+    """Architecture, a key of clip_rt.specs.MODELS; or a model of another library: open_clip:NAME,
+    open_clip:FOLDER, hf:owner/name or hf:FOLDER."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one, for models of open_clip whose tokenizer is not
+    OpenAI's and cannot be had from the hub."""
     activation: Activation | None = None
     """Of the MLP blocks, as the weights were trained; needed where nothing beside them says it.
     Without init_from, what the network is to have; None is the architecture's."""
     init_from: str | None = None
-    """Weights to start from (fine-tuning): a file, hf:owner/name@revision, or openai."""
+    """Weights to start from (fine-tuning): a file, hf:owner/name@revision, or openai. Models of
+    other libraries start from their own where nothing is named, and are random by that name."""
     out_dir: Path = Path("runs/clip")
     """Where checkpoints, the log and the curves go."""
     resume: bool = False
@@ -88,12 +93,14 @@ class TrainConfig(Limits):
     class_names: Path | None = None
     """Names of the classes of `eval_data`, as for python -m training.evaluate."""
 
-    objective: Literal["infonce", "sigmoid"] = "infonce"
-    """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair."""
+    objective: Literal["infonce", "sigmoid"] | None = None
+    """CLIP's softmax over the batch, or SigLIP's sigmoid of each pair. None is what the weights of
+    `init_from` were trained by, infonce where there are none."""
     teacher: str | None = None
-    """Weights, as init_from, of a model to distil from, of the architecture `teacher_model`."""
+    """Weights, as init_from, of a model to distil from, of the architecture `teacher_model`; of one
+    of another library openai stands for its own."""
     teacher_model: str = "ViT-B/32"
-    """Architecture of the teacher; it reads images of the same size."""
+    """Architecture of the teacher, as model; it reads images and texts as the model does."""
     teacher_activation: Activation | None = None
     """As activation, of the teacher."""
     distill_weight: float = 1.0
@@ -185,6 +192,8 @@ class TrainConfig(Limits):
         is_older = "recipe" not in earlier  # When the defaults of every run were those of drawings.
         if earlier.get("total_steps", 0) is None:
             earlier = {**earlier, "total_steps": 150 if earlier["sample"] else 3200}
+        if now["objective"] is None and earlier.get("objective") == "infonce":
+            earlier = {**earlier, "objective": None}  # Of when it had to be one or the other.
         differing = [
             f"{name} was {earlier[name]!r} and is {now[name]!r}"
             for name in sorted(now.keys() & earlier.keys() - FREE_FIELDS)

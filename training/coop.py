@@ -105,7 +105,7 @@ def embed_prompts(model: DualEncoder, context_MD: Tensor, labels: Sequence[str])
 
     hook = model.embed_tokens().register_forward_hook(put_context)
     try:
-        text_CE = model.encode_text(torch.from_numpy(tokens_CL).long().to(device))
+        text_CE = model.encode_text(torch.from_numpy(tokens_CL).to(device))
     finally:
         hook.remove()
     return functional.normalize(text_CE.float(), dim=-1)

@@ -55,8 +55,8 @@ class DualEncoder(nn.Module):
         """
         raise NotImplementedError
 
-    def image_modules(self) -> Sequence[nn.Module]:
-        """Return the modules that are the image tower."""
+    def tower_modules(self, tower: Tower) -> Sequence[nn.Module]:
+        """Return the modules that are a tower."""
         raise NotImplementedError
 
     def with_weights(self: Encoder, weights: Mapping[str, Tensor]) -> Encoder:

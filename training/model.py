@@ -281,9 +281,11 @@ class CLIP(DualEncoder):
             return None
         return "image" if name.startswith("visual.") else "text"
 
-    def image_modules(self) -> Sequence[nn.Module]:
-        """Return the modules that are the image tower."""
-        return (self.visual,)
+    def tower_modules(self, tower: Tower) -> Sequence[nn.Module]:
+        """Return the modules that are a tower."""
+        if tower == "image":
+            return (self.visual,)
+        return self.token_embedding, self.transformer, self.ln_final
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> CLIP:
         """Return another CLIP of this architecture; see `DualEncoder.with_weights`."""

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from clip_rt.errors import InputError
-from training.model import CLIP
+from clip_rt.specs import Tower
+from training.dual_encoder import SCALARS, DualEncoder
 
 Lock = Literal["none", "image", "text"]
 
 _RESNET_STAGE = re.compile(r"visual\.layer(\d)\.")
-_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+_BLOCK = re.compile(r"\b(?:resblocks|layers?|blocks?|stages)\.(\d+)\.")
+_POOLING = re.compile(r"attn_?pool")
+_BELOW_BLOCKS = re.compile(r"embed|class_|cls_token|\bconv[123]\.|\bbn[123]\.|ln_pre|pre_|stem")
+"""Our names and those of open_clip, timm and transformers."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,12 +39,12 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(
-    model: nn.Module, *, peak_lr: float, weight_decay: float, layer_decay: float = 1.0
+    model: DualEncoder, *, peak_lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> AdamW:
     """Make AdamW with the betas of the paper's table 18.
 
     Args:
-        model: A CLIP; parameters that take no gradient are left out.
+        model: A dual encoder; parameters that take no gradient are left out.
         peak_lr: Learning rate of the parameters nearest to the embeddings.
         weight_decay: Of matrices; gains, biases and the temperature are not decayed.
         layer_decay: Factor on the learning rate for every layer further from the embeddings
@@ -54,8 +58,9 @@ def adamw(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            tower = "image" if name.startswith("visual.") else "text"
-            lr_scale = layer_decay ** (tops[tower] - layer_of(name, tops[tower]))
+            tower = model.tower_of(name)
+            top = 0 if tower is None else tops[tower]
+            lr_scale = layer_decay ** (top - layer_of(name, top))
             # Scalars by themselves: they stay whole where FSDP shards the others.
             groups.setdefault((decay, lr_scale, parameter.ndim == 0), []).append(parameter)
     if not groups:
@@ -78,32 +83,33 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def lock_tower(model: CLIP, lock: Lock) -> None:
+def lock_tower(model: DualEncoder, lock: Lock) -> None:
     """Freeze one tower, so that the other learns to read or to be read by it (LiT, Zhai 2022).
 
     The temperature stays free. Call `train_unlocked` where `model.train()` would be called.
     """
     for name, parameter in model.named_parameters():
-        in_image = name.startswith("visual.")
-        is_locked = lock == ("image" if in_image else "text")
-        parameter.requires_grad_(not is_locked or name in ("logit_scale", "logit_bias"))
+        tower = model.tower_of(name)
+        parameter.requires_grad_(tower not in (None, lock) or name in SCALARS)
 
 
-def train_unlocked(model: nn.Module, lock: Lock) -> None:
-    """Put the model into training mode, but a locked image tower into evaluation mode.
+def train_unlocked(model: DualEncoder, lock: Lock) -> None:
+    """Put the model into training mode, but a locked tower into evaluation mode.
 
-    Or its batch normalisation would go on following the data, and its patches be dropped.
+    Or its batch normalisation would go on following the data, and patches and neurons be dropped.
     """
     model.train()
-    if lock == "image":
-        model.get_submodule("visual").eval()
+    if lock != "none":
+        for module in model.tower_modules(lock):
+            module.eval()
 
 
-def count_layers(model: nn.Module) -> dict[str, int]:
+def count_layers(model: DualEncoder) -> dict[Tower, int]:
     """Count the layers of each tower, the embeddings below them being layer 0."""
-    tops = {"image": 0, "text": 0}
+    tops: dict[Tower, int] = {"image": 0, "text": 0}
     for name, _ in model.named_parameters():
-        tower = "image" if name.startswith("visual.") else "text"
+        if (tower := model.tower_of(name)) is None:
+            continue
         if match := _BLOCK.search(name):
             tops[tower] = max(tops[tower], int(match[1]) + 2)
         elif match := _RESNET_STAGE.search(name):
@@ -117,5 +123,5 @@ def layer_of(name: str, top: int) -> int:
         return int(match[1]) + 1
     if match := _RESNET_STAGE.search(name):
         return int(match[1])
-    last = ("visual.ln_post.", "visual.proj", "visual.attnpool.", "ln_final.", "text_projection")
-    return top if name.startswith((*last, "logit_")) else 0
+    is_below = _BELOW_BLOCKS.search(name) and not _POOLING.search(name)
+    return 0 if is_below else top

@@ -1,4 +1,4 @@
-"""One process or many: a CLIP goes in, one that all processes of torchrun train together comes out.
+"""One process or many: a model goes in, one that all processes of torchrun train comes out.
 
     torchrun --nproc-per-node 8 -m training.run ...
 
@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_rt.errors import InputError
-from training.model import CLIP, ResidualAttentionBlock
+from training.dual_encoder import DualEncoder
+from training.model import ResidualAttentionBlock
 from training.resnet import Bottleneck
 
 Kind = Literal["ddp", "fsdp"]
@@ -89,7 +90,7 @@ def join(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
-def wrap(model: CLIP, kind: Kind) -> nn.Module:
+def wrap(model: DualEncoder, kind: Kind) -> nn.Module:
     """Let the processes train one model; all begin with the first one's weights.
 
     Args:

@@ -81,7 +81,7 @@ def main(config: TrainConfig) -> None:
         parallel.barrier()
         config, settled = precision.settle(config, world)
         run = build(config, world)
-        judge = Judge(config, run.clip.spec, world.device) if world.is_first else None
+        judge = Judge(config, run.clip, world.device) if world.is_first else None
         is_resumed = restore(run)
         journal = Journal(
             config.out_dir,
@@ -191,7 +191,7 @@ def evaluate(run: Run, judge: Judge | None, journal: Journal) -> None:
         weights = parallel.gather_weights(run.wrapped)
     seen_V = parallel.mean_over_ranks(run.seen_V.float()) > 0
     if judge is not None:
-        if config.init_from is None and run.step == config.total_steps:
+        if run.is_from_nothing and run.step == config.total_steps:
             # Embeddings of tokens that no caption held: noise to the model, weight to a file.
             weights["token_embedding.weight"] = weights["token_embedding.weight"] * seen_V[:, None]
         scores = judge.score(weights)

@@ -20,8 +20,8 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.data.batches import BatchStream
+from training.dual_encoder import DualEncoder
 from training.ema import WeightAverage
-from training.model import CLIP
 from training.optimizer import AdamW
 
 
@@ -31,7 +31,7 @@ class Run:
 
     config: TrainConfig
     world: parallel.World
-    clip: CLIP
+    clip: DualEncoder
     wrapped: nn.Module
     """The same, as the processes share it."""
     optimizer: AdamW
@@ -39,7 +39,10 @@ class Run:
     data: BatchStream
     seen_V: Tensor
     """bool (V,): whether a token stood in any caption so far."""
-    teacher: CLIP | None = None
+    is_from_nothing: bool = False
+    """Whether the weights were random, so that nothing is known of a token that never stood in any.
+    """
+    teacher: DualEncoder | None = None
     average: WeightAverage | None = None
     step: int = 0
     """Updates done."""

@@ -29,7 +29,7 @@ from benchmarks.timing import ratio
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT, ModelSpec
 from training import parallel
 from training.config import TrainConfig
-from training.data.batches import Batch, BatchStream
+from training.data.batches import Batch, BatchStream, count_tokens
 from training.model import CLIP
 from training.optimizer import adamw
 from training.state import Run
@@ -70,7 +70,7 @@ def make_batch(spec: ModelSpec, num_pairs: int, *, is_pinned: bool) -> Batch:
         tokens_BL[row, end] = END_OF_TEXT
         tokens_BL[row, end + 1 :] = 0
     group_B = torch.arange(num_pairs)
-    tensors = (image_BCSS, tokens_BL, group_B)
+    tensors = (image_BCSS, tokens_BL, group_B, count_tokens(tokens_BL))
     return Batch(*(each.pin_memory() for each in tensors) if is_pinned else tensors)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT, VOCAB_SIZE, ModelSpec, Tower
 from training.accumulate import cached_backward
-from training.data.batches import Batch
+from training.data.batches import Batch, count_tokens
 from training.loss import contrastive_loss
 from training.model import CLIP
 from training.optimizer import adamw
@@ -70,7 +70,8 @@ def make_batch(spec: ModelSpec, num_pairs: int, num_tokens: int, *, seed: int = 
         1, VOCAB_SIZE - 2, (num_pairs, num_tokens), generator=generator
     )
     tokens_BL[:, 0], tokens_BL[:, num_tokens - 1] = START_OF_TEXT, END_OF_TEXT
-    return Batch(image_BCSS, tokens_BL, torch.arange(num_pairs) + seed * num_pairs)
+    group_B = torch.arange(num_pairs) + seed * num_pairs
+    return Batch(image_BCSS, tokens_BL, group_B, count_tokens(tokens_BL))
 
 
 def make_step(clip: CLIP, chunks: Sequence[Batch], autocast: Precision) -> Callable[[], Tensor]:

@@ -41,7 +41,7 @@ from clip_rt_commands.errors import command
 from export import int8, probes
 from export.pipeline import random_clip
 from training import precision
-from training.data.batches import Batch
+from training.data.batches import Batch, count_tokens
 from training.model import CLIP
 
 MODULE = "benchmarks.studies.defaults"
@@ -132,7 +132,8 @@ def time_steps(num_pairs: int) -> dict[str, Any]:
     image_BCSS = torch.randn(num_pairs, 3, spec.side_px, spec.side_px)
     image_BCSS = image_BCSS.contiguous(memory_format=torch.channels_last)
     tokens_BL = torch.from_numpy(probes.tokens(TEXT_LENGTH_TOKENS)[:1]).long()
-    batch = Batch(image_BCSS, tokens_BL.repeat(num_pairs, 1), torch.arange(num_pairs))
+    tokens_BL = tokens_BL.repeat(num_pairs, 1)
+    batch = Batch(image_BCSS, tokens_BL, torch.arange(num_pairs), count_tokens(tokens_BL))
     ways = {}
     for name, autocast in PRECISIONS.items():
         clip = CLIP(spec).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from clip_rt.errors import InputError
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT
 from training.accumulate import cached_backward, split_batch
-from training.data.batches import Batch
+from training.data.batches import Batch, count_tokens
 from training.loss import contrastive_loss, sigmoid_loss
 from training.model import CLIP
 
@@ -40,7 +41,7 @@ def make_batch(spec=tiny.VIT, num_pairs: int = 12) -> Batch:
         tokens_BL[row, 1 + words] = END_OF_TEXT
     group_B = torch.arange(num_pairs)
     group_B[-1] = group_B[0]
-    return Batch(image_BCSS, tokens_BL, group_B)
+    return Batch(image_BCSS, tokens_BL, group_B, count_tokens(tokens_BL))
 
 
 def infonce(clip: CLIP) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -223,7 +224,7 @@ class LazyChunks:
 
     def __getitem__(self, index: int) -> Batch:
         batch = make_batch(num_pairs=self.chunk_size)
-        return Batch(batch.image_BCSS + index, batch.tokens_BL, batch.group_B)
+        return replace(batch, image_BCSS=batch.image_BCSS + index)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

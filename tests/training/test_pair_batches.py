@@ -12,8 +12,8 @@ import torch
 from tar_shards import encode, write_pairs, write_tar
 
 from clip_rt.errors import InputError
-from clip_rt.inputs.tokenizer import tokenize
-from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from clip_rt.inputs.tokenizer import OpenAITokenizer, tokenize
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, EncoderFacts
 from training.data.batches import Batch
 from training.data.folders import ClassFolder
 from training.data.pair_batches import PairBatches, normalise_pixels
@@ -41,7 +41,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TarShards:
 def make(source: Source | list[Source] | PipedShards, **how: object) -> PairBatches:
     settings = {"batch_size": 12, "side_px": 16, "context_length": 77, "seed": 0}
     settings |= {"augmentation": JITTER, "max_bad_share": 0.5, **how}
-    return PairBatches(source, **settings)
+    fed = {name: settings.pop(name) for name in ("side_px", "context_length")}
+    facts = EncoderFacts(name="tiny", embedding_dim=8, activation="gelu", **fed)
+    tokenizer = OpenAITokenizer(facts.context_length)
+    return PairBatches(source, facts=facts, tokenizer=tokenizer, **settings)
 
 
 def same(one: Batch, two: Batch) -> bool:

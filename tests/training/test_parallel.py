@@ -19,7 +19,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT
 from training import parallel
 from training.accumulate import cached_backward, split_batch
-from training.data.batches import Batch
+from training.data.batches import Batch, count_tokens
 from training.loss import contrastive_loss, distillation_loss, sigmoid_loss
 from training.model import CLIP
 from training.parallel import Kind
@@ -59,7 +59,8 @@ def make_batch(case: str, step: int, *, rank: int = 0, size: int = 1) -> Batch:
     tokens_BL = torch.randint(1, 49000, (NUM_PAIRS, 9), generator=generator)
     tokens_BL[:, 0], tokens_BL[:, -1] = START_OF_TEXT, END_OF_TEXT
     group_B = torch.arange(NUM_PAIRS) % (NUM_PAIRS - 1)  # The last pair says what the first says.
-    return Batch(*(tensor[rank::size] for tensor in (image_BCSS, tokens_BL, group_B)))
+    tensors = (image_BCSS, tokens_BL, group_B, count_tokens(tokens_BL))
+    return Batch(*(tensor[rank::size] for tensor in tensors))
 
 
 def objective(case: str, clip: CLIP, teacher: CLIP, batch: Batch) -> Callable[..., Tensor]:

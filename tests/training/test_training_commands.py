@@ -22,7 +22,7 @@ from clip_rt.specs import MODELS
 from clip_rt_commands.errors import command
 from training import coop, evaluate, few_shot, interpolate, parallel, probe
 from training import run as train
-from training.build import open_data
+from training.build import build_clip, open_data
 from training.checkpoint import save_checkpoint
 from training.config import TrainConfig
 from training.evaluation.labelled import read_samples
@@ -185,7 +185,8 @@ def test_the_ways_out_that_are_named_are_ways_out(tmp_path: Path, classes: Path,
     arguments = ("--data", data, "--out-dir", tmp_path / "out", *TRAIN)
     assert option[0] in fail("run", *arguments)
     config = read("run", *arguments, *option)
-    batches = open_data(config, parallel.World(0, 1, torch.device("cpu")))
+    world = parallel.World(0, 1, torch.device("cpu"))
+    batches = open_data(config, world, build_clip(config))
     assert len(next(batches.stream(0)).group_B) == 4
 
 

@@ -50,8 +50,8 @@ def test_an_update_reads_nothing_from_its_device(data, tmp_path, monkeypatch, ch
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)
     monkeypatch.setattr(ADAM, "_device_dtype_check_for_fused", lambda *_, **__: None)
     config = tiny_run.config(data, tmp_path / "out", precision="fp32", **changes)
-    batches = build.open_data(config, CPU).stream(0)
     run = build.build(config, META)
+    batches = build.open_data(config, CPU, run.clip).stream(0)
     tally = Tally.of(run)
     for _ in range(3):
         make_update(run, next(batches), tally)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.tokenizer import tokenize
+from clip_rt.specs import END_OF_TEXT
 from training.data.pairs import Skips
 
 MAX_SEED = 2**32 - 1
@@ -36,6 +37,9 @@ class Batch:
     """Integers (B, L); L is what the longest text of these rows needs."""
     group_B: Tensor
     """int64 (B,); equal for pairs whose texts mean the same. Comparable between ranks."""
+    length_B: Tensor
+    """int64 (B,), on the CPU: tokens of each text that the text tower must read, its padding left
+    out where that changes no embedding."""
 
 
 class BatchStream(Protocol):
@@ -123,6 +127,14 @@ class Shuffled:
             if len(self._orders) > 2:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+
+def count_tokens(tokens_BL: Tensor) -> Tensor:
+    """Return how many tokens each text of OpenAI's tokenizer has, int64 (B,).
+
+    Padding cannot be told from a text's tokens by its id: 0 is also the exclamation mark.
+    """
+    return 1 + (tokens_BL.cpu() == END_OF_TEXT).int().argmax(dim=1)
 
 
 def cut_tokens(texts: Sequence[str], *, context_length: int) -> Tensor:

@@ -25,6 +25,7 @@ from training.data.batches import (
     Shuffled,
     check_rank,
     check_seed,
+    count_tokens,
     cut_tokens,
     torch_rng,
 )
@@ -175,6 +176,7 @@ class DrawingBatches:
             rows=rows,
         )
         rgba = torch.from_numpy(self.drawings.pixels[index])
+        tokens_BL = cut_tokens(texts, context_length=limit)
         return Batch(
             augment(
                 rgba,
@@ -182,6 +184,7 @@ class DrawingBatches:
                 dice,
                 random_convolutions=self._random_convolutions,
             ),
-            cut_tokens(texts, context_length=limit),
+            tokens_BL,
             self._group[index],
+            count_tokens(tokens_BL),
         )

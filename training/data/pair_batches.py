@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clip_rt.errors import InputError
-from clip_rt.specs import CLIP_MEAN, CLIP_STD
+from clip_rt.inputs.tokenizer import TextTokenizer
+from clip_rt.specs import CLIP_MEAN, CLIP_STD, Channels, EncoderFacts
 from training.data.batches import Batch, check_rank, check_seed
 from training.data.mixture import Mixture
 from training.data.pair_reader import Reader, Rows, Ticket
@@ -44,8 +45,8 @@ class PairBatches:
         sources: Source | Sequence[Source] | PipedShards,
         *,
         batch_size: int,
-        side_px: int,
-        context_length: int,
+        facts: EncoderFacts,
+        tokenizer: TextTokenizer,
         seed: int,
         weights: Sequence[float] | None = None,
         augmentation: PhotoAugmentation | None = None,
@@ -58,8 +59,8 @@ class PairBatches:
         Args:
             sources: One or several; or shards that can only be streamed, alone.
             batch_size: Pairs per batch, over all ranks.
-            side_px: Side of the images.
-            context_length: Tokens to which captions are cut.
+            facts: How the model is fed.
+            tokenizer: Of the model; captions that are too long for it are cut.
             seed: Of order, choice of captions and augmentation.
             weights: How often each source is drawn from, in proportion; None is by its size, so
                 that every pair comes once per epoch.
@@ -74,9 +75,10 @@ class PairBatches:
         """
         if not 0 <= max_bad_share <= 1:
             raise InputError(f"max_bad_share is {max_bad_share}; it must be within 0 and 1.")
-        for name, size in (("batch_size", batch_size), ("side_px", side_px)):
+        for name, size in (("batch_size", batch_size), ("side_px", facts.side_px)):
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be at least 1.")
+        self._facts = facts
         self.batch_size = batch_size
         self._pipe = sources if isinstance(sources, PipedShards) else None
         self._sources = _as_sources(sources)
@@ -88,8 +90,8 @@ class PairBatches:
             raise InputError("streamed shards cannot be mixed by weight; name each set by itself.")
         self._reader = Reader(
             self._sources,
-            side_px=side_px,
-            context_length=context_length,
+            facts=facts,
+            tokenizer=tokenizer,
             seed=seed,
             augmentation=augmentation or PhotoAugmentation(),
         )
@@ -163,17 +165,20 @@ class PairBatches:
         pixels = torch.cat(
             [chunk.pixels_NSSC.to(self._device, non_blocking=True) for chunk in chunks]
         )
-        is_good_B = tokens_BL[:, 0].numpy() != 0
+        length_B = torch.cat([chunk.length_N for chunk in chunks])
+        is_good_B = length_B.numpy() > 0
         self._judge(is_good_B)
         if not is_good_B.all():
             good = is_good_B.nonzero()[0]
             places = np.arange(len(is_good_B))
             rows = torch.from_numpy(np.where(is_good_B, places, good[places % len(good)]))
             tokens_BL, group_B, pixels = tokens_BL[rows], group_B[rows], pixels[rows]
-        tokens_BL = tokens_BL[:, : int((tokens_BL.numpy() != 0).any(axis=0).sum())]
+            length_B = length_B[rows]
+        tokens_BL = tokens_BL[:, : int(length_B.numpy().max())]
         if self._device.type == "cuda":
             tokens_BL, group_B = tokens_BL.pin_memory(), group_B.pin_memory()
-        return Batch(normalise_pixels(pixels), tokens_BL, group_B)
+        image_BCSS = normalise_pixels(pixels, self._facts.mean, self._facts.std)
+        return Batch(image_BCSS, tokens_BL, group_B, length_B)
 
     def _count(self, rows: Rows) -> None:
         self._num_filled += len(rows.good)
@@ -215,14 +220,15 @@ class PairBatches:
         return self._num_filled + self.skips.total - self._skipped_before
 
 
-def normalise_pixels(pixels_NSSC: Tensor) -> Tensor:
+def normalise_pixels(
+    pixels_NSSC: Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD
+) -> Tensor:
     """Turn uint8 (N, S, S, 3) into what the image tower takes: float32 (N, 3, S, S), mean and std.
 
     Strides stay as they are, which torch calls channels_last.
     """
-    mean = torch.tensor(CLIP_MEAN, device=pixels_NSSC.device) * 255
-    std = torch.tensor(CLIP_STD, device=pixels_NSSC.device) * 255
-    return pixels_NSSC.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+    mean_C, std_C = (torch.tensor(each, device=pixels_NSSC.device) * 255 for each in (mean, std))
+    return pixels_NSSC.float().sub_(mean_C).div_(std_C).permute(0, 3, 1, 2)
 
 
 def _as_sources(sources: Source | Sequence[Source] | PipedShards) -> list[Source]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_rt.errors import ImageError, TextError
-from clip_rt.inputs.tokenizer import encode_text, pad
+from clip_rt.inputs.tokenizer import TextTokenizer, pad
+from clip_rt.specs import EncoderFacts
 from training.data.batches import Purpose, rng
 from training.data.pairs import BadSampleError, Pair, Source
 from training.data.photos import PhotoAugmentation
@@ -51,6 +52,8 @@ class Rows(NamedTuple):
     """uint8 (N, S, S, 3)."""
     tokens_NL: Tensor
     """int32 (N, context_length)."""
+    length_N: Tensor
+    """int64 (N,): tokens of each text, see `Batch.length_B`; 0 in rows that none could fill."""
     group_N: Tensor
     """int64 (N,)."""
     good: list[tuple[int, int]]
@@ -66,14 +69,14 @@ class Reader(Dataset[Rows]):
         self,
         sources: Sequence[Source],
         *,
-        side_px: int,
-        context_length: int,
+        facts: EncoderFacts,
+        tokenizer: TextTokenizer,
         seed: int,
         augmentation: PhotoAugmentation,
     ) -> None:
         self._sources = sources
-        self._side_px = side_px
-        self._context_length = context_length
+        self._facts = facts
+        self._tokenizer = tokenizer
         self._seed = seed
         self._augmentation = augmentation
 
@@ -81,16 +84,25 @@ class Reader(Dataset[Rows]):
         """Fill the rows of some tickets; torch's loader calls this with each chunk."""
         good: list[tuple[int, int]] = []
         bad: list[Bad] = []
-        pixels = np.zeros((len(tickets), self._side_px, self._side_px, 3), np.uint8)
+        facts = self._facts
+        pixels = np.zeros((len(tickets), facts.side_px, facts.side_px, 3), np.uint8)
         token_ids: list[list[int]] = []
         groups = []
         for ticket, pixels_SSC in zip(tickets, pixels, strict=True):
             ids, group = self._fill(ticket, pixels_SSC, good, bad)
             token_ids.append(ids)
             groups.append(group)
-        tokens_NL = pad(token_ids, length_tokens=self._context_length)
+        tokens_NL = pad(
+            token_ids, length_tokens=facts.context_length, pad_id=facts.tokenization.pad_id
+        )
+        whole = 0 if facts.is_any_length_exact else facts.context_length
         return Rows(
-            torch.from_numpy(pixels), torch.from_numpy(tokens_NL), torch.tensor(groups), good, bad
+            torch.from_numpy(pixels),
+            torch.from_numpy(tokens_NL),
+            torch.tensor([max(len(ids), whole) if ids else 0 for ids in token_ids]),
+            torch.tensor(groups),
+            good,
+            bad,
         )
 
     def _fill(
@@ -134,7 +146,9 @@ class Reader(Dataset[Rows]):
             raise BadSampleError("caption is no text", pair.name) from error
         try:
             generator = rng(Purpose.AUGMENTATION, self._seed, *where)
-            pixels_SSC[:] = self._augmentation(pair.image, side_px=self._side_px, rng=generator)
+            pixels_SSC[:] = self._augmentation(
+                pair.image, side_px=self._facts.side_px, rng=generator
+            )
         except ImageError as error:
             raise BadSampleError("unusable image", f"{pair.name}: {error}") from error
         # A number that all ranks and runs agree on.
@@ -142,4 +156,4 @@ class Reader(Dataset[Rows]):
         return token_ids, int.from_bytes(digest, "little", signed=True)
 
     def _encode(self, text: str) -> list[int]:
-        return encode_text(text, context_length=self._context_length, truncate=True)
+        return self._tokenizer.encode_text(text, truncate=True)

@@ -109,13 +109,13 @@ class ExternalEncoder(DualEncoder):
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Embed padded token ids; float (B, E), not L2-normalised."""
-        return self.towers.text(self.model, tokens_BL)
+        return self.towers.text(self.model, tokens_BL.long())
 
     def embed_tokens(self) -> nn.Embedding:
         """Return the table from which the text tower takes the vectors of ids."""
         tables = [
             module
-            for part in self._modules_of("text")
+            for part in self.tower_modules("text")
             for module in part.modules()
             if isinstance(module, nn.Embedding)
         ]
@@ -131,9 +131,10 @@ class ExternalEncoder(DualEncoder):
                 return "text"
         return None
 
-    def image_modules(self) -> Sequence[nn.Module]:
-        """Return the modules that are the image tower."""
-        return self._modules_of("image")
+    def tower_modules(self, tower: Tower) -> Sequence[nn.Module]:
+        """Return the modules that are a tower."""
+        names = self.towers.image_modules if tower == "image" else self.towers.text_modules
+        return [getattr(self.model, each) for each in names if hasattr(self.model, each)]
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> ExternalEncoder:
         """Return another encoder of this model; see `DualEncoder.with_weights`."""
@@ -209,10 +210,6 @@ class ExternalEncoder(DualEncoder):
             self.logit_scale.copy_(-divisor.log().reshape(()))
         if self.logit_bias is not None:
             self.logit_bias.copy_(getattr(self.model, _BIAS).reshape(()))
-
-    def _modules_of(self, tower: Tower) -> list[nn.Module]:
-        names = self.towers.image_modules if tower == "image" else self.towers.text_modules
-        return [getattr(self.model, each) for each in names if hasattr(self.model, each)]
 
 
 def describe_configuration(configuration: Mapping[str, Any]) -> str:

@@ -205,8 +205,7 @@ def embed_texts(
     bar = tqdm(plan.batches, desc="embedding texts", unit="batch", disable=not progress)
     with evaluating(model):
         rows = [
-            _unit(model.encode_text(torch.from_numpy(batch).long().to(device_of(model))))
-            for batch in bar
+            _unit(model.encode_text(torch.from_numpy(batch).to(device_of(model)))) for batch in bar
         ]
     return batching.join(rows, dim=facts.embedding_dim)[plan.row_by_text]
 

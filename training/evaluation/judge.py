@@ -13,23 +13,22 @@ from torch import Tensor
 
 from clip_rt.embedded.bundled import find_sample
 from clip_rt.inputs.decoding import Limits
-from clip_rt.specs import ModelSpec
 from training.config import TrainConfig
 from training.data.drawing_batches import load_drawings
+from training.dual_encoder import DualEncoder
 from training.evaluation.class_names import read_name_table
 from training.evaluation.embed import class_embeddings, embed_drawings
 from training.evaluation.labelled import check_exist
 from training.evaluation.metrics import accuracy, retrieval
 from training.evaluation.source import embed_data
 from training.evaluation.zero_shot import retrieve, zero_shot
-from training.model import CLIP, causal_mask
 
 
 class Judge:
     """What a run is measured by: styles of drawings, or the user's `eval_data`."""
 
-    def __init__(self, config: TrainConfig, spec: ModelSpec, device: torch.device) -> None:
-        self._spec = spec
+    def __init__(self, config: TrainConfig, model: DualEncoder, device: torch.device) -> None:
+        self._model = model
         self._eval_data = config.eval_data
         self._allow_outside = config.allow_outside
         self._limits = Limits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
@@ -50,7 +49,7 @@ class Judge:
             `top1_*`, `top5_*` for what has classes, `recall1_*` to `recall10_*` for what has
             captions (texts found by image, and images found by text), fractions of 1.
         """
-        clip = self._build(weights)
+        clip = self._model.with_weights(weights).to(self._device)
         scores: dict[str, float] = {}
         for style, drawings in self._styles.items():
             names = [record["name"] for record in drawings.records]
@@ -81,11 +80,3 @@ class Judge:
         Without any the newest weights are the best.
         """
         return next(iter(scores.values()), float("inf"))
-
-    def _build(self, weights: Mapping[str, Tensor]) -> CLIP:
-        # On the meta device nothing is initialised only to be overwritten.
-        with torch.device("meta"):
-            clip = CLIP(self._spec, logit_bias=0.0 if "logit_bias" in weights else None)
-        clip.load_state_dict(weights, strict=True, assign=True)
-        clip.causal_mask_LL = causal_mask(self._spec.text.context_length)
-        return clip.requires_grad_(False).eval().to(self._device)

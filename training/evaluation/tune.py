@@ -154,7 +154,7 @@ def tune_text(
         length_tokens=max(map(len, ids)) if facts.is_any_length_exact else facts.context_length,
         pad_id=facts.tokenization.pad_id,
     )
-    tokens_BL = torch.from_numpy(tokens).long().to(device)
+    tokens_BL = torch.from_numpy(tokens).to(device)
     images, right = torch.from_numpy(image_NE).to(device), torch.from_numpy(right_N).to(device)
     scale = tuned.logit_scale.exp().detach()
 
