@@ -79,10 +79,17 @@ class AsyncClient:
     """As `Client.encode_images`."""
 
     async def stream_images(
-        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
+        self,
+        images: Images,
+        *,
+        on_error: OnError = "raise",
+        dimensions: int | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Encoded]:
         """As `Client.stream_images`, an asynchronous iterator."""
-        parts = self._client.stream_images(images, on_error=on_error, timeout_s=timeout_s)
+        parts = self._client.stream_images(
+            images, on_error=on_error, dimensions=dimensions, timeout_s=timeout_s
+        )
         # A task that was cancelled leaves a thread in the iterator for a moment.
         turn = threading.Lock()
 

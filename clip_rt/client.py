@@ -22,16 +22,15 @@ from clip_rt.classification.probe import Probe
 from clip_rt.classification.zero_shot import Scores
 from clip_rt.deadline import START_TIMEOUT_S, Deadline, check_timeout
 from clip_rt.embedding import ImageOptions
-from clip_rt.errors import ContractError, InputError, ModelReplacedError
+from clip_rt.errors import InputError
 from clip_rt.inputs import prompts, tokenizer
-from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
+from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode
 from clip_rt.inputs.images import Images
-from clip_rt.inputs.items import OnError, check_on_error
+from clip_rt.inputs.items import OnError, check_on_error, check_whole_number
 from clip_rt.requests.connection import Model
 from clip_rt.requests.results import Encoded
 from clip_rt.session import Session, Target
-from clip_rt.specs import slug
-from clip_rt.wire.channel import TLS, check_headers, split_urls
+from clip_rt.wire.channel import TLS, split_urls
 from clip_rt.wire.manifest import Manifest
 
 CACHE_VARIABLE = "CLIP_RT_CACHE_DIR"
@@ -68,6 +67,7 @@ class Client:
         max_bytes: Largest encoded size of an image.
         decode: "exact", or "fast" for large JPEGs decoded at a smaller scale, nearly the same; see
             `images.prepare`.
+        dimensions: Of all calls that say nothing else; see `encode_images`.
         headers: Sent with every request, to say who asks; never logged or shown.
         tls: How to trust a grpcs:// server, and a certificate of one's own.
         cache_bytes: Memory for class embeddings; 0 turns it off.
@@ -91,6 +91,7 @@ class Client:
         max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES,
         decode: Decode = "exact",
+        dimensions: int | None = None,
         headers: Mapping[str, str] | None = None,
         tls: TLS | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -99,23 +100,14 @@ class Client:
         if url is not None and repository is not None:
             raise InputError("url and repository exclude each other; name a server or a folder.")
         urls = None if url is None else split_urls(url)
-        check_decode(decode)
-        check_limits(max_pixels=max_pixels, max_bytes=max_bytes)
-        check_headers(headers)
-        if model is not None:
-            slug(model)
         if repository is not None and not isinstance(repository, (str, os.PathLike)):
             raise InputError(f"repository is a {type(repository).__name__}; name a folder.")
-        if not (fingerprint is None or isinstance(fingerprint, str)):
-            raise InputError(f"fingerprint is a {type(fingerprint).__name__}; pass hex digits.")
-        if not isinstance(tls, TLS | None):
-            raise InputError(f"tls is a {type(tls).__name__}; pass a clip_rt.TLS.")
         if not isinstance(cache_dir, (str, os.PathLike, NoneType)):
             raise InputError(f"cache_dir is a {type(cache_dir).__name__}; name a folder.")
-        if not isinstance(exif, bool):
-            raise InputError(f"exif is {exif!r:.40}; it must be True or False.")
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise InputError(f"cache_bytes is {cache_bytes!r:.80}; it must be 0 or more.")
+        if dimensions is not None:
+            check_whole_number(dimensions, "dimensions")
         check_timeout(timeout_s)
         check_timeout(start_timeout_s, "start_timeout_s")
         self._target = Target(
@@ -123,11 +115,12 @@ class Client:
             repository=None if repository is None else Path(repository),
             model=model,
             fingerprint=fingerprint,
-            headers=dict(headers or {}),
+            headers={} if headers is None else headers,
             tls=tls,
             start_timeout_s=start_timeout_s,
         )
         self._timeout_s = timeout_s
+        self._dimensions = dimensions
         self._image_options = ImageOptions(
             exif=exif, max_pixels=max_pixels, max_bytes=max_bytes, decode=decode
         )
@@ -140,6 +133,7 @@ class Client:
         self._session = Session(self._target, self._timeout_s)
         self._embed_images = partial(embedding.embed_images, options=self._image_options)
         self._cache = PromptCache(self._cache_bytes, self._cache_dir)
+        self._embed_classes = partial(embedding.embed_classes, cache=self._cache)
 
     def __enter__(self) -> Client:
         return self
@@ -156,7 +150,7 @@ class Client:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("_session", "_cache", "_embed_images")
+            if name not in ("_session", "_cache", "_embed_images", "_embed_classes")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,16 +178,27 @@ class Client:
         images: Images,
         *,
         on_error: Literal["raise"] = "raise",
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> NDArray[np.float32]: ...
 
     @overload
     def encode_images(
-        self, images: Images, *, on_error: Literal["skip"], timeout_s: float | None = None
+        self,
+        images: Images,
+        *,
+        on_error: Literal["skip"],
+        dimensions: int | None = None,
+        timeout_s: float | None = None,
     ) -> Encoded: ...
 
     def encode_images(
-        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
+        self,
+        images: Images,
+        *,
+        on_error: OnError = "raise",
+        dimensions: int | None = None,
+        timeout_s: float | None = None,
     ) -> NDArray[np.float32] | Encoded:
         """Embed images.
 
@@ -204,6 +209,8 @@ class Client:
             images: Paths, encoded bytes, open files, Pillow images, uint8 arrays or tensors
                 (H, W, 3), in any mixture; one image alone is a batch of one, (N, H, W, 3) of N.
             on_error: "raise" the first error, or "skip" images that cannot be used.
+            dimensions: Numbers of each embedding to keep, the first ones, normalised again: one of
+                `manifest.matryoshka_dimensions`; the client's own, or else all, if None.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -213,6 +220,7 @@ class Client:
         Raises:
             ImageError: an image cannot be used; carries its index.
             InferenceError, NonFiniteEmbeddingError: the server cannot embed it; the same.
+            InputError: the model was not trained for such dimensions.
             ServerError: the server cannot be started, reached or used; see `errors`.
             UnknownModelError: the server does not have the model.
             ContractError: it has another one than was asked for.
@@ -220,30 +228,39 @@ class Client:
         """
         check_on_error(on_error)
 
-        embed = partial(self._embed_images, images=images, on_error=on_error)
+        kept = self._dimensions if dimensions is None else dimensions
+        embed = partial(self._embed_images, images=images, on_error=on_error, dimensions=kept)
         encoded = self._session.call("encode_images", timeout_s, embed, images)
         return encoded if on_error == "skip" else encoded.embeddings
 
     def stream_images(
-        self, images: Images, *, on_error: OnError = "raise", timeout_s: float | None = None
+        self,
+        images: Images,
+        *,
+        on_error: OnError = "raise",
+        dimensions: int | None = None,
+        timeout_s: float | None = None,
     ) -> Generator[Encoded, None, None]:
         """Embed any number of images, in parts, as they come back; memory stays flat.
 
         Args:
             images: As for `encode_images`; a generator is read as parts are asked for.
             on_error: As for `encode_images`.
+            dimensions: As for `encode_images`.
             timeout_s: Longest time for one part, not for all; the client's own if None.
 
         Yields:
             The embeddings of the next images, with their positions among all.
 
         Raises:
-            ImageError, ServerError, UnknownModelError, ContractError, ClientClosedError: see
-                `encode_images`.
+            ImageError, InputError, ServerError, UnknownModelError, ContractError,
+            ClientClosedError: see `encode_images`.
         """
         check_on_error(on_error)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        return telemetry.stream("stream_images", self._stream_images(images, on_error, timeout_s))
+        kept = self._dimensions if dimensions is None else dimensions
+        parts = self._stream_images(images, on_error, timeout_s, kept)
+        return telemetry.stream("stream_images", parts)
 
     @overload
     def encode_texts(
@@ -252,6 +269,7 @@ class Client:
         *,
         truncate: bool = False,
         on_error: Literal["raise"] = "raise",
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> NDArray[np.float32]: ...
 
@@ -262,6 +280,7 @@ class Client:
         *,
         truncate: bool = False,
         on_error: Literal["skip"],
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> Encoded: ...
 
@@ -271,6 +290,7 @@ class Client:
         *,
         truncate: bool = False,
         on_error: OnError = "raise",
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> NDArray[np.float32] | Encoded:
         """Embed texts as they are, without a template. Equal texts are sent once.
@@ -279,6 +299,7 @@ class Client:
             texts: A list of strings, as `items` has it; one string alone is a batch of one.
             truncate: Cut texts that are too long for the model instead of refusing them.
             on_error: "raise" the first error, or "skip" texts that cannot be used.
+            dimensions: As for `encode_images`.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -292,7 +313,14 @@ class Client:
         """
         check_on_error(on_error)
 
-        embed = partial(embedding.embed_texts, texts=texts, on_error=on_error, truncate=truncate)
+        kept = self._dimensions if dimensions is None else dimensions
+        embed = partial(
+            embedding.embed_texts,
+            texts=texts,
+            on_error=on_error,
+            truncate=truncate,
+            dimensions=kept,
+        )
         encoded = self._session.call("encode_texts", timeout_s, embed, texts)
         return encoded if on_error == "skip" else encoded.embeddings
 
@@ -301,6 +329,7 @@ class Client:
         labels: Iterable[str],
         *,
         templates: str | Iterable[str] | None = None,
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> NDArray[np.float32]:
         """Embed labels as classes; those seen before come from memory, or from `cache_dir`.
@@ -312,6 +341,7 @@ class Client:
             labels: Names of the classes, a list as `items` has it.
             templates: Name of a template set, or templates with exactly one `{}`; None is
                 "a photo of a {}.".
+            dimensions: As for `encode_images`; the prompts are cut before they are averaged.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -324,7 +354,8 @@ class Client:
         """
         checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
 
-        embed = partial(embedding.embed_classes, labels=checked, templates=found, cache=self._cache)
+        kept = self._dimensions if dimensions is None else dimensions
+        embed = partial(self._embed_classes, labels=checked, templates=found, dimensions=kept)
         return self._session.call("class_embeddings", timeout_s, embed)
 
     def zero_shot(
@@ -334,6 +365,7 @@ class Client:
         *,
         templates: str | Iterable[str] | None = None,
         on_error: OnError = "raise",
+        dimensions: int | None = None,
         timeout_s: float | None = None,
     ) -> Scores:
         """Say which label fits each image best.
@@ -344,6 +376,7 @@ class Client:
             templates: As for `class_embeddings`.
             on_error: "raise" the first error, or "skip" images that cannot be used: the scores are
                 of the others, and name both.
+            dimensions: As for `encode_images`, of images and classes.
             timeout_s: For this call; the client's own if None.
 
         Returns:
@@ -358,12 +391,16 @@ class Client:
         if not checked:
             raise InputError("labels is empty; name at least one.")
 
+        kept = self._dimensions if dimensions is None else dimensions
+
         def work(model: Model, deadline: Deadline) -> Scores:
             manifest = model.manifest
-            class_embeddings = embedding.embed_classes(
-                model, deadline, labels=checked, templates=found, cache=self._cache
+            class_embeddings = self._embed_classes(
+                model, deadline, labels=checked, templates=found, dimensions=kept
             )
-            encoded = self._embed_images(model, deadline, images=images, on_error=on_error)
+            encoded = self._embed_images(
+                model, deadline, images=images, on_error=on_error, dimensions=kept
+            )
             with telemetry.stage("classify", len(encoded.indices)):
                 return zero_shot.classify(
                     class_embeddings=class_embeddings,
@@ -403,15 +440,7 @@ class Client:
         check_on_error(on_error)
 
         def work(model: Model, deadline: Deadline) -> Scores:
-            served = model.manifest.fingerprint
-            if probe.fingerprint != served:
-                raise ContractError(
-                    f"the probe was fitted on embeddings of the weights "
-                    f"{probe.fingerprint[:12]!r}, and {model.manifest.model!r} has {served[:12]!r}."
-                    " Fit it again on these, or name the model it belongs to with model=.",
-                    expected=probe.fingerprint,
-                    found=served,
-                )
+            probe.check_weights(model.manifest.fingerprint, model.manifest.model)
             encoded = self._embed_images(model, deadline, images=images, on_error=on_error)
             with telemetry.stage("classify", len(encoded.indices)):
                 return probe.classify(encoded.embeddings).of_items(
@@ -431,18 +460,7 @@ class Client:
             InferenceError: the server does not tell.
             ServerError, UnknownModelError, ContractError, ClientClosedError: see `encode_images`.
         """
-        with self._session.begun(None) as (model, deadline):
-            names = [tower.name for tower in model.towers]
-            counted = [
-                each
-                for replica in model.connection.pool.replicas
-                if replica.is_healthy
-                for each in replica.transport.read_statistics(names, deadline).values()
-            ]
-            return {
-                "server_queue": sum(each.queue_s for each in counted),
-                "server_compute": sum(each.compute_s for each in counted),
-            }
+        return self._session.server_seconds()
 
     def reload(self, *, timeout_s: float | None = None) -> bool:
         """Take what the repository of the embedded server holds now, without a pause.
@@ -473,21 +491,9 @@ class Client:
         self._session.close()
 
     def _stream_images(
-        self, images: Images, on_error: OnError, timeout_s: float
+        self, images: Images, on_error: OnError, timeout_s: float, dimensions: int | None
     ) -> Iterator[Encoded]:
         with self._session.begun(timeout_s) as (model, _):
-            num_done = 0
-            try:
-                for encoded in embedding.stream_images(
-                    model, images, on_error, self._image_options, timeout_s
-                ):
-                    yield encoded
-                    num_done += len(encoded.indices) + len(encoded.failures)
-            except ModelReplacedError as error:
-                raise ModelReplacedError(
-                    f"{error} The {num_done} images before were embedded with the old weights, "
-                    f"those from image {num_done} on were not; do not mix them: begin the stream "
-                    "anew.",
-                    expected=error.expected,
-                    found=error.found,
-                ) from error
+            yield from embedding.stream_images(
+                model, images, on_error, self._image_options, timeout_s, dimensions
+            )

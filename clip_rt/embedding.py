@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from clip_rt.errors import (
     ImageError,
     InferenceError,
     InputError,
+    ModelReplacedError,
     NonFiniteEmbeddingError,
     ServerError,
     ServerTimeoutError,
@@ -27,15 +28,17 @@ from clip_rt.errors import (
     TextTooLongError,
 )
 from clip_rt.inputs import prompts, tokenizer
-from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode
+from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode, check_decode, check_limits
 from clip_rt.inputs.images import Images, count_threads, prepare_each
-from clip_rt.inputs.items import OnError
+from clip_rt.inputs.items import OnError, check_whole_number
 from clip_rt.requests import batches as batching
 from clip_rt.requests import dispatch
 from clip_rt.requests.connection import Model
 from clip_rt.requests.dynamic_batching import DynamicBatcher
 from clip_rt.requests.results import Encoded, Gathering, number_parts
 from clip_rt.served_tokenizer import load_tokenizer
+from clip_rt.specs import MIN_NORM
+from clip_rt.wire.manifest import Manifest
 
 Item = TypeVar("Item")
 
@@ -55,11 +58,52 @@ class ImageOptions:
     max_bytes: int = MAX_BYTES
     decode: Decode = "exact"
 
+    def __post_init__(self) -> None:
+        """Refuse what nobody can do.
+
+        Raises:
+            InputError: names the option.
+        """
+        check_decode(self.decode)
+        check_limits(max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+        if not isinstance(self.exif, bool):
+            raise InputError(f"exif is {self.exif!r:.40}; it must be True or False.")
+
+
+def find_dimensions(manifest: Manifest, asked: int | None) -> int:
+    """Return how many numbers of each embedding are kept; None asks for all.
+
+    Raises:
+        InputError: the model was not trained to be cut so.
+    """
+    allowed = (*manifest.matryoshka_dimensions, manifest.embedding_dim)
+    if asked is None:
+        return manifest.embedding_dim
+    if (kept := check_whole_number(asked, "dimensions")) in allowed:
+        return kept
+    way_out = (
+        "pass one of these."
+        if manifest.matryoshka_dimensions
+        else "its manifest names no others that it was trained for; if it was, export it with "
+        "python -m export.onnx --matryoshka-dimensions."
+    )
+    raise InputError(
+        f"dimensions is {kept}; embeddings of {manifest.model!r} have "
+        f"{' or '.join(map(str, allowed))}: {way_out}"
+    )
+
 
 def embed_images(
-    model: Model, deadline: Deadline, *, images: Images, on_error: OnError, options: ImageOptions
+    model: Model,
+    deadline: Deadline,
+    *,
+    images: Images,
+    on_error: OnError,
+    options: ImageOptions,
+    dimensions: int | None = None,
 ) -> Encoded:
     """Embed images, a batch at a time; see `Client.encode_images`."""
+    kept = find_dimensions(model.manifest, dimensions)
     batcher, gathering = model.image, Gathering()
     with contextlib.closing(_prepare(model, images, on_error, options)) as items:
         batches = gathering.batches(_until(deadline, items), lambda: batcher.max_rows)
@@ -68,13 +112,41 @@ def embed_images(
         ) as answers:
             for answer in answers:
                 gathering.add_answer(answer, on_error)
-    return _finish(gathering, batcher, "images")
+    return _finish(gathering, batcher, "images", kept)
 
 
 def stream_images(
-    model: Model, images: Images, on_error: OnError, options: ImageOptions, timeout_s: float
+    model: Model,
+    images: Images,
+    on_error: OnError,
+    options: ImageOptions,
+    timeout_s: float,
+    dimensions: int | None,
 ) -> Iterator[Encoded]:
     """Embed images in parts, each with a deadline of its own; see `Client.stream_images`."""
+    num_done = 0
+    try:
+        for encoded in _stream_parts(model, images, on_error, options, timeout_s, dimensions):
+            yield encoded
+            num_done += len(encoded.indices) + len(encoded.failures)
+    except ModelReplacedError as error:
+        raise ModelReplacedError(
+            f"{error} The {num_done} images before were embedded with the old weights, those from "
+            f"image {num_done} on were not; do not mix them: begin the stream anew.",
+            expected=error.expected,
+            found=error.found,
+        ) from error
+
+
+def _stream_parts(
+    model: Model,
+    images: Images,
+    on_error: OnError,
+    options: ImageOptions,
+    timeout_s: float,
+    dimensions: int | None,
+) -> Iterator[Encoded]:
+    kept = find_dimensions(model.manifest, dimensions)
     batcher = model.image
     parts: list[Gathering] = []
 
@@ -94,7 +166,7 @@ def stream_images(
         for answer in answers:
             part = parts.pop(0)
             part.add_answer(answer, on_error)
-            yield _finish(part, batcher, "images")
+            yield _finish(part, batcher, "images", kept)
 
 
 def embed_texts(
@@ -104,15 +176,17 @@ def embed_texts(
     texts: tokenizer.Texts,
     on_error: OnError,
     truncate: bool,
+    dimensions: int | None = None,
 ) -> Encoded:
     """Embed texts as they are; see `Client.encode_texts`."""
+    kept = find_dimensions(model.manifest, dimensions)
     gathering, batches = _lay_out(model, texts, deadline, on_error, truncate=truncate)
     with contextlib.closing(
         dispatch.stream(model, model.text, batches, lambda: deadline)
     ) as answers:
         for answer in answers:
             gathering.add_answer(answer, on_error)
-    return _finish(gathering, model.text, "texts")
+    return _finish(gathering, model.text, "texts", kept)
 
 
 def embed_classes(
@@ -122,18 +196,22 @@ def embed_classes(
     labels: tuple[str, ...],
     templates: tuple[str, ...],
     cache: PromptCache,
+    dimensions: int | None = None,
 ) -> NDArray[np.float32]:
     """Embed labels as classes, what is cached from there; see `Client.class_embeddings`."""
     manifest = model.manifest
+    kept = find_dimensions(manifest, dimensions)
     # Two exports of the same weights need not give the same vectors.
     weights = f"{manifest.fingerprint}/{manifest.precision}/{manifest.activation}"
+    if kept < manifest.embedding_dim:
+        weights += f"/{kept}"
     words = load_tokenizer(model, deadline).fingerprint()
     keys = [Key(weights, words, manifest.context_length, templates, each) for each in labels]
 
     def make(positions: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        return _make_classes(model, labels, positions, templates, deadline)
+        return _make_classes(model, labels, positions, templates, deadline, kept)
 
-    return cache.get_or_make(keys, make, dim=manifest.embedding_dim, deadline=deadline)
+    return cache.get_or_make(keys, make, dim=kept, deadline=deadline)
 
 
 def _prepare(
@@ -149,12 +227,33 @@ def _prepare(
     )
 
 
-def _finish(gathering: Gathering, batcher: DynamicBatcher, what: str) -> Encoded:
-    """Return what came of all items, and count them."""
+def _finish(gathering: Gathering, batcher: DynamicBatcher, what: str, kept: int) -> Encoded:
+    """Return what came of all items, cut to that many numbers, and count them."""
     encoded = gathering.finish(batcher.tower.embedding_dim)
+    if kept < batcher.tower.embedding_dim:
+        encoded = replace(encoded, embeddings=_cut(encoded, kept))
     telemetry.count(what, len(encoded.indices))
     telemetry.count("failures", len(encoded.failures))
     return encoded
+
+
+def _cut(encoded: Encoded, kept: int) -> NDArray[np.float32]:
+    """Return the first numbers of each embedding as one of length 1.
+
+    Raises:
+        NonFiniteEmbeddingError: they are all 0; carries the index.
+    """
+    rows = encoded.embeddings[:, :kept]
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if (norms <= MIN_NORM).any():
+        index = int(encoded.indices[int(norms.argmin())])
+        raise NonFiniteEmbeddingError(
+            f"the first {kept} numbers of embedding {index} are 0, and have no direction. Leave "
+            "dimensions= out.",
+            index=index,
+        )
+    cut: NDArray[np.float32] = rows / norms
+    return cut
 
 
 def _lay_out(
@@ -209,8 +308,9 @@ def _make_classes(
     positions: Sequence[int],
     templates: tuple[str, ...],
     deadline: Deadline,
+    kept: int,
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield the class embedding, (D,), of each label at `positions`, in order, as they come.
+    """Yield the class embedding, (kept,), of each label at `positions`, in order, as they come.
 
     The prompts of the next labels are sent before the last answers are back, so that small chunks
     cost no waiting.
@@ -255,7 +355,7 @@ def _make_classes(
             chunk.num_batches -= 1
             if chunk.num_batches:
                 continue
-            rows = _finish(chunk.gathering, model.text, "texts").embeddings
+            rows = _finish(chunk.gathering, model.text, "texts", kept).embeddings
             try:
                 pooled = zero_shot.pool(rows.reshape(len(chunk.positions), len(templates), -1))
             except NonFiniteEmbeddingError as error:

@@ -17,7 +17,8 @@ from clip_rt.embedded.bundled import choose_repository
 from clip_rt.errors import ClientClosedError, InputError, ModelReplacedError, ServerTimeoutError
 from clip_rt.requests.connection import Connection, Model
 from clip_rt.requests.replica import Replica, connect_to
-from clip_rt.wire.channel import TLS, split_urls
+from clip_rt.specs import slug
+from clip_rt.wire.channel import TLS, check_headers, split_urls
 from clip_rt.wire.transport import Transport
 
 URL_VARIABLE = "CLIP_RT_URL"
@@ -37,6 +38,23 @@ class Target:
     """May hold a token."""
     tls: TLS | None
     start_timeout_s: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no server could be asked with.
+
+        Raises:
+            InputError: names the argument.
+        """
+        if self.model is not None:
+            slug(self.model)
+        if not (self.fingerprint is None or isinstance(self.fingerprint, str)):
+            raise InputError(
+                f"fingerprint is a {type(self.fingerprint).__name__}; pass hex digits."
+            )
+        if not isinstance(self.tls, TLS | None):
+            raise InputError(f"tls is a {type(self.tls).__name__}; pass a clip_rt.TLS.")
+        check_headers(self.headers)
+        object.__setattr__(self, "headers", dict(self.headers))
 
 
 def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequence[str] | Path:
@@ -132,6 +150,21 @@ class Session:
                 connection.find_model(self._target.model, self._target.fingerprint, deadline),
                 deadline,
             )
+
+    def server_seconds(self) -> dict[str, float]:
+        """Return what the servers have spent; see `Client.server_seconds`."""
+        with self.begun(None) as (model, deadline):
+            names = [tower.name for tower in model.towers]
+            counted = [
+                each
+                for replica in model.connection.pool.replicas
+                if replica.is_healthy
+                for each in replica.transport.read_statistics(names, deadline).values()
+            ]
+            return {
+                "server_queue": sum(each.queue_s for each in counted),
+                "server_compute": sum(each.compute_s for each in counted),
+            }
 
     def _use(self, connection: Connection) -> None:
         """Make calls with a connection from now on; the lock is held."""

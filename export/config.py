@@ -44,6 +44,9 @@ class ExportConfig(Limits):
     """How many images of each of the samples to measure on."""
     allow_outside: bool = False
     """Let paths in tables and links in folders of the samples lead out of them."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """Lengths that embeddings may be cut to, as the model was trained to be; nothing else says it.
+    """
     max_batch_size: int = MAX_BATCH_SIZE
     """Largest batch the server accepts."""
     keep_versions: int = KEEP_VERSIONS

@@ -30,6 +30,7 @@ from export.model_folders import check_name, check_writable
 from export.parity_report import Precision
 from export.pipeline import (
     Towers,
+    check_dimensions,
     choose_islands,
     fingerprint_of,
     load_weights,
@@ -125,6 +126,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     check_writable(config.repository, config.served_name)
     check_exist(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
+    dimensions = check_dimensions(config, clip)
     samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
     fingerprint = fingerprint_of(clip)
@@ -162,6 +164,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         config.served_name,
         precision=config.precision,
         weights_fingerprint=fingerprint,
+        matryoshka_dimensions=dimensions,
         libraries=libraries,
     )
     with stage("publish") as outcome:

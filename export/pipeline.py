@@ -323,6 +323,7 @@ def make_manifest(
     precision: str,
     weights_fingerprint: str,
     text_buckets: tuple[int, ...] = (),
+    matryoshka_dimensions: tuple[int, ...] = (),
     libraries: dict[str, str] | None = None,
 ) -> Manifest:
     """Write down what a client must know about `clip` served as `name`."""
@@ -345,6 +346,7 @@ def make_manifest(
         resizing=facts.resizing,
         tokenization=facts.tokenization,
         score=facts.score,
+        matryoshka_dimensions=matryoshka_dimensions,
         precision=precision,
         canary=make_canary(clip, precision),
         libraries={
@@ -356,6 +358,21 @@ def make_manifest(
             **(libraries or {}),
         },
     )
+
+
+def check_dimensions(config: ExportConfig, encoder: DualEncoder) -> tuple[int, ...]:
+    """Return the lengths that embeddings may be cut to, ascending.
+
+    Raises:
+        InputError: one is no part of an embedding.
+    """
+    asked, whole = config.matryoshka_dimensions, encoder.facts.embedding_dim
+    if not all(0 < each < whole for each in asked):
+        raise InputError(
+            f"--matryoshka-dimensions are {' '.join(map(str, asked))}; embeddings of "
+            f"{encoder.facts.name} have {whole} numbers, and each must be from 1 to {whole - 1}."
+        )
+    return tuple(sorted(set(asked)))
 
 
 def fingerprint_of(clip: DualEncoder) -> str:

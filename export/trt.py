@@ -48,6 +48,7 @@ from export.engine_runner import EngineRunner
 from export.model_folders import check_name, check_writable
 from export.pipeline import (
     Towers,
+    check_dimensions,
     choose_islands,
     fingerprint_of,
     load_own,
@@ -136,6 +137,7 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
     clip = load_own(config)
+    dimensions = check_dimensions(config, clip)
     samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples)
     fingerprint = fingerprint_of(clip)
@@ -162,6 +164,7 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
         precision="fp16",
         weights_fingerprint=fingerprint,
         text_buckets=text_lengths(spec),
+        matryoshka_dimensions=dimensions,
         libraries={trt.__name__: trt.__version__},
     )
     with stage("publish") as outcome:

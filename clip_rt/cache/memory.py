@@ -37,7 +37,8 @@ class Key(NamedTuple):
     """Everything a class embedding depends on."""
 
     weights: str
-    """Fingerprint of the model, its precision and its activation."""
+    """Fingerprint of the model, its precision and its activation, and how many of its numbers are
+    kept where that are not all."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     context_length: int

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clip_rt.classification import zero_shot
 from clip_rt.classification.zero_shot import Scores
-from clip_rt.errors import CheckpointError, InputError
+from clip_rt.errors import CheckpointError, ContractError, InputError
 
 FORMAT = "clip_rt.probe/1"
 MAX_BYTES = 512 * 1024**2
@@ -76,6 +76,25 @@ class Probe:
             labels=self.labels,
             logit_scale=1.0,
         )
+
+    def check_weights(self, fingerprint: str, model: str) -> None:
+        """Refuse embeddings of other weights than it was fitted on.
+
+        Args:
+            fingerprint: Of the weights of the model that is served.
+            model: Its name.
+
+        Raises:
+            ContractError: they are others.
+        """
+        if self.fingerprint != fingerprint:
+            raise ContractError(
+                f"the probe was fitted on embeddings of the weights {self.fingerprint[:12]!r}, and "
+                f"{model!r} has {fingerprint[:12]!r}. Fit it again on these, or name the model it "
+                "belongs to with model=.",
+                expected=self.fingerprint,
+                found=fingerprint,
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part.

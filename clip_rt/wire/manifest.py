@@ -67,6 +67,9 @@ class Manifest:
     score: Score = "softmax"
     """What makes probabilities of scaled cosines: softmax over the labels; or sigmoid, of each
     label alone, for models trained so."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """Lengths that embeddings may be cut to and normalised again, ascending, as the model was
+    trained to be (Kusupati et al. 2022); the whole is not among them."""
     # Two exports of the same weights need not give the same one, and it says nothing more.
     canary: dict[str, Any] | None = field(default=None, compare=False, repr=False)
     """What the FP32 reference answers to `clip_rt.wire.canary`; None in exports that lack it."""
@@ -139,6 +142,14 @@ class Manifest:
                 "again.",
                 expected=manifest.context_length,
                 found=manifest.text_buckets,
+            )
+        if max(manifest.matryoshka_dimensions, default=0) >= manifest.embedding_dim:
+            raise ContractError(
+                f"Triton model {served!r} says that its embeddings may be cut to "
+                f"{manifest.matryoshka_dimensions} numbers, and they have "
+                f"{manifest.embedding_dim}. Export it again.",
+                expected=manifest.embedding_dim,
+                found=manifest.matryoshka_dimensions,
             )
         if (manifest.resizing.resize_px or manifest.side_px) < manifest.side_px:
             raise ContractError(
@@ -223,6 +234,14 @@ _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "text_buckets": (
         "a list of whole numbers above 0",
         lambda value: isinstance(value, tuple) and all(map(_is_count, value)),
+    ),
+    "matryoshka_dimensions": (
+        "a list of whole numbers above 0, ascending",
+        lambda value: (
+            isinstance(value, tuple)
+            and all(map(_is_count, value))
+            and list(value) == sorted(set(value))
+        ),
     ),
     "logit_scale": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "logit_bias": ("a number", _is_number),

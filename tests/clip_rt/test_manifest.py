@@ -43,6 +43,7 @@ SIGLIP = replace(
         erased_id=3,
     ),
     score="sigmoid",
+    matryoshka_dimensions=(64, 256),
 )
 
 
@@ -91,6 +92,12 @@ def test_contract_2_leaves_nothing_out(name):
         ("tokenization", '{"vocab_size": 1e400}'),
         ("score", '"best"'),
         ("score", "[]"),
+        ("matryoshka_dimensions", "[0]"),
+        ("matryoshka_dimensions", "[256, 64]"),
+        ("matryoshka_dimensions", "[64, 64]"),
+        ("matryoshka_dimensions", "[64, 512]"),
+        ("matryoshka_dimensions", "64"),
+        ("matryoshka_dimensions", "[1.5]"),
     ],
 )
 def test_a_lie_is_a_contract_error(name, value):
