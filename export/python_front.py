@@ -3,7 +3,8 @@
 In: BYTES `image` (N, 1), a JPEG, PNG, GIF, BMP or WebP file each, or BYTES `text` (N, 1), UTF-8.
 Out: uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L). The work is done by `clip_rt`, which must
 be installed in the server's Python, so that embeddings are those of `clip_rt.Client`. A request
-with an unusable item gets an error that names the item, and harms no other.
+with an unusable item gets an error that names the item, and harms no other. A tokenizer.json comes
+from the model beside it that hands it out, at the first text.
 
 Export copies this file verbatim to `<model>/1/model.py`. Read from config.pbtxt: the input and the
 output, and the parameters `side_px`, `context_length` and `text_buckets`; for images `max_pixels`
@@ -29,8 +30,8 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         _check_strings()
         try:
-            from clip_rt import errors
-            from clip_rt.inputs import images, tokenizer
+            from clip_rt import errors, specs
+            from clip_rt.inputs import images, tokenizer, tokenizer_file
             from clip_rt.wire.manifest import Manifest
         except ImportError as error:
             raise pb_utils.TritonModelException(
@@ -42,11 +43,6 @@ class TritonPythonModel:
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
         manifest = Manifest.from_parameters(parameters, served=args["model_name"])
-        if manifest.tokenization.kind != "openai":
-            raise pb_utils.TritonModelException(
-                f"{args['model_name']} leads to a model with a tokenizer of its own, and it "
-                "tokenizes as OpenAI's models only. Remove the folders of the ensembles"
-            )
         names = [name for name in ("max_pixels", "max_bytes") if name in parameters]
         limits = {name: json.loads(parameters[name]) for name in names}
 
@@ -61,18 +57,37 @@ class TritonPythonModel:
                 raise errors.TextError(
                     f"text {index} is not UTF-8: {error}.", index=index
                 ) from error
-            return tokenizer.encode_text(text, index=index, context_length=manifest.context_length)
+            return self._tokenizer.encode_text(text, index=index)
 
         def to_tokens(ids):
             longest = max(map(len, ids))
             length = min((n for n in manifest.text_buckets if n >= longest), default=longest)
-            return tokenizer.pad(ids, length_tokens=length)
+            return tokenizer.pad(ids, length_tokens=length, pad_id=said.pad_id)
 
+        def make_tokenizer():
+            if said.kind == "openai":
+                return tokenizer.OpenAITokenizer(manifest.context_length)
+            num_chunks = -(-said.num_bytes // specs.TOKENIZER_CHUNK_BYTES)
+            name = specs.tokenizer_model(manifest.model)
+            content = b"".join(_fetch(name, index, specs) for index in range(num_chunks))
+            return tokenizer_file.FileTokenizer(
+                content, said, context_length=manifest.context_length
+            )
+
+        self._tokenizer, self._make_tokenizer = None, make_tokenizer
+        said = manifest.tokenization
         is_image = self._output == "pixels"
         self._prepare, self._join = (to_pixels, np.stack) if is_image else (to_ids, to_tokens)
 
     def execute(self, requests):
         """Prepare the items of all requests side by side; answer each request, in order."""
+        if self._output == "tokens" and self._tokenizer is None:
+            try:
+                # Here and not before: the model that has the file may be loaded after this one.
+                self._tokenizer = self._make_tokenizer()
+            except (self._refusal, pb_utils.TritonModelException) as error:
+                failed = pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
+                return [pb_utils.InferenceResponse(error=failed) for _ in requests]
         waiting = [self._submit(request) for request in requests]
         return [self._answer(futures) for futures in waiting]
 
@@ -96,6 +111,21 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=refused)
         tensor = pb_utils.Tensor.from_dlpack(self._output, Loan(prepared))
         return pb_utils.InferenceResponse(output_tensors=[tensor])
+
+
+def _fetch(model, index, specs):
+    """Return a part of the tokenizer.json that a model of this server hands out."""
+    request = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=[specs.CHUNK],
+        inputs=[pb_utils.Tensor.from_dlpack(specs.CHUNK_INDEX, Loan(np.array([index], np.int32)))],
+    )
+    response = request.exec()
+    if response.has_error():
+        raise pb_utils.TritonModelException(
+            f"{model} does not hand out its tokenizer.json: {response.error().message()}"
+        )
+    return np.from_dlpack(pb_utils.get_output_tensor_by_name(response, specs.CHUNK)).tobytes()
 
 
 def _check_strings():

@@ -31,7 +31,7 @@ from rich.table import Column, Table
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
-from clip_rt.specs import CLIP_TOKENIZATION, Tower
+from clip_rt.specs import Tower
 from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
@@ -127,7 +127,6 @@ def publish(
     with alone(repository), staging_folder(repository) as staging:
         # Again, now that nobody else can take the folders.
         check_name(manifest.model, repository)
-        _check_ensembles(repository, manifest)
         served = [served_version(target) for target in targets if target.exists()]
         tokenizer = tokenizer_folder(repository, manifest.model)
         used = [each for target in (*targets, tokenizer) for each in list_versions(target)]
@@ -197,7 +196,6 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
                 f"to in {repository}; it has {', '.join(map(str, sorted(kept))) or 'none'}, and "
                 f"serves {now}."
             )
-        _check_ensembles(repository, read_manifest(targets[0] / str(choice)))
         tokenizer = tokenizer_folder(repository, name)
         followers = (tokenizer,) if choice in _switchable(tokenizer) else ()
         with ExitStack() as undo:
@@ -286,7 +284,6 @@ def add_ensembles(
     targets = tower_folders(repository, name)
     check_name(name, repository)
     check_known(repository, name)
-    _check_tokenizer(read_manifest(targets[0]))
     folders = tuple(repository / each for each in folder_names(name))
     with alone(repository), staging_folder(repository) as staging, ExitStack() as undo:
         given = {"max_pixels": max_pixels, "max_bytes": max_bytes}
@@ -304,25 +301,6 @@ def add_ensembles(
             undo.callback(os.rename, folder, staging / f"{folder.name}-undone")
         undo.pop_all()
     return folders
-
-
-def _check_ensembles(repository: Path, manifest: Manifest) -> None:
-    """Refuse to serve, behind ensembles that follow it, a model that they cannot tokenize for.
-
-    Raises:
-        InputError: names the folders.
-    """
-    there = [each for each in folder_names(manifest.model) if (repository / each).exists()]
-    if there:
-        _check_tokenizer(manifest, f" Or remove the folders {', '.join(there)} of {repository}.")
-
-
-def _check_tokenizer(manifest: Manifest, way_out: str = "") -> None:
-    if manifest.tokenization != CLIP_TOKENIZATION:
-        raise InputError(
-            f"{manifest.model!r} has a tokenizer of its own, and ensembles tokenize as OpenAI's "
-            f"models only. Ask its towers through clip_rt.Client.{way_out}"
-        )
 
 
 def _limits(target: Path, name: str) -> Limits:

@@ -14,10 +14,13 @@ import external_models
 import numpy as np
 import pytest
 import torch
+import tritonclient.grpc as grpc
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 import clip_rt
 from clip_rt import served_tokenizer
+from clip_rt.embedded.server import acquire_server
 from clip_rt.specs import CLIP_RESIZING, CLIP_TOKENIZATION, TOKENIZER_CHUNK_BYTES
 from export import bundle
 from export.models import served_version
@@ -199,12 +202,35 @@ def test_going_back_takes_the_tokenizer_along(repository, tmp_path):
     assert served_version(folder) == served_version(copy / "siglip_text") == 1
 
 
-def test_ensembles_do_not_take_another_tokenizer(repository):
-    with pytest.raises(clip_rt.InputError, match="has a tokenizer of its own"):
-        add_ensembles(repository, "siglip")
+@pytest.fixture(scope="module")
+def bare(repository):
+    """A client of Triton alone, over the model with its ensembles."""
+    add_ensembles(repository, "siglip")
+    server = acquire_server(repository, start_timeout_s=120)
+    with grpc.InferenceServerClient(server.url) as found:
+        yield found
+    server.stop()
 
 
-def test_ensembles_do_not_follow_a_model_to_another_tokenizer(repository, tmp_path):
+def ask(bare, model, name, items):
+    tensor = grpc.InferInput(name, [len(items), 1], "BYTES")
+    tensor.set_data_from_numpy(np.array(items, np.object_)[:, None])
+    return bare.infer(model, [tensor]).as_numpy("embeddings")
+
+
+def test_ensembles_prepare_images_and_texts_as_the_client_does(client, bare):
+    images = [encode_png(draw(50, 60)), encode_png(draw(90, 33))]
+    found = ask(bare, "siglip_jpeg", "image", images)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    np.testing.assert_allclose(found, client.encode_images(images), atol=1e-6)
+    texts = ["a photo of a cat.", "TWO Dogs", "красная машина", "<eos> is text"]
+    found = ask(bare, "siglip_prompt", "text", [text.encode() for text in texts])
+    np.testing.assert_allclose(found, client.encode_texts(texts), atol=1e-6)
+    with pytest.raises(InferenceServerException, match=r"text 1 has \d+ tokens"):
+        ask(bare, "siglip_prompt", "text", [b"a cat", b"a red car " * 20])
+
+
+def test_ensembles_follow_their_model_to_another_tokenizer(repository, tmp_path):
     image, text = (repository / f"siglip_{tower}/1/model.onnx" for tower in ("image", "text"))
     siglip = read_manifest(repository / "siglip_text")
     clip = replace(
@@ -214,17 +240,31 @@ def test_ensembles_do_not_follow_a_model_to_another_tokenizer(repository, tmp_pa
         score="softmax",
         text_buckets=(),
     )
-    publish(tmp_path, siglip, image=image, text=text, tokenizer_file=b"{}")
     publish(tmp_path, clip, image=image, text=text)
     add_ensembles(tmp_path, "siglip")
-    with pytest.raises(clip_rt.InputError, match="Or remove the folders siglip_decode"):
-        publish(tmp_path, siglip, image=image, text=text, tokenizer_file=b"{}")
-    with pytest.raises(clip_rt.InputError, match="Or remove the folders siglip_decode"):
-        switch_version(tmp_path, "siglip")
-    # With the last version that has one the tokenizer goes.
+    publish(tmp_path, siglip, image=image, text=text, tokenizer_file=b"{}")
+    assert read_manifest(tmp_path / "siglip_tokenize").tokenization == siglip.tokenization
     assert (tmp_path / "siglip_tokenizer_file").is_dir()
-    publish(tmp_path, clip, image=image, text=text)
+    # With the last version that has one the tokenizer goes.
+    for _ in range(2):
+        publish(tmp_path, clip, image=image, text=text)
+    assert read_manifest(tmp_path / "siglip_tokenize").tokenization == CLIP_TOKENIZATION
     assert not (tmp_path / "siglip_tokenizer_file").exists()
+
+
+def test_ensembles_without_the_file_of_the_tokenizer_say_so(repository, tmp_path):
+    copy = tmp_path / "models"
+    shutil.copytree(repository, copy)
+    add_ensembles(copy, "siglip")
+    shutil.rmtree(copy / "siglip_tokenizer_file")
+    server = acquire_server(copy, start_timeout_s=120)
+    try:
+        with grpc.InferenceServerClient(server.url) as found:
+            with pytest.raises(InferenceServerException, match="siglip_tokenizer_file"):
+                ask(found, "siglip_prompt", "text", [b"a cat"])
+            assert ask(found, "siglip_jpeg", "image", [encode_png(draw(50, 60))]).shape == (1, 48)
+    finally:
+        server.stop()
 
 
 def test_a_long_file_comes_whole(repository, tmp_path, monkeypatch):
