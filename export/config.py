@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import Limits
 from clip_rt.specs import Activation
 from export.parity_report import Precision
 from export.repository import KEEP_VERSIONS
 from export.triton_config import MAX_BATCH_SIZE
-from training.encoders.find import name_model
+from training.encoders.find import is_external, name_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,14 @@ class ExportConfig(Limits):
     dry_run: bool = False
     """Only say what would be done."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if is_external(self.model) and (self.fp32_island or self.find_islands):
+            raise InputError(
+                f"{self.model} is another library's model; islands are layers of clip_rt's own "
+                "architectures. Leave --fp32-island and --find-islands out."
+            )
+
     @property
     def is_for_embedded_server(self) -> bool:
         """Whether clip_rt's own server can run what is exported; a container runs the others."""
@@ -68,6 +77,12 @@ class ExportConfig(Limits):
     def served_name(self) -> str:
         """Name the client asks for."""
         return self.name or name_model(self.model)
+
+    @property
+    def weights_in_words(self) -> str:
+        """Where the weights are from; those of a folder or a hub are its own."""
+        has_own = is_external(self.model) and self.weights == ExportConfig.weights
+        return "its own" if has_own else self.weights
 
 
 PRECISION_IN_WORDS: dict[Precision, str] = {

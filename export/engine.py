@@ -27,7 +27,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from clip_rt.errors import ExportError, InputError
-from clip_rt.specs import EMBEDDINGS, PIXELS, TEXT_BUCKETS, TOKENS, ModelSpec
+from clip_rt.specs import EMBEDDINGS, PIXELS, TEXT_BUCKETS, TOKENS, EncoderFacts
 from export.console import console
 from export.store import source_hash
 from export.triton_config import MAX_BATCH_SIZE
@@ -86,20 +86,26 @@ class BuildOptions:
             )
 
 
-def image_profiles(spec: ModelSpec, options: BuildOptions) -> tuple[Profile, ...]:
+def image_profiles(facts: EncoderFacts, options: BuildOptions) -> tuple[Profile, ...]:
     """Return the one profile of the image engine: batches of 1, opt and max."""
-    shape = (spec.side_px, spec.side_px, 3)
+    shape = (facts.side_px, facts.side_px, 3)
     return (_profile(options, shape),)
 
 
-def text_profiles(spec: ModelSpec, options: BuildOptions) -> tuple[Profile, ...]:
+def text_profiles(facts: EncoderFacts, options: BuildOptions) -> tuple[Profile, ...]:
     """Return a profile of each length of text: batches vary, lengths within a profile do not."""
-    return tuple(_profile(options, (length,)) for length in text_lengths(spec))
+    return tuple(_profile(options, (length,)) for length in text_lengths(facts))
 
 
-def text_lengths(spec: ModelSpec) -> tuple[int, ...]:
-    """Return the lengths, in tokens, that an engine reads: the buckets, up to the context."""
-    return tuple(sorted({min(length, spec.text.context_length) for length in TEXT_BUCKETS}))
+def text_lengths(facts: EncoderFacts) -> tuple[int, ...]:
+    """Return the lengths, in tokens, that an engine reads: the buckets, and the context.
+
+    Of a model whose embeddings depend on the padding, the context is the only one.
+    """
+    longest = facts.context_length
+    if not facts.is_any_length_exact:
+        return (longest,)
+    return tuple(sorted({min(length, longest) for length in TEXT_BUCKETS} | {longest}))
 
 
 def _profile(options: BuildOptions, shape: tuple[int, ...]) -> Profile:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -23,13 +23,12 @@ from clip_rt.errors import InputError
 from clip_rt.specs import find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import int8, parity, parity_report, source_parity, speed
+from export import int8, parity, parity_report, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
 from export.model_folders import check_name, check_writable
 from export.parity_report import Precision
 from export.pipeline import (
-    Towers,
     check_dimensions,
     choose_islands,
     fingerprint_of,
@@ -42,6 +41,7 @@ from export.pipeline import (
     run_gate,
 )
 from export.repository import publish
+from export.source_parity import compare_with_source
 from export.store import Store
 from export.triton_config import Device, Runtime, Serving
 from training.encoders.encoder import ExternalEncoder
@@ -76,11 +76,6 @@ class OnnxConfig(ExportConfig):
         super().__post_init__()
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
             raise InputError(f"precision is {self.precision}; islands are of fp16 only.")
-        if is_external(self.model) and (self.fp32_island or self.find_islands):
-            raise InputError(
-                f"{self.model} is another library's model; islands are layers of clip_rt's own "
-                "architectures. Leave --fp32-island and --find-islands out."
-            )
         if self.precision != "int8":
             if self.calibration:
                 raise InputError(f"precision is {self.precision}; only int8 is calibrated.")
@@ -117,7 +112,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     if config.dry_run:
         limit = parity_report.TOLERANCES[config.precision]
         print_plan(
-            ("load the weights", f"{_name_weights(config)}, as {config.model}"),
+            ("load the weights", f"{config.weights_in_words}, as {config.model}"),
             ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),
             ("compare with torch", f"cosine at least {limit.min_cosine}, every batch and length"),
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
@@ -158,7 +153,9 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         config,
         store,
     )
-    source = compare_with_source(clip, towers, config) if isinstance(clip, ExternalEncoder) else {}
+    source = compare_with_source(
+        clip, lambda: parity.load_files(towers.image, towers.text), config.precision
+    )
     manifest = make_manifest(
         clip,
         config.served_name,
@@ -181,34 +178,6 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
         outcome.extend(str(folder) for folder in folders)
     print_what_next(config, folders)
     return report
-
-
-def _name_weights(config: OnnxConfig) -> str:
-    is_own = is_external(config.model) and config.weights == OnnxConfig.weights
-    return "its own" if is_own else config.weights
-
-
-def compare_with_source(
-    encoder: ExternalEncoder, towers: Towers, config: OnnxConfig
-) -> dict[str, Any]:
-    """Hold the whole path of a client against that of the model's own library.
-
-    Raises:
-        ParityError: they differ.
-    """
-    encode_images, encode_texts = parity.load_files(towers.image, towers.text)
-    with stage("compare with its library's own path") as outcome:
-        found = source_parity.check_source(
-            encoder,
-            encode_images=encode_images,
-            encode_texts=encode_texts,
-            tolerance=parity_report.TOLERANCES[config.precision],
-        )
-        outcome.append(f"pixels within {found.max_levels:.2f} of 255")
-        outcome.append(f"ids of {found.num_texts} texts equal")
-        cosine = min(found.min_image_cosine, found.min_text_cosine)
-        outcome.append(f"cosine at least {cosine:.6f}")
-    return {"source": found.to_json()}
 
 
 if __name__ == "__main__":

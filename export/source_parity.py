@@ -8,7 +8,7 @@ be the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from PIL import Image
 from clip_rt.errors import ParityError
 from clip_rt.inputs.images import preprocess
 from clip_rt.inputs.tokenizer import pad
+from export.console import stage
 from export.parity import Encoder
-from export.parity_report import Tolerance
+from export.parity_report import TOLERANCES, Precision, Tolerance
+from training.dual_encoder import DualEncoder
 from training.encoders.encoder import ExternalEncoder, encode_usable
 
 MAX_LEVELS = 1.0
@@ -79,6 +81,39 @@ class SourceReport:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return asdict(self)
+
+
+def compare_with_source(
+    encoder: DualEncoder, load: Callable[[], tuple[Encoder, Encoder]], precision: Precision
+) -> dict[str, Any]:
+    """Run `check_source` as a stage of an export, of models of other libraries.
+
+    Args:
+        encoder: What is exported.
+        load: Loads the image and the text tower that it became.
+        precision: Of these.
+
+    Returns:
+        What the published report says of it; nothing of our own models.
+
+    Raises:
+        ParityError: see `check_source`.
+    """
+    if not isinstance(encoder, ExternalEncoder):
+        return {}
+    with stage("compare with its library's own path") as outcome:
+        encode_images, encode_texts = load()
+        found = check_source(
+            encoder,
+            encode_images=encode_images,
+            encode_texts=encode_texts,
+            tolerance=TOLERANCES[precision],
+        )
+        outcome.append(f"pixels within {found.max_levels:.2f} of 255")
+        outcome.append(f"ids of {found.num_texts} texts equal")
+        cosine = min(found.min_image_cosine, found.min_text_cosine)
+        outcome.append(f"cosine at least {cosine:.6f}")
+    return {"source": found.to_json()}
 
 
 def check_source(

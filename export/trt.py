@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import tyro
 
 from clip_rt.errors import InputError
-from clip_rt.specs import Tower, ViTSpec, find_spec, slug
+from clip_rt.specs import TOKENIZER_FILE, Tower, find_spec, slug
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import parity, parity_report
@@ -51,7 +52,7 @@ from export.pipeline import (
     check_dimensions,
     choose_islands,
     fingerprint_of,
-    load_own,
+    load_weights,
     make_manifest,
     make_onnx,
     print_what_next,
@@ -60,11 +61,14 @@ from export.pipeline import (
 )
 from export.repository import publish
 from export.samples import Samples
+from export.source_parity import compare_with_source
 from export.storage import external_files
 from export.store import Store, sha256_of
 from export.triton_config import Serving
+from training.dual_encoder import DualEncoder
+from training.encoders.encoder import ExternalEncoder
+from training.encoders.find import is_external
 from training.evaluation.labelled import check_exist
-from training.model import CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
         ExportError: TensorRT or its GPU is missing, or it refuses the network.
         ParityError: engines or graphs drift from the weights; what was served stays.
     """
-    spec, options = find_spec(config.model), config.options
+    options = config.options
     # What can be missing or in the way is looked for before minutes of work.
     folder = config.engines / slug(config.served_name)
     serving = Serving(
@@ -128,47 +132,55 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
         check_name(config.served_name, config.repository)
     else:
         _check_free(folder)
+    if not is_external(config.model):
+        find_spec(config.model)
     if config.dry_run:
-        _print_plan(config, spec.name)
+        _print_plan(config)
         return None
     check_exist(*config.samples, config.class_names)
     if config.runtime == "tensorrt":
         check_writable(config.repository, config.served_name)
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
-    clip = load_own(config)
+    clip = load_weights(config)
     dimensions = check_dimensions(config, clip)
     samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples)
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
-    onnx = make_onnx(
+    graphs = make_onnx(
         clip, store, precision="fp16", weights_fingerprint=fingerprint, islands=islands
     )
     # Before the engines are built from them: a graph that drifts is not worth the minutes.
-    report = _gate_onnx(clip, onnx, samples, config, store)
+    report = _gate_onnx(clip, graphs, samples, config, store)
+    source = compare_with_source(clip, lambda: parity.load_files(graphs.image, graphs.text), "fp16")
+    image, text = image_profiles(clip.facts, options), text_profiles(clip.facts, options)
     engines = Towers(
-        image=_build("image", onnx.image, image_profiles(spec, options), config, store, trt),
-        text=_build("text", onnx.text, text_profiles(spec, options), config, store, trt),
+        image=_build("image", graphs.image, image, config, store, trt),
+        text=_build("text", graphs.text, text, config, store, trt),
     )
-    facts: dict[str, object] = {"fp32_islands": islands, "runtime": config.runtime}
+    document: dict[str, object] = {"fp32_islands": islands, "runtime": config.runtime} | source
     if config.runtime == "tensorrt":
-        report, facts["fused_attentions"] = _gate_engines(
-            clip, engines, trt, config, store, samples=samples
-        )
+        runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
+        report = _gate_engines(clip, runners, config, store, samples=samples)
+        document["fused_attentions"] = {
+            "image": _count_fused("image", runners[0], graphs.image),
+            "text": _count_fused("text", runners[1], graphs.text),
+        }
     else:
-        facts["engine"] = "built, not run: the figures are those of its ONNX files"
+        document["engine"] = "built, not run: the figures are those of its ONNX files"
+    document |= report.to_json()
     manifest = make_manifest(
         clip,
         config.served_name,
         precision="fp16",
         weights_fingerprint=fingerprint,
-        text_buckets=text_lengths(spec),
+        text_buckets=text_lengths(clip.facts),
         matryoshka_dimensions=dimensions,
         libraries={trt.__name__: trt.__version__},
     )
+    tokenizer = clip.tokenizer_file if isinstance(clip, ExternalEncoder) else None
     with stage("publish") as outcome:
-        document = report.to_json() | facts
         if config.runtime == "tensorrt":
             folders = publish(
                 config.repository,
@@ -180,11 +192,12 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
                 keep_versions=config.keep_versions,
                 compute_capability=gpu_names()[0].rpartition(", ")[2],
                 join=config.join,
+                tokenizer_file=tokenizer,
             )
             outcome.extend(map(str, folders))
         else:
             document["manifest"] = manifest.to_parameters()
-            _place(folder, engines, document)
+            _place(folder, engines, document, tokenizer)
             outcome.append(f"{folder}, for TensorRT for RTX {trt.__version__}; not for Triton")
     if config.runtime == "tensorrt":
         print_what_next(config, folders)
@@ -198,19 +211,21 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     return report
 
 
-def _print_plan(config: TrtConfig, architecture: str) -> None:
+def _print_plan(config: TrtConfig) -> None:
     on_gpu, options = config.runtime == "tensorrt", config.options
     limit = f"cosine at least {parity_report.TOLERANCES['fp16'].min_cosine}"
     islands = "by measuring" if config.find_islands else ", ".join(config.fp32_island) or "none"
     where = config.repository if on_gpu else config.engines
     batches = f"batches 1 to {options.max_batch_size}, tuned for {options.opt_batch_size}"
-    lengths = ", ".join(map(str, text_lengths(find_spec(config.model))))
+    lengths = "the model's length"
+    if not is_external(config.model):
+        lengths = f"{', '.join(map(str, text_lengths(find_spec(config.model).facts)))} tokens"
     print_plan(
-        ("load the weights", f"{config.weights}, as {architecture}"),
+        ("load the weights", f"{config.weights_in_words}, as {config.model}"),
         ("find FP32 islands", islands),
         ("export both towers", f"ONNX, {PRECISION_IN_WORDS['fp16']}"),
         ("compare ONNX with torch", f"in ONNX Runtime, {limit}"),
-        ("build both engines", f"{config.runtime}, {batches}, texts of {lengths} tokens"),
+        ("build both engines", f"{config.runtime}, {batches}, texts of {lengths}"),
         ("compare engines with torch", f"on the GPU, {limit}" if on_gpu else "not without a GPU"),
         ("publish", f"{config.served_name!r} into {where}"),
     )
@@ -218,19 +233,19 @@ def _print_plan(config: TrtConfig, architecture: str) -> None:
 
 def _build(
     tower: Tower,
-    onnx: Path,
+    graph: Path,
     profiles: Sequence[Profile],
     config: TrtConfig,
     store: Store,
     trt: ModuleType,
 ) -> Path:
     key = engine_key(
-        [sha256_of(each) for each in (onnx, *external_files(onnx))], profiles, config.options, trt
+        [sha256_of(each) for each in (graph, *external_files(graph))], profiles, config.options, trt
     )
 
     def write(path: Path) -> None:
         build_engine(
-            onnx,
+            graph,
             path,
             profiles=profiles,
             options=config.options,
@@ -248,12 +263,12 @@ def _build(
 
 
 def _gate_onnx(
-    clip: CLIP, onnx: Towers, samples: Sequence[Samples], config: TrtConfig, store: Store
+    clip: DualEncoder, graphs: Towers, samples: Sequence[Samples], config: TrtConfig, store: Store
 ) -> parity_report.ParityReport:
     return run_gate(
         "compare ONNX with torch",
         lambda: parity.check_files(
-            clip, image=onnx.image, text=onnx.text, precision="fp16", samples=samples
+            clip, image=graphs.image, text=graphs.text, precision="fp16", samples=samples
         ),
         config,
         store,
@@ -261,44 +276,43 @@ def _gate_onnx(
 
 
 def _gate_engines(
-    clip: CLIP,
-    engines: Towers,
-    trt: ModuleType,
+    clip: DualEncoder,
+    runners: tuple[EngineRunner, EngineRunner],
     config: TrtConfig,
     store: Store,
     *,
     samples: Sequence[Samples],
-) -> tuple[parity_report.ParityReport, dict[str, int]]:
-    """Run the engines on the GPU against torch, and look for their attentions."""
-    runners = EngineRunner(engines.image, trt), EngineRunner(engines.text, trt)
-    report = run_gate(
+) -> parity_report.ParityReport:
+    """Run the engines on the GPU against torch."""
+    return run_gate(
         "compare engines with torch",
         lambda: parity.check(
             clip,
             encode_images=runners[0],
             encode_texts=runners[1],
             precision="fp16",
+            text_lengths=text_lengths(clip.facts),
             max_batch_size=config.max_batch_size,
             samples=samples,
         ),
         config,
         store,
     )
-    spec = clip.spec
-    expected = {
-        "image": spec.image.layers if isinstance(spec.image, ViTSpec) else 0,
-        "text": spec.text.layers,
-    }
-    fused = {}
-    for tower, runner in zip(expected, runners, strict=True):
-        fused[tower] = runner.inspect().num_fused_attentions
-        # The last block attends from one token, which is no attention to TensorRT.
-        if fused[tower] < expected[tower] - 1:
-            console.print(
-                f"[yellow]warning[/] {fused[tower]} of {expected[tower]} attentions of the {tower} "
-                "tower are fused; the others are slower than they could be"
-            )
-    return report, fused
+
+
+def _count_fused(tower: Tower, runner: EngineRunner, file: Path) -> int:
+    """Count the attentions that TensorRT has made one kernel of, and warn where some are not."""
+    # There is one softmax in each.
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    expected = sum(node.op_type == "Softmax" for node in nodes)
+    fused = runner.inspect().num_fused_attentions
+    # The last one attends from one token, which is no attention to TensorRT.
+    if fused < expected - 1:
+        console.print(
+            f"[yellow]warning[/] {fused} of {expected} attentions of the {tower} tower are fused; "
+            "the others are slower than they could be"
+        )
+    return fused
 
 
 def _check_free(folder: Path) -> None:
@@ -309,8 +323,13 @@ def _check_free(folder: Path) -> None:
         raise InputError(f"{folder} holds no engines of this command; name another --engines.")
 
 
-def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
-    """Put both engines and their report into a folder, replacing it as a whole."""
+def _place(
+    folder: Path,
+    engines: Towers,
+    document: dict[str, object],
+    tokenizer_file: bytes | None = None,
+) -> None:
+    """Put both engines, their report and tokenizer into a folder, replacing it as a whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".clip_rt-", dir=folder.parent) as staging:
         made = Path(staging) / "made"
@@ -318,6 +337,8 @@ def _place(folder: Path, engines: Towers, document: dict[str, object]) -> None:
         shutil.copyfile(engines.image, made / "image.engine")
         shutil.copyfile(engines.text, made / "text.engine")
         (made / "export.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        if tokenizer_file is not None:
+            (made / TOKENIZER_FILE).write_bytes(tokenizer_file)
         with ExitStack() as undo:
             if folder.exists():
                 replaced = folder.rename(Path(staging) / "replaced")

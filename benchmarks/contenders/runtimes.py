@@ -206,7 +206,7 @@ def _make_tensorrt(kit: Kit) -> Bare:
         EngineRunner(kit.tower("tensorrt", "image", file), trt),
         EngineRunner(kit.tower("tensorrt", "text", file), trt),
     )
-    lengths = text_lengths(kit.spec)
+    lengths = text_lengths(kit.spec.facts)
 
     def encode_tokens(tokens_NL: NDArray[Any]) -> NDArray[np.float32]:
         length = tokens_NL.shape[1]

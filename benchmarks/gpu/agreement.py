@@ -83,8 +83,8 @@ def _runtimes(bench: Bench, spec: ModelSpec, precision: str) -> dict[str, Load]:
     def in_engines(name: str) -> tuple[parity.Encoder, parity.Encoder]:
         files, runtime = onnx_files(bench, bench.clip(spec)), ENGINES[name]
         return (
-            build_engine_of(files.image, spec, "image", runtime, bench.folder),
-            build_engine_of(files.text, spec, "text", runtime, bench.folder),
+            build_engine_of(files.image, spec.facts, "image", runtime, bench.folder),
+            build_engine_of(files.text, spec.facts, "text", runtime, bench.folder),
         )
 
     found: dict[str, Load] = {"torch": in_torch}

@@ -114,7 +114,7 @@ def _contenders(bench: Bench, spec: ModelSpec, tower: Tower) -> list[Contender]:
         if not bench.has_time(BUILD_S):
             raise TimeoutError(f"less than {BUILD_S:.0f} s were left to build it in")
         path = getattr(onnx_files(bench, bench.clip(spec)), tower)
-        return build_engine_of(path, spec, tower, ENGINES[name], bench.folder).encode
+        return build_engine_of(path, spec.facts, tower, ENGINES[name], bench.folder).encode
 
     def peer(make: Callable[..., Encode]) -> Encode:
         return make(bench.clip(spec), bench.device, tower)

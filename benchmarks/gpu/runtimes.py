@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clip_rt.specs import EMBEDDINGS, ModelSpec, Tower
+from clip_rt.specs import EMBEDDINGS, EncoderFacts, Tower
 from export.engine import (
     BuildOptions,
     Runtime,
@@ -160,7 +160,7 @@ class OnnxRuntime:
 
 
 def build_engine_of(
-    onnx: Path, spec: ModelSpec, tower: Tower, runtime: Runtime, folder: Path
+    onnx: Path, facts: EncoderFacts, tower: Tower, runtime: Runtime, folder: Path
 ) -> EngineRunner:
     """Build a TensorRT engine as `export.trt` does, unless an earlier stage did, and load it.
 
@@ -175,5 +175,5 @@ def build_engine_of(
             runtime=runtime, opt_batch_size=ENGINE_BATCH, max_batch_size=ENGINE_MAX_BATCH
         )
         profiles = image_profiles if tower == "image" else text_profiles
-        build_engine(onnx, path, profiles=profiles(spec, options), options=options, trt=trt)
+        build_engine(onnx, path, profiles=profiles(facts, options), options=options, trt=trt)
     return EngineRunner(path, trt)

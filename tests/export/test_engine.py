@@ -31,6 +31,7 @@ from export.engine import (
     gpu_names,
     image_profiles,
     load_runtime,
+    text_lengths,
     text_profiles,
 )
 from export.engine_runner import count_fused
@@ -54,13 +55,13 @@ def files(tmp_path_factory):
     clip = tiny.make(tiny.VIT)
     for name, make in (("image", ImageGraph), ("text", TextGraph)):
         write_onnx(bake_fp16(make(clip)), clip.facts, folder / f"{name}.onnx")
-    return SimpleNamespace(image=folder / "image.onnx", text=folder / "text.onnx", spec=clip.spec)
+    return SimpleNamespace(image=folder / "image.onnx", text=folder / "text.onnx", facts=clip.facts)
 
 
 def test_both_towers_compile(trt, files, tmp_path):
     for onnx_path, profiles in (
-        (files.image, image_profiles(files.spec, RTX)),
-        (files.text, text_profiles(files.spec, RTX)),
+        (files.image, image_profiles(files.facts, RTX)),
+        (files.text, text_profiles(files.facts, RTX)),
     ):
         path = tmp_path / f"{onnx_path.stem}.engine"
         build_engine(onnx_path, path, profiles=profiles, options=RTX, trt=trt)
@@ -70,23 +71,35 @@ def test_both_towers_compile(trt, files, tmp_path):
 def test_a_resnet_compiles_too(trt, tmp_path):
     clip = tiny.make(tiny.RESNET)
     write_onnx(bake_fp16(ImageGraph(clip)), clip.facts, tmp_path / "image.onnx")
-    profiles = image_profiles(clip.spec, RTX)
+    profiles = image_profiles(clip.facts, RTX)
     path = tmp_path / "image.engine"
     build_engine(tmp_path / "image.onnx", path, profiles=profiles, options=RTX, trt=trt)
     assert path.stat().st_size > 0
 
 
 def test_a_profile_for_each_length_of_text_and_batches_of_all_sizes():
-    spec = find_spec("ViT-L/14@336px")
-    assert image_profiles(spec, RTX) == (
+    facts = find_spec("ViT-L/14@336px").facts
+    assert image_profiles(facts, RTX) == (
         Profile((1, 336, 336, 3), (8, 336, 336, 3), (16, 336, 336, 3)),
     )
-    assert [profile.largest for profile in text_profiles(spec, RTX)] == [
+    assert [profile.largest for profile in text_profiles(facts, RTX)] == [
         (16, 16),
         (16, 32),
         (16, 77),
     ]
-    assert {profile.smallest[0] for profile in text_profiles(spec, RTX)} == {1}
+    assert {profile.smallest[0] for profile in text_profiles(facts, RTX)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({"context_length": 248}, (16, 32, 77, 248)),
+        ({"context_length": 24}, (16, 24)),
+        ({"context_length": 64, "is_any_length_exact": False}, (64,)),
+    ],
+)
+def test_the_longest_text_is_the_context_and_the_only_one_where_padding_counts(changes, lengths):
+    assert text_lengths(replace(find_spec("ViT-B/32").facts, **changes)) == lengths
 
 
 def test_a_profile_that_does_not_fit_the_network_is_an_error(trt, files, tmp_path):
@@ -109,13 +122,13 @@ def test_a_damaged_graph_is_refused_in_words(trt, files, tmp_path, damage):
     content = model.SerializeToString()
     path.write_bytes(content[: len(content) // 2] if damage == "bytes" else content)
     expected = "tensor contract" if damage == "contract" else r"cannot read image\.onnx: .+"
-    profiles = image_profiles(files.spec, RTX)
+    profiles = image_profiles(files.facts, RTX)
     with pytest.raises(ExportError, match=expected):
         build_engine(path, tmp_path / "x", profiles=profiles, options=RTX, trt=trt)
 
 
 def test_gpus_to_compile_for_are_chosen_or_refused_with_the_list(trt, files, tmp_path):
-    profiles = image_profiles(files.spec, RTX)
+    profiles = image_profiles(files.facts, RTX)
     options = BuildOptions(runtime="rtx", max_batch_size=16, compute_capabilities=("8.9",))
     path = tmp_path / "x"
     build_engine(files.image, path, profiles=profiles, options=options, trt=trt)
@@ -126,13 +139,13 @@ def test_gpus_to_compile_for_are_chosen_or_refused_with_the_list(trt, files, tmp
 
 
 def test_what_an_engine_depends_on_is_in_its_key(trt, files):
-    profiles = image_profiles(files.spec, RTX)
+    profiles = image_profiles(files.facts, RTX)
     key = engine_key(["a"], profiles, RTX, trt)
     assert key == engine_key(["a"], profiles, RTX, trt)
     assert key["version"] == trt.__version__
     others = (
         engine_key(["b"], profiles, RTX, trt),
-        engine_key(["a"], text_profiles(files.spec, RTX), RTX, trt),
+        engine_key(["a"], text_profiles(files.facts, RTX), RTX, trt),
         engine_key(["a"], profiles, BuildOptions(runtime="rtx", optimization_level=5), trt),
         engine_key(["a"], profiles, RTX, SimpleNamespace(__version__="9.9")),
     )
@@ -144,7 +157,7 @@ def test_an_engine_is_of_one_kind_of_gpu(monkeypatch, files):
     keys = []
     for name in ("NVIDIA L4, 8.9", "NVIDIA L40S, 8.9"):
         monkeypatch.setattr(engine, "gpu_names", lambda name=name: [name])
-        keys.append(engine_key(["a"], image_profiles(files.spec, options), options, trt))
+        keys.append(engine_key(["a"], image_profiles(files.facts, options), options, trt))
     assert keys[0] != keys[1]
 
 

@@ -82,10 +82,7 @@ def test_a_folder_of_another_family_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def siglip_folder(tmp_path_factory):
-    config, content, images = configurations()["siglip"]
-    return external_models.write_transformers(
-        tmp_path_factory.mktemp("siglip"), config, tokenizer(content), images
-    )
+    return external_models.write_family(tmp_path_factory.mktemp("siglip"), "siglip")
 
 
 def edit(file, **changes):
@@ -94,10 +91,7 @@ def edit(file, **changes):
 
 def test_weights_of_another_family_are_refused(siglip_folder, tmp_path):
     """transformers would leave random what is not there."""
-    config, content, images = configurations()["chinese_clip"]
-    other = external_models.write_transformers(
-        tmp_path / "other", config, tokenizer(content), images
-    )
+    other = external_models.write_family(tmp_path / "other", "chinese_clip")
     shutil.copy(other / "model.safetensors", shutil.copytree(siglip_folder, tmp_path / "mixed"))
     with pytest.raises(CheckpointError, match=r"another model than its config\.json says"):
         load_encoder(f"hf:{tmp_path / 'mixed'}", weights="openai")
