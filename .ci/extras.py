@@ -40,12 +40,20 @@ from clip_rt_commands.extras import extras_of  # noqa: E402 - needs the line abo
 SHELL = ("make ", "pip ", "python ", "clip-rt ", "torchrun ", "curl ", "docker ", "#")
 SERVING = (
     "{serve} & pid=$!; trap 'kill $pid; wait $pid' EXIT; "
-    "for _ in $(seq 60); do "
-    "sleep 1; python -m clip_rt doctor --url localhost:{port} && break; done; "
+    "for _ in $(seq 60); do sleep 1; {check} && break; done; "
 )
 """Runs what comes after it beside a server, which ends when it does."""
+SERVERS = {
+    "python -m clip_rt serve": ("8001", "python -m clip_rt doctor --url localhost:{port}"),
+    "python -m clip_rt gateway": (
+        "8080",
+        """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/ping")'""",
+    ),
+}
+"""Commands that serve until they are told to end: the port of the pages, and how one sees that they
+are ready."""
 INSTALL = re.compile(
-    r"pip install (?:-c constraints\.txt )?(?:\./model_repository )?-e '\.\[([\w,-]+)\]'"
+    r"pip install (?:-c constraints\.txt )?(?:\./model_repository )?-e '\.\[([\w,-]+)\]'([\w -]*)"
 )
 
 OLD_RUN = "benchmarks/results/2026-11-26_run.json"
@@ -143,6 +151,8 @@ class Environment:
 
     extras: str
     lines: list[str] = field(default_factory=list)
+    others: tuple[str, ...] = ()
+    """Packages of others that a page installs beside them."""
 
 
 def commands(path: Path) -> list[str]:
@@ -171,23 +181,26 @@ def documents() -> list[Path]:
 def readme(path: Path) -> list[Environment]:
     """Return what a page's commands are here: an environment for each `pip install`."""
     found: list[Environment] = []
-    server, port = "", str(_free_port())
+    server = ""
+    free = {port: str(_free_port()) for port, _ in SERVERS.values()}
     for command in commands(path):
         if (install := INSTALL.match(command)) is not None:
-            found.append(Environment(install[1]))
+            found.append(Environment(install[1], others=tuple(install[2].split())))
             continue
         if why_not(command) is not None:
             continue
         line = command
-        for full, small in (*SMALLER, ("8001", port)):
+        for full, small in (*SMALLER, *free.items()):
             line = line.replace(full, small, 1)
-        if line.startswith("python -m clip_rt serve"):
+        serving = next((each for each in SERVERS if line.startswith(each)), None)
+        if serving is not None:
             # In the foreground until it is told to end; then again for what comes next.
-            server = SERVING.format(serve=line, port=port)
+            port, check = SERVERS[serving]
+            server = SERVING.format(serve=line, check=check.format(port=free[port]))
             line = server + "true"
         elif not line.startswith(SHELL):
             line = f"{server}python -c {shlex.quote(line)}"
-        elif port in line:
+        elif any(port in line for port in free.values()):
             line = server + line
         if not found:
             raise SystemExit(f"{path.name}: no pip install stands above {command!r}")
@@ -199,7 +212,8 @@ def environments() -> list[Environment]:
     """Return those of all pages; a page that installs what the one before has goes on in it."""
     found: list[Environment] = []
     for environment in (each for page in documents() for each in readme(page)):
-        if found and found[-1].extras == environment.extras:
+        is_same = found and found[-1].extras == environment.extras
+        if is_same and not environment.others:
             found[-1].lines += environment.lines
         else:
             found.append(environment)
@@ -461,7 +475,7 @@ class Walk:
         """Make an environment, import what it promises, and run its lines."""
         wanted = environment.extras
         start_s = time.perf_counter()
-        binaries = self.install(wanted)
+        binaries = self.install(wanted, *environment.others)
         print(f"made {time.perf_counter() - start_s:6.1f} s  [{wanted}]", flush=True)  # noqa: T201
         promised = [each for each in all_commands() if extras_of(each) == wanted]
         if promised:

@@ -11,6 +11,8 @@ import tyro
 
 import clip_rt_commands
 from clip_rt.deadline import START_TIMEOUT_S
+from clip_rt.errors import InputError
+from clip_rt.gateway.config import GatewayConfig
 from clip_rt_commands.errors import command
 
 _OneOf = tyro.conf.create_mutex_group(required=False, title="one of")
@@ -31,6 +33,20 @@ def serve(*, repository: str, port: int = 8001, start_timeout_s: float = START_T
         serve(repository, url=f"127.0.0.1:{port}", start_timeout_s=start_timeout_s)
     except KeyboardInterrupt:
         return 130  # Asked twice, so it did not wait for the requests under way.
+    return 0
+
+
+def gateway(config: Annotated[GatewayConfig, tyro.conf.arg(name="")]) -> int:
+    """Serve models over HTTP: OpenAI's embeddings, labels, Immich, Weaviate."""
+    try:
+        from clip_rt.gateway.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the gateway needs {error.name}: pip install 'clip-rt[gateway]'."
+        ) from error
+
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    serve(config)
     return 0
 
 
@@ -88,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     clip_rt_commands.print_any_text()
     with command():
         status: int = tyro.extras.subcommand_cli_from_dict(
-            {"serve": serve, "reload": reload, "doctor": doctor},
+            {"serve": serve, "gateway": gateway, "reload": reload, "doctor": doctor},
             prog=clip_rt_commands.program("clip_rt"),
             description=__doc__,
             args=arguments,

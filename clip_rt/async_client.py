@@ -75,6 +75,8 @@ class AsyncClient:
         """Return what `Client.manifest` is; connects if needed."""
         return await self._run(lambda: self._client.manifest)
 
+    list_models = _awaited(Client.list_models)
+    """As `Client.list_models`."""
     encode_images = _awaited(Client.encode_images)
     """As `Client.encode_images`."""
 

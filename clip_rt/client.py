@@ -167,6 +167,14 @@ class Client:
         with self._session.begun(None) as (model, _):
             return model.manifest
 
+    def list_models(self, *, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Return the names of all models that the server has, any of which is a `model=`.
+
+        Raises:
+            ServerError, ClientClosedError: see `encode_images`.
+        """
+        return self._session.list_models(timeout_s)
+
     @property
     def cache(self) -> PromptCache:
         """Class embeddings that are kept: how many, how often they were of use; `clear()`."""

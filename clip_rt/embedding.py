@@ -280,6 +280,7 @@ def _lay_out(
             else:
                 gathering.row_by_item.append(len(token_ids))
                 token_ids.append(ids)
+    telemetry.count("tokens", sum(map(len, token_ids)))
     with telemetry.stage("prepare", len(token_ids)):
         plan = batching.plan_texts(
             token_ids,

@@ -134,6 +134,20 @@ class Session:
     @contextlib.contextmanager
     def begun(self, timeout_s: float | None) -> Iterator[tuple[Model, Deadline]]:
         """Make sure of a connection to the right model, start the clock, and keep both."""
+        with self._connected(timeout_s) as (connection, deadline):
+            yield (
+                connection.find_model(self._target.model, self._target.fingerprint, deadline),
+                deadline,
+            )
+
+    def list_models(self, timeout_s: float | None) -> tuple[str, ...]:
+        """Return what the server has; see `Client.list_models`."""
+        with self._connected(timeout_s) as (connection, deadline):
+            return connection.list_models(deadline)
+
+    @contextlib.contextmanager
+    def _connected(self, timeout_s: float | None) -> Iterator[tuple[Connection, Deadline]]:
+        """Make sure of a connection, start the clock, and keep the connection."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         check_timeout(timeout_s)
         with contextlib.ExitStack() as until_end:
@@ -145,11 +159,7 @@ class Session:
                 connection = self._connection
                 assert connection is not None
                 until_end.enter_context(connection.used())
-            deadline = Deadline.after(timeout_s)
-            yield (
-                connection.find_model(self._target.model, self._target.fingerprint, deadline),
-                deadline,
-            )
+            yield connection, Deadline.after(timeout_s)
 
     def server_seconds(self) -> dict[str, float]:
         """Return what the servers have spent; see `Client.server_seconds`."""

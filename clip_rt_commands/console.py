@@ -16,6 +16,7 @@ import clip_rt_commands
 
 COMMANDS = {
     "serve": ("clip_rt", "run a Triton over a repository in the foreground"),
+    "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),
     "doctor": ("clip_rt", "check the installation and a server"),
     "models": ("export.models", "list the models of a repository"),

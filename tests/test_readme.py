@@ -106,7 +106,7 @@ def test_what_the_step_leaves_out_or_makes_smaller_is_on_a_page():
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
 def test_every_command_of_a_page_has_an_environment(page):
     for command in STEP.commands(page):
-        assert command.startswith((*STEP.SHELL, "import ")), command
+        assert command.startswith((*STEP.SHELL, "from ", "import ")), command
     num_run = sum(
         STEP.why_not(each) is None and STEP.INSTALL.match(each) is None
         for each in STEP.commands(page)

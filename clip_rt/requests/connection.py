@@ -248,7 +248,7 @@ class Connection:
             replica.restart(deadline)
         if name is None and self._model is not None:
             name = self._model.manifest.model
-        name = name or self._find_only_model(deadline)
+        name = name or self._ask_in_turn(_name_only_model, deadline)
         found, errors = self._describe_all(name, deadline)
         if not found:
             raise self._tell(name, errors, deadline)
@@ -364,14 +364,24 @@ class Connection:
                 replica.is_being_checked = False
                 raise
 
-    def _find_only_model(self, deadline: Deadline) -> str:
+    def list_models(self, deadline: Deadline) -> tuple[str, ...]:
+        """Return the names of all models there are, from the first server that answers.
+
+        Raises:
+            ServerError: nobody answers, or whoever does tells no names.
+        """
+        return self._retry(lambda: self._ask_in_turn(_list_models, deadline), deadline)
+
+    def _ask_in_turn(
+        self, ask: Callable[[Transport, Deadline], Result], deadline: Deadline
+    ) -> Result:
         errors: dict[Replica, ClipRTError] = {}
         for index, replica in enumerate(self.pool.replicas):
             # One that is silent leaves time for the others.
             share_s = deadline.remaining_s() / (len(self.pool.replicas) - index)
             share = Deadline(share_s, time.monotonic() + share_s, deadline.cancellation)
             try:
-                return _name_only_model(replica.transport, share)
+                return ask(replica.transport, share)
             except (ServerTimeoutError, ServerUnavailableError) as error:
                 errors[replica] = error
         raise self._tell(None, errors, deadline)

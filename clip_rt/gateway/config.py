@@ -1,0 +1,79 @@
+"""What the gateway is told on its command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_rt.errors import InputError
+
+TOKENS_VARIABLE = "CLIP_RT_TOKENS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """Serve models over HTTP until told to end.
+
+    Raises:
+        InputError: a value is out of range, or two exclude each other.
+    """
+
+    repository: Path | None = None
+    """Folder of models for a server of its own."""
+    url: tuple[str, ...] = ()
+    """Triton servers, host:port of gRPC; several are replicas."""
+    model: tuple[str, ...] = ()
+    """Served names; all that the server has without it. The first is used where a request names
+    none."""
+    alias: Mapping[str, str] = field(default_factory=dict)
+    """Other names of models, as callers write them: ViT-B-32__openai ViT-B/32."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every network of this machine."""
+    port: int = 8080
+    token_file: Path | None = None
+    """Bearer tokens that are let in, one a line. Without it: $CLIP_RT_TOKENS, with commas between
+    them, else everybody is."""
+    certificate: Path | None = None
+    """PEM file of a certificate chain, for TLS."""
+    private_key: Path | None = None
+    """PEM file of its key."""
+    image_host: tuple[str, ...] = ()
+    """Hosts that images are fetched from by URL; without it none are."""
+    immich_url: str | None = None
+    """Where Immich's tasks other than CLIP are passed on to."""
+    max_body_mib: float = 32.0
+    """Largest request."""
+    max_items: int = 256
+    """Most images and texts of a request."""
+    max_queue: int = 64
+    """Requests at work or waiting; one more is answered with 429."""
+    max_wait_s: float = math.inf
+    """Longest a new request may be expected to wait; one that would is answered with 429."""
+    timeout_s: float = 30.0
+    """Longest time of a request, and of reading its body."""
+    start_timeout_s: float = 300.0
+    """Longest wait for a server of its own to load its models."""
+    drain_s: float = 0.0
+    """Told to end, go on accepting for so long with `/health/ready` at 503: load balancers need
+    that to look elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.url and self.repository is not None:
+            raise InputError("--url and --repository exclude each other; name servers or a folder.")
+        if (self.certificate is None) != (self.private_key is None):
+            raise InputError("--certificate and --private-key go together; name both or neither.")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port is {self.port}; it must be within 0 and 65535.")
+        for name in ("max_body_mib", "max_items", "max_queue", "max_wait_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.drain_s < math.inf:
+            raise InputError(f"--drain-s is {self.drain_s}; it must be 0 or more.")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body."""
+        return int(self.max_body_mib * 1024**2)
