@@ -18,6 +18,7 @@ from clip_rt import telemetry
 from clip_rt.async_client import AsyncClient
 from clip_rt.classification.zero_shot import Scores
 from clip_rt.client import Client
+from clip_rt.embedding import find_dimensions
 from clip_rt.errors import ClipRTError, ContractError, InputError, UnknownModelError
 from clip_rt.gateway.config import GatewayConfig
 from clip_rt.gateway.pictures import Pictures, is_data_uri
@@ -143,21 +144,21 @@ class Service:
         """
         found = self._find(name)
         self._check_number(len(items))
-        if dimensions is not None:
-            raise ProblemError(
-                f"{found} has embeddings of one length only; leave dimensions out.",
-                code="unsupported_value",
-                param="dimensions",
-            )
         client = self._clients[found]
+        if dimensions is not None:
+            try:
+                find_dimensions(await client.manifest(), dimensions)
+            except ClipRTError as error:
+                raise find_problem(error, "dimensions") from error
 
         async def embed_texts(texts: Sequence[str]) -> tuple[NDArray[np.float32], int]:
             with telemetry.measure() as timings:
-                rows = await client.encode_texts(texts, truncate=truncate)
+                rows = await client.encode_texts(texts, truncate=truncate, dimensions=dimensions)
             return rows, timings.counts.get("tokens", 0)
 
         async def embed_images(images: Sequence[Item]) -> tuple[NDArray[np.float32], int]:
-            return await client.encode_images([await self._read(each) for each in images]), 0
+            content = [await self._read(each) for each in images]
+            return await client.encode_images(content, dimensions=dimensions), 0
 
         works: list[tuple[list[int], Awaitable[tuple[NDArray[np.float32], int]]]] = []
         if indices := [index for index, item in enumerate(items) if item.text is not None]:

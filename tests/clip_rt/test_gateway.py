@@ -344,9 +344,17 @@ def test_metrics_and_a_description_are_there(caller):
     error_of(caller.get("/v1/embeddings"), 405)
 
 
-def test_dimensions_are_refused_where_a_model_has_none(caller):
+def test_dimensions_are_those_a_model_was_trained_for(start, caller, tmp_path):
     error = error_of(caller.post("/v1/embeddings", json={"input": "red", "dimensions": 4}))
     assert error["param"] == "dimensions"
+    said = {"matryoshka_dimensions": (3,)}
+    repository = tiny_repository.write(tmp_path / "models", image=said, text=said)
+    gateway = start("--repository", repository)
+    with gateway.client() as other:
+        body = {"input": ["red", data_uri(png())], "dimensions": 3}
+        cut = vectors(other.post("/v1/embeddings", json=body))
+    whole = vectors(embed(caller, body["input"]))[:, :3]
+    np.testing.assert_allclose(cut, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
 
 
 def test_tokens_are_asked_for_everywhere_but_at_health_checks(start, repository, server, tmp_path):
