@@ -10,6 +10,8 @@ import pytest
 
 from clip_rt.errors import InputError, UnknownModelError
 from clip_rt.wire.manifest import Manifest
+from export.repository import publish
+from export.triton_config import Serving, read_config
 from export.trt import TrtConfig, export
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
@@ -55,6 +57,16 @@ def test_a_siglip_gets_engines_for_one_length_and_its_tokenizer(tmp_path):
     }
     assert facts["source"]["num_texts"] > 20
     assert not (tmp_path / "models").exists()
+    # As engines of TensorRT itself are published, which are built on a GPU only.
+    made = tmp_path / "engines/other"
+    serving = Serving(backend="tensorrt", device="gpu")
+    engines = {"image": made / "image.engine", "text": made / "text.engine"}
+    _, text = publish(
+        tmp_path / "models", manifest, **engines, serving=serving, tokenizer_file=tokenizer
+    )
+    served = read_config(text)
+    assert ([*served.instance_group[0].profile], [*served.input[0].dims]) == (["0"], [LENGTH])
+    assert read_config(tmp_path / "models/other_tokenizer_file").backend == "python"
 
 
 def test_a_clip_gets_engines_for_buckets_up_to_its_context(tmp_path):
