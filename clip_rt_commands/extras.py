@@ -45,9 +45,10 @@ EXTRAS = {
 """Extras of pyproject.toml by command, or by the package of commands it is in."""
 
 SLOW_MODULES = frozenset(
-    "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib nncf onnx onnx_ir onnxruntime "
-    "onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py safetensors scipy "
-    "rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm tomli torch "
+    "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib modelopt nncf onnx onnx_ir "
+    "onnxruntime onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py "
+    "safetensors scipy rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm "
+    "tomli torch "
     "torchvision tqdm transformers webdataset".split()
 )
 """What no text of `--help` depends on: everything but the client's own."""

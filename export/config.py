@@ -48,6 +48,9 @@ class ExportConfig(Limits):
     matryoshka_dimensions: tuple[int, ...] = ()
     """Lengths that embeddings may be cut to, as the model was trained to be; nothing else says it.
     """
+    calibration: tuple[Path, ...] = ()
+    """For int8 and fp8: images like those to come, in any form of samples; for int8 with classes or
+    captions."""
     max_batch_size: int = MAX_BATCH_SIZE
     """Largest batch the server accepts."""
     keep_versions: int = KEEP_VERSIONS
@@ -89,5 +92,6 @@ PRECISION_IN_WORDS: dict[Precision, str] = {
     "fp32": "FP32",
     "fp16_weights": "FP32 arithmetic on weights stored as FP16",
     "fp16": "FP16; FP32 normalisations, projection, mean and std",
+    "fp8": "FP8 matrix products of the image tower; the rest as in FP16",
     "int8": "INT8 matrix products; FP32 attention, normalisations and projection",
 }

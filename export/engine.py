@@ -1,6 +1,7 @@
 """An ONNX file in, a TensorRT engine out, by the Python API of TensorRT 10.12 and newer.
 
-Networks are strongly typed: what is FP16 says the ONNX file. Two runtimes share one API:
+Networks are strongly typed, as TensorRT 11 has them only: the ONNX file says what is FP16, and its
+quantisers what is FP8. Two runtimes share one API:
 
 * `tensorrt` builds on the GPU that will serve; Triton's tensorrt backend loads its engines.
 * `rtx`, TensorRT for RTX, compiles ahead of time without a GPU, for those NVIDIA calls RTX. Here it
@@ -39,6 +40,8 @@ MODULES: dict[Runtime, tuple[str, ...]] = {
 }
 """Names under which each runtime is installed; the packages of one have had several."""
 OLDEST = {"tensorrt": (10, 12), "rtx": (1, 0)}
+FP8_CAPABILITY = (8, 9)
+"""Of the first GPUs with FP8: Ada, then Hopper and Blackwell."""
 CONTAINER = "nvcr.io/nvidia/tensorrt:26.07-py3"
 """Where TensorRT is at home; the same month's Triton container runs what it builds."""
 
@@ -299,6 +302,24 @@ def check_targets(trt: Any, options: BuildOptions) -> list[Any]:
             f"{', '.join(known)}."
         )
     return [known[target] for target in options.compute_capabilities]
+
+
+def check_fp8(options: BuildOptions) -> None:
+    """Refuse FP8 for GPUs that have none.
+
+    Raises:
+        InputError: names the GPU's compute capability and the first that has it.
+    """
+    targets = list(options.compute_capabilities)
+    if options.runtime == "tensorrt":
+        targets = [name.rpartition(", ")[2] for name in gpu_names()[:1]]
+    for target in targets:
+        if tuple(map(int, target.split("."))) < FP8_CAPABILITY:
+            oldest = ".".join(map(str, FP8_CAPABILITY))
+            raise InputError(
+                f"GPUs of compute capability {target} have no FP8; those of {oldest} and newer "
+                "have. Leave --precision fp16."
+            )
 
 
 def _make_logger(trt: Any) -> Any:

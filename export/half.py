@@ -24,6 +24,8 @@ FP32_OPERATORS = (
 MAX_MESSAGE_BYTES = 2**31 - 2**24
 PRODUCTS = frozenset(("Conv", "MatMul", "Gemm"))
 """What a tower begins and ends with, once the pixels are and before the embedding is normalised."""
+QUANTISERS = frozenset(("QuantizeLinear", "DequantizeLinear"))
+"""What an FP8 graph has before each product, in the product's precision."""
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -35,9 +37,9 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    _name_nodes(model.graph)
+    name_nodes(model.graph)
     num_bytes = sum(len(each.raw_data) for each in model.graph.initializer)
-    blocked = {*_first_steps(model.graph), *_last_steps(model.graph)}
+    blocked = {*_first_steps(model.graph), *last_steps(model.graph)}
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # Of weights that FP16 rounds to nothing.
         converted: onnx.ModelProto = convert_float_to_float16(
@@ -66,7 +68,8 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _name_nodes(graph: onnx.GraphProto) -> None:
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a name, where the exporter gave none."""
     for index, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
 
@@ -77,12 +80,12 @@ def _first_steps(graph: onnx.GraphProto) -> Iterator[str]:
         return
     reached = {graph.input[0].name}
     for node in graph.node:
-        if reached.intersection(node.input) and node.op_type not in PRODUCTS:
+        if reached.intersection(node.input) and node.op_type not in (*PRODUCTS, *QUANTISERS):
             yield node.name
             reached.update(node.output)
 
 
-def _last_steps(graph: onnx.GraphProto) -> Iterator[str]:
+def last_steps(graph: onnx.GraphProto) -> Iterator[str]:
     """Yield the last product, and what comes between it and the output."""
     wanted = {graph.output[0].name}
     for node in reversed(graph.node):

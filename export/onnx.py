@@ -13,7 +13,6 @@ served stays served. INT8, for processors, is an OpenVINO model made from the FP
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -27,7 +26,6 @@ from export import int8, parity, parity_report, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
 from export.model_folders import check_name, check_writable
-from export.parity_report import Precision
 from export.pipeline import (
     check_dimensions,
     choose_islands,
@@ -53,12 +51,10 @@ from training.evaluation.labelled import check_exist
 class OnnxConfig(ExportConfig):
     """What to write, and what runs it."""
 
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "fp16_weights", "fp16", "int8"] = "fp32"
     """Of the graph. fp16_weights halves the file and computes in FP32; int8 is the fastest on a
     processor with AVX-512, VNNI or AMX; fp16 is for GPUs: on a processor it is computed in FP32
     with roundings between."""
-    calibration: tuple[Path, ...] = ()
-    """For int8: images like those to come, with classes or captions, in any form of samples."""
     backend: Literal["python", "onnxruntime"] = "python"
     """Triton backend that runs it; NVIDIA's container has onnxruntime too."""
     device: Device = "cpu"
@@ -129,7 +125,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     towers = make_onnx(
         clip,
         store,
-        precision="fp32" if config.precision == "int8" else config.precision,
+        precision=config.precision,
         weights_fingerprint=fingerprint,
         islands=islands,
     )

@@ -79,7 +79,7 @@ def write_onnx(
     if fp16:
         model = half.to_fp16(model)
     _check_axes(model, [dim.__name__ for dim in dims], name)
-    _save(model, path)
+    save(model, path)
 
 
 def write_fp16(source: Path, path: Path) -> None:
@@ -102,7 +102,8 @@ def _only_errors(logger: str) -> Iterator[None]:
         log.setLevel(before)
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model to a file, its weights beside it where they are too large for one."""
     # Protobuf's own count fails on the messages that are too large.
     size_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if size_bytes <= MAX_FILE_BYTES:

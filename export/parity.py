@@ -31,7 +31,7 @@ from export.parity_report import (
     Choices,
     ParityReport,
     Precision,
-    Tolerance,
+    tower_precision,
 )
 from export.samples import NO_TEXT, Samples
 from training.dual_encoder import DualEncoder
@@ -187,7 +187,6 @@ def _check_all(
     Each pair is made when the one before is done with: no two models lie in memory. The key of its
     maker is what its cases are said to be by.
     """
-    tolerance = TOLERANCES[precision]
     pixels = probes.images(clip.facts.side_px)
     tokens, needed = probes.tokens_of(clip)
     if not clip.facts.is_any_length_exact:
@@ -202,17 +201,17 @@ def _check_all(
     for runtime, load in loaders.items():
         by = f" by {runtime}" if runtime else ""
         encoders = load()
-        more, agreement = _check_probes(probed, *encoders, tolerance, by, max_batch_size)
+        more, agreement = _check_probes(probed, *encoders, precision, by, max_batch_size)
         cases += more
         agreements.append(agreement)
         for each in sampled:
-            more, chosen = _check_samples(each, *encoders, tolerance, by)
+            more, chosen = _check_samples(each, *encoders, precision, by)
             cases += more
             choices += chosen
     report = ParityReport(
         architecture=clip.facts.name,
         precision=precision,
-        tolerance=tolerance,
+        tolerance=TOLERANCES[precision],
         cases=tuple(cases),
         choices=tuple(choices),
         top1_agreement=min(agreements),
@@ -235,7 +234,7 @@ def _check_probes(
     probed: _Probed,
     encode_images: Encoder,
     encode_texts: Encoder,
-    tolerance: Tolerance,
+    precision: Precision,
     by: str,
     max_batch_size: int | None,
 ) -> tuple[list[Case], float]:
@@ -256,7 +255,7 @@ def _check_probes(
                     together_NE if size == len(items) else encode(items[rows]),
                     expected=expected_NE[rows],
                     together=together_NE[rows],
-                    tolerance=tolerance,
+                    precision=precision,
                 )
             )
         return together_NE
@@ -267,16 +266,15 @@ def _check_probes(
         fits = np.flatnonzero(probed.needed_N <= length)
         cut = np.ascontiguousarray(probed.tokens[fits, :length])
         found_text_NE = compare("text", cut, encode_texts, text_NE[fits], f" of {length}")
-    return cases, _top1_agreement(
-        image_NE @ text_NE[fits].T, found_image_NE @ found_text_NE.T, tolerance.max_difference
-    )
+    tie = TOLERANCES[precision].max_difference
+    return cases, _top1_agreement(image_NE @ text_NE[fits].T, found_image_NE @ found_text_NE.T, tie)
 
 
 def _check_samples(
     sampled: _Sampled,
     encode_images: Encoder,
     encode_texts: Encoder,
-    tolerance: Tolerance,
+    precision: Precision,
     by: str,
 ) -> tuple[list[Case], list[Choices]]:
     """Compare both encoders on a user's sample."""
@@ -287,7 +285,7 @@ def _check_samples(
     def compare(tower: Tower, found: FloatArray, expected: FloatArray) -> None:
         name = f"{len(found)} {tower}s of {samples.name}{by}"
         cases.append(
-            _compare(tower, name, found, expected=expected, together=found, tolerance=tolerance)
+            _compare(tower, name, found, expected=expected, together=found, precision=precision)
         )
 
     images = samples.image_batches(MAX_ROWS)
@@ -313,7 +311,7 @@ def _check_samples(
         agreement=float((expected_N == found_N).mean()),
         reference_top1=reference_top1,
         top1=top1,
-        passed=lost <= tolerance.max_top1_lost,
+        passed=lost <= TOLERANCES[precision].max_top1_lost,
     )
     return cases, [choices]
 
@@ -340,7 +338,7 @@ def _compare(
     *,
     expected: FloatArray,
     together: FloatArray,
-    tolerance: Tolerance,
+    precision: Precision,
 ) -> Case:
     """Compare a batch's embeddings with the reference, and with the same in another batch."""
     if found.shape != expected.shape or found.dtype != np.float32:
@@ -349,6 +347,7 @@ def _compare(
             f"float32 {expected.shape}.",
             report={},
         )
+    tolerance = TOLERANCES[tower_precision(precision, tower)]
     # In float64, since 1 - cosine is near float32's resolution.
     a, b = found.astype(np.float64), expected.astype(np.float64)
     norms = np.linalg.norm(a, axis=1)
@@ -404,12 +403,13 @@ def _complaint(report: ParityReport) -> str:
             f"{report.tolerance.top1_agreement}. Nothing was published."
         )
     worst = min(failed, key=lambda case: case.min_cosine)
+    limits = TOLERANCES[tower_precision(report.precision, worst.tower)]
     return (
         f"{report.architecture} in {report.precision} drifts from torch in {len(failed)} of "
         f"{len(report.cases)} cases; worst is the {worst.tower} tower at {worst.name}: cosine "
-        f"{worst.min_cosine:.7f} (limit {report.tolerance.min_cosine}), difference "
-        f"{worst.max_difference:.2e} (limit {report.tolerance.max_difference:.0e}), with the batch "
-        f"{worst.batch_difference:.2e} (limit {report.tolerance.max_batch_difference:.0e}), of the "
+        f"{worst.min_cosine:.7f} (limit {limits.min_cosine}), difference "
+        f"{worst.max_difference:.2e} (limit {limits.max_difference:.0e}), with the batch "
+        f"{worst.batch_difference:.2e} (limit {limits.max_batch_difference:.0e}), of the "
         f"length from 1 {worst.norm_error:.1e} (limit {MAX_NORM_ERROR:.0e}), "
         f"{worst.num_nonfinite} not finite. Nothing was published."
     )

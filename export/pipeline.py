@@ -26,7 +26,7 @@ from clip_rt import specs
 from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import MODELS, ModelSpec, find_spec, slug
 from clip_rt.wire.manifest import Manifest
-from export import graphs, half, int8, onnx_writer, parity_report, precision, probes, storage
+from export import fp8, graphs, half, int8, onnx_writer, parity_report, precision, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import (
@@ -41,7 +41,7 @@ from export.console import (
 from export.graphs import Graph, make_graphs
 from export.islands import Proposal, print_proposal, propose_islands
 from export.models import list_versions, served_version
-from export.parity_report import ParityReport, Precision
+from export.parity_report import ParityReport, Precision, tower_precision
 from export.precision import bake_fp16, match_islands
 from export.repository import tell_published
 from export.samples import Samples, calibration_batches, load_samples
@@ -211,6 +211,8 @@ def make_onnx(
 ) -> Towers:
     """Write both towers as ONNX, or find them as they were written before.
 
+    Those that are quantised afterwards are written in FP32: of int8 both, of fp8 the image tower.
+
     Raises:
         CheckpointError: a weight is beyond the range of FP16.
         ExportError: ONNX Runtime crashes of another library's graph.
@@ -218,17 +220,25 @@ def make_onnx(
     made: list[Artefact] = []
     for graph in make_graphs(clip):
         tower, names = graph.tower, set(graph.layers())
+        written = tower_precision(precision, tower)
+        if written in ("int8", "fp8"):
+            written = "fp32"
 
-        def write(path: Path, graph: Graph = graph, names: set[str] = names) -> None:
+        def write(
+            path: Path,
+            graph: Graph = graph,
+            names: set[str] = names,
+            written: Precision = written,
+        ) -> None:
             # Of another library's graph there are no layers to choose a precision for.
-            is_whole = precision == "fp16" and isinstance(clip, ExternalEncoder)
-            if precision == "fp16" and not is_whole:
+            is_whole = written == "fp16" and isinstance(clip, ExternalEncoder)
+            if written == "fp16" and not is_whole:
                 graph = bake_fp16(graph, [name for name in islands if name in names])
             onnx_writer.write_onnx(
                 graph,
                 clip.facts,
                 path,
-                fp16_weights=precision == "fp16_weights",
+                fp16_weights=written == "fp16_weights",
                 fp16=is_whole,
             )
             if isinstance(clip, ExternalEncoder):
@@ -238,7 +248,7 @@ def make_onnx(
             "tower": tower,
             "weights": weights_fingerprint,
             "spec": repr(getattr(clip, "spec", clip.facts)),
-            "precision": precision,
+            "precision": written,
             "islands": sorted(set(islands) & names),
             "code": source_hash(*_WRITERS),
             "torch": torch.__version__,
@@ -252,7 +262,7 @@ def make_onnx(
         with stage(f"export the {tower} tower") as outcome:
             artefact = store.make("model.onnx", key, write)
             made.append(artefact)
-            outcome.append(f"ONNX, {PRECISION_IN_WORDS[precision]}, {mib(artefact.path)}")
+            outcome.append(f"ONNX, {PRECISION_IN_WORDS[written]}, {mib(artefact.path)}")
             if artefact.reused:
                 outcome.append("unchanged, reused")
     return Towers(made[0].path, made[1].path)
@@ -274,31 +284,17 @@ def make_int8(
         InputError: there are no texts to calibrate on.
         ExportError: see `int8.write_int8`.
     """
-    facts = encoder.facts
-    images: list[NDArray[Any]]
-    texts: list[NDArray[Any]]
-    if calibration:
-        images, texts = calibration_batches(
-            calibration,
-            length_tokens=None if facts.is_any_length_exact else facts.context_length,
-            pad_id=facts.tokenization.pad_id,
+    images, texts = _calibrate_on(calibration, encoder)
+    if not texts:
+        names = ", ".join(each.name for each in calibration)
+        raise InputError(
+            f"--calibration {names} has images and no texts, and INT8 is calibrated on both: "
+            "pass a folder with one of images for each class, or a table with captions."
         )
-        if not texts:
-            names = ", ".join(each.name for each in calibration)
-            raise InputError(
-                f"--calibration {names} has images and no texts, and INT8 is calibrated on both: "
-                "pass a folder with one of images for each class, or a table with captions."
-            )
-    else:
-        images = [row[None] for row in probes.images(facts.side_px)]
-        texts = [row[None] for row in probes.tokens_of(encoder)[0]]
     made = []
     for tower, file, batches in (("image", towers.image, images), ("text", towers.text, texts)):
-        key = {
+        key = _calibration_key(file, calibration) | {
             "tower": tower,
-            "onnx": sha256_of(file),
-            "calibration": [sample.fingerprint() for sample in calibration],
-            "probes": "" if calibration else source_hash(probes),
             "code": source_hash(int8),
             **int8.library_versions(),
         }
@@ -314,6 +310,76 @@ def make_int8(
             if artefact.reused:
                 outcome.append("unchanged, reused")
     return Towers(*made)
+
+
+def make_fp8(
+    towers: Towers,
+    calibration: Sequence[Samples],
+    encoder: DualEncoder,
+    store: Store,
+    *,
+    has_fp8_attention: bool = True,
+) -> Towers:
+    """Quantise the FP32 image tower, or find it as it was quantised before.
+
+    Args:
+        towers: Of `make_onnx` for fp8.
+        calibration: Images like those to come; without any, the gate's own probes, as for INT8.
+        encoder: What they were made from.
+        store: Where it is kept.
+        has_fp8_attention: See `fp8.write_fp8`.
+
+    Raises:
+        InputError, ExportError: see `fp8.write_fp8`.
+    """
+    images, _ = _calibrate_on(calibration, encoder)
+    key = _calibration_key(towers.image, calibration) | {
+        "code": source_hash(fp8, half, onnx_writer),
+        "attention": has_fp8_attention,
+        "onnx_version": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        **fp8.library_versions(),
+    }
+    with stage("quantise the image tower") as outcome:
+        artefact = store.make(
+            "model.onnx",
+            key,
+            lambda path: fp8.write_fp8(
+                towers.image, images, path, has_fp8_attention=has_fp8_attention
+            ),
+        )
+        outcome.append(f"ONNX, {PRECISION_IN_WORDS['fp8']}, {mib(artefact.path)}")
+        outcome.append(f"calibrated on {min(len(images), int8.MAX_ROWS)} images")
+        if artefact.reused:
+            outcome.append("unchanged, reused")
+    return replace(towers, image=artefact.path)
+
+
+def _calibrate_on(
+    calibration: Sequence[Samples], encoder: DualEncoder
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Return images, uint8 (1, S, S, 3), and texts, int32 (1, L); probes where nothing is given."""
+    facts = encoder.facts
+    images: list[NDArray[Any]]
+    texts: list[NDArray[Any]]
+    if calibration:
+        images, texts = calibration_batches(
+            calibration,
+            length_tokens=None if facts.is_any_length_exact else facts.context_length,
+            pad_id=facts.tokenization.pad_id,
+        )
+    else:
+        images = [row[None] for row in probes.images(facts.side_px)]
+        texts = [row[None] for row in probes.tokens_of(encoder)[0]]
+    return images, texts
+
+
+def _calibration_key(file: Path, calibration: Sequence[Samples]) -> dict[str, object]:
+    return {
+        "onnx": [sha256_of(each) for each in (file, *storage.external_files(file))],
+        "calibration": [sample.fingerprint() for sample in calibration],
+        "probes": "" if calibration else source_hash(probes),
+    }
 
 
 def make_manifest(

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import onnx
 import tyro
@@ -29,7 +30,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import TOKENIZER_FILE, Tower, find_spec, slug
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import parity, parity_report
+from export import fp8, parity, parity_report
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import console, mib, print_plan, stage
 from export.engine import (
@@ -37,6 +38,7 @@ from export.engine import (
     Profile,
     Runtime,
     build_engine,
+    check_fp8,
     check_targets,
     engine_key,
     gpu_names,
@@ -48,11 +50,13 @@ from export.engine import (
 from export.engine_runner import EngineRunner
 from export.model_folders import check_name, check_writable
 from export.pipeline import (
+    RANDOM,
     Towers,
     check_dimensions,
     choose_islands,
     fingerprint_of,
     load_weights,
+    make_fp8,
     make_manifest,
     make_onnx,
     print_what_next,
@@ -75,6 +79,11 @@ from training.evaluation.labelled import check_exist
 class TrtConfig(ExportConfig):
     """What to build, and for which runtime."""
 
+    precision: Literal["fp16", "fp8"] = "fp16"
+    """fp8 is of the image towers of vision transformers, for GPUs of compute capability 8.9 and
+    newer; the text tower is FP16 in both."""
+    fp8_attention: bool = True
+    """Of fp8: the products of attention too. Where the comparison refuses that, leave them FP16."""
     runtime: Runtime = "tensorrt"
     """tensorrt builds and runs on this machine's GPU; rtx needs no GPU."""
     opt_batch_size: int = 8
@@ -92,6 +101,17 @@ class TrtConfig(ExportConfig):
     one of each kind into the same repository."""
     engines: Path = Path("engines")
     """Where engines of rtx go."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision == "fp16":
+            if self.calibration:
+                raise InputError("precision is fp16; only fp8 is calibrated.")
+            return
+        if self.fp32_island or self.find_islands:
+            raise InputError("precision is fp8; islands are of fp16 only.")
+        if self.weights != RANDOM and not self.calibration:
+            raise InputError("fp8 needs --calibration, images like those to come.")
 
     @property
     def options(self) -> BuildOptions:
@@ -137,11 +157,15 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     if config.dry_run:
         _print_plan(config)
         return None
-    check_exist(*config.samples, config.class_names)
+    check_exist(*config.samples, *config.calibration, config.class_names)
     if config.runtime == "tensorrt":
         check_writable(config.repository, config.served_name)
     trt = load_runtime(config.runtime)
     check_targets(trt, options)
+    libraries = {trt.__name__: trt.__version__}
+    if config.precision == "fp8":
+        check_fp8(options)
+        libraries |= fp8.library_versions()
     clip = load_weights(config)
     dimensions = check_dimensions(config, clip)
     samples = read_samples(config.samples, config, clip)
@@ -149,11 +173,16 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
     graphs = make_onnx(
-        clip, store, precision="fp16", weights_fingerprint=fingerprint, islands=islands
+        clip, store, precision=config.precision, weights_fingerprint=fingerprint, islands=islands
     )
+    if config.precision == "fp8":
+        calibration = read_samples(config.calibration, config, clip)
+        graphs = make_fp8(graphs, calibration, clip, store, has_fp8_attention=config.fp8_attention)
     # Before the engines are built from them: a graph that drifts is not worth the minutes.
     report = _gate_onnx(clip, graphs, samples, config, store)
-    source = compare_with_source(clip, lambda: parity.load_files(graphs.image, graphs.text), "fp16")
+    source = compare_with_source(
+        clip, lambda: parity.load_files(graphs.image, graphs.text), config.precision
+    )
     image, text = image_profiles(clip.facts, options), text_profiles(clip.facts, options)
     engines = Towers(
         image=_build("image", graphs.image, image, config, store, trt),
@@ -173,11 +202,11 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     manifest = make_manifest(
         clip,
         config.served_name,
-        precision="fp16",
+        precision=config.precision,
         weights_fingerprint=fingerprint,
         text_buckets=text_lengths(clip.facts),
         matryoshka_dimensions=dimensions,
-        libraries={trt.__name__: trt.__version__},
+        libraries=libraries,
     )
     tokenizer = clip.tokenizer_file if isinstance(clip, ExternalEncoder) else None
     with stage("publish") as outcome:
@@ -213,9 +242,13 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
 
 def _print_plan(config: TrtConfig) -> None:
     on_gpu, options = config.runtime == "tensorrt", config.options
-    limit = f"cosine at least {parity_report.TOLERANCES['fp16'].min_cosine}"
+    limit = f"cosine at least {parity_report.TOLERANCES[config.precision].min_cosine}"
     islands = "by measuring" if config.find_islands else ", ".join(config.fp32_island) or "none"
     where = config.repository if on_gpu else config.engines
+    quantise = []
+    if config.precision == "fp8":
+        ranges = ", ".join(map(str, config.calibration)) or "the images of the comparison"
+        quantise = [("quantise the image tower", f"FP8, calibrated on {ranges}")]
     batches = f"batches 1 to {options.max_batch_size}, tuned for {options.opt_batch_size}"
     lengths = "the model's length"
     if not is_external(config.model):
@@ -223,7 +256,8 @@ def _print_plan(config: TrtConfig) -> None:
     print_plan(
         ("load the weights", f"{config.weights_in_words}, as {config.model}"),
         ("find FP32 islands", islands),
-        ("export both towers", f"ONNX, {PRECISION_IN_WORDS['fp16']}"),
+        ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),
+        *quantise,
         ("compare ONNX with torch", f"in ONNX Runtime, {limit}"),
         ("build both engines", f"{config.runtime}, {batches}, texts of {lengths}"),
         ("compare engines with torch", f"on the GPU, {limit}" if on_gpu else "not without a GPU"),
@@ -268,7 +302,7 @@ def _gate_onnx(
     return run_gate(
         "compare ONNX with torch",
         lambda: parity.check_files(
-            clip, image=graphs.image, text=graphs.text, precision="fp16", samples=samples
+            clip, image=graphs.image, text=graphs.text, precision=config.precision, samples=samples
         ),
         config,
         store,
@@ -290,7 +324,7 @@ def _gate_engines(
             clip,
             encode_images=runners[0],
             encode_texts=runners[1],
-            precision="fp16",
+            precision=config.precision,
             text_lengths=text_lengths(clip.facts),
             max_batch_size=config.max_batch_size,
             samples=samples,

@@ -96,6 +96,7 @@ def write_open_clip(
     folder: Path,
     *,
     text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
     tokenizer: str | None = None,
     preprocessing: dict[str, Any] | None = None,
     bias: float | None = None,
@@ -110,7 +111,7 @@ def write_open_clip(
         "embed_dim": 48,
         "custom_text": True,
         "vision_cfg": {"image_size": SIDE_PX, "patch_size": 16, "width": 64, "layers": 2}
-        | {"head_width": 32},
+        | {"head_width": 32, **(vision or {})},
         "text_cfg": {"context_length": CONTEXT_LENGTH, **tower, **(text or {})},
     }
     if bias is not None:

@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
 }
 """Where a module's distribution has another name."""
 OPTIONAL = {
-    "export": {"nncf", "openvino", "tensorrt", "tensorrt_rtx"},
+    "export": {"modelopt", "nncf", "openvino", "tensorrt", "tensorrt_rtx"},
     "benchmarks": {"sentencepiece", "tensorrt", "tensorrt_rtx"},
     # Models of other libraries, which export.onnx takes.
     "training": {"timm", "transformers"},

@@ -71,7 +71,7 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("export.model_folders", "--name"): ("export.onnx", "export.trt", "export.repository"),
     # What joins engines to a version.
     ("export.repository", "--join"): ("export.trt",),
-    ("export.pipeline", "--calibration"): ("export.onnx",),
+    ("export.pipeline", "--calibration"): ("export.onnx", "export.trt"),
     # Who loads models of other libraries.
     **{
         (f"training.{module}", option): (
