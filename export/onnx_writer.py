@@ -87,7 +87,7 @@ def write_fp16(source: Path, path: Path) -> None:
 
     The same file as `write_onnx(..., fp16=True)` writes, without tracing the tower again.
     """
-    _save(half.to_fp16(onnx.load(source)), path)
+    save(half.to_fp16(onnx.load(source)), path)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,6 @@ from export.engine import (
 from export.engine_runner import EngineRunner
 from export.model_folders import check_name, check_writable
 from export.pipeline import (
-    RANDOM,
     Towers,
     check_dimensions,
     choose_islands,
@@ -71,7 +70,7 @@ from export.store import Store, sha256_of
 from export.triton_config import Serving
 from training.dual_encoder import DualEncoder
 from training.encoders.encoder import ExternalEncoder
-from training.encoders.find import is_external
+from training.encoders.find import RANDOM_WEIGHTS, is_external
 from training.evaluation.labelled import check_exist
 
 
@@ -110,7 +109,7 @@ class TrtConfig(ExportConfig):
             return
         if self.fp32_island or self.find_islands:
             raise InputError("precision is fp8; islands are of fp16 only.")
-        if self.weights != RANDOM and not self.calibration:
+        if self.weights != RANDOM_WEIGHTS and not self.calibration:
             raise InputError("fp8 needs --calibration, images like those to come.")
 
     @property

@@ -1,4 +1,4 @@
-"""A GPU's figures: rates, parity, encoders, training, preprocessing. JSON, tables, plots.
+"""A GPU's figures: rates, parity, encoders, training, preprocessing, SigLIP. JSON, tables, plots.
 
     python -m benchmarks.gpu                          # 6 minutes, on any machine with CUDA
     python -m benchmarks.gpu --minutes 12 --stage device --stage encoders
@@ -32,7 +32,14 @@ from clip_rt_commands.errors import command
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS_DIR, REHEARSAL_DIR = ROOT / "benchmarks/results", ROOT / "build/gpu"
-SHARES = {"device": 0.08, "parity": 0.25, "encoders": 0.37, "training": 0.22, "preprocessing": 0.08}
+SHARES = {
+    "device": 0.08,
+    "parity": 0.22,
+    "encoders": 0.33,
+    "training": 0.18,
+    "preprocessing": 0.07,
+    "siglip": 0.12,
+}
 """Stages in order, and of the time what each may take; what one leaves goes to those after it."""
 GRACE_S = 45.0
 """A stage that overran its time by so much is ended, whatever it does."""
@@ -50,7 +57,7 @@ class GpuConfig:
     out: Path | None = None
     """Folder of the results; else benchmarks/results, of a rehearsal build/gpu."""
     stage: UseAppendAction[tuple[str, ...]] = ()
-    """Stages: device, parity, encoders, training, preprocessing; without it, all."""
+    """Stages: device, parity, encoders, training, preprocessing, siglip; without it, all."""
     rehearse: FlagCreatePairsOff[bool] = False
     """Run every stage at tiny size on the processor."""
     render: Path | None = None

@@ -26,6 +26,7 @@ from export.graphs import Graph, ImageGraph, TextGraph
 from export.onnx_writer import write_onnx
 from export.pipeline import Towers, fingerprint_of, make_onnx
 from export.store import Store
+from training.dual_encoder import DualEncoder
 from training.model import CLIP
 
 Load = Callable[[], tuple[parity.Encoder, parity.Encoder]]
@@ -47,7 +48,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
                     result["left_out"].append(what)
                     continue
                 lengths = TEXT_BUCKETS if runtime in ENGINES else bench.scale.text_lengths
-                result["rows"].append(what | _check(bench, bench.clip(spec), load, lengths))
+                result["rows"].append(what | check(bench, bench.clip(spec), load, lengths))
                 bench.free()
                 yield result
     yield result
@@ -73,12 +74,12 @@ def _runtimes(bench: Bench, spec: ModelSpec, precision: str) -> dict[str, Load]:
         clip = bench.clip(spec)
         graphs: tuple[Graph, Graph] = (ImageGraph(clip), TextGraph(clip))
         image, text = (bake(graph, DTYPES[precision]).to(bench.device) for graph in graphs)
-        return _on_arrays(image, bench.device), _on_arrays(text, bench.device)
+        return on_arrays(image, bench.device), on_arrays(text, bench.device)
 
     def in_onnx_runtime() -> tuple[parity.Encoder, parity.Encoder]:
         files = onnx_files(bench, bench.clip(spec), precision)
         image, text = (OnnxRuntime(path, bench.device) for path in (files.image, files.text))
-        return _on_arrays(image, bench.device), _on_arrays(text, bench.device)
+        return on_arrays(image, bench.device), on_arrays(text, bench.device)
 
     def in_engines(name: str) -> tuple[parity.Encoder, parity.Encoder]:
         files, runtime = onnx_files(bench, bench.clip(spec)), ENGINES[name]
@@ -96,7 +97,9 @@ def _runtimes(bench: Bench, spec: ModelSpec, precision: str) -> dict[str, Load]:
     return found
 
 
-def _on_arrays(encode: Encode, device: torch.device) -> parity.Encoder:
+def on_arrays(encode: Encode, device: torch.device) -> parity.Encoder:
+    """Let an encoder of tensors take and return arrays of the host."""
+
     @torch.inference_mode()
     def run(batch: NDArray[np.generic]) -> parity.FloatArray:
         # A copy, because encoders may write the next answer over this one.
@@ -105,7 +108,7 @@ def _on_arrays(encode: Encode, device: torch.device) -> parity.Encoder:
     return run
 
 
-def _check(bench: Bench, clip: CLIP, load: Load, lengths: tuple[int, ...]) -> dict[str, Any]:
+def check(bench: Bench, clip: DualEncoder, load: Load, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Run the gate, and return what it measured whether or not it let the graphs pass."""
     try:
         image, text = load()

@@ -82,10 +82,10 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
                 continue
             if reference is None:
                 reference = _reference(bench, spec, tower)
-                encoders = _make(contenders, case, result)
+                encoders = make(contenders, case, result)
             rows_N = torch.arange(size, device=bench.device) % len(reference[0])
             batch, expected_NE = (each[rows_N] for each in reference)
-            rows = _measure_case(bench, case, encoders, batch, expected_NE, result)
+            rows = measure_case(bench, case, encoders, batch, expected_NE, result)
             result["cases"].append(case | {"rows": rows})
             yield result
         encoders.clear()
@@ -151,9 +151,10 @@ def _contenders(bench: Bench, spec: ModelSpec, tower: Tower) -> list[Contender]:
     return [each for is_there, each in found if is_there]
 
 
-def _make(
+def make(
     contenders: list[Contender], case: dict[str, Any], result: dict[str, Any]
 ) -> dict[Contender, Encode]:
+    """Make all contenders of a case but those that fail, whose errors go to the result."""
     encoders = {}
     for each in contenders:
         with noting(result, f"{each.name}, {case['model']} {case['tower']}"):
@@ -174,7 +175,7 @@ def _reference(bench: Bench, spec: ModelSpec, tower: Tower) -> tuple[Tensor, Ten
 
 
 @torch.inference_mode()
-def _measure_case(
+def measure_case(
     bench: Bench,
     case: dict[str, Any],
     encoders: dict[Contender, Encode],
@@ -207,7 +208,7 @@ def _measure_case(
         row["device_ms"] = spread(turns[name], 1e3)
         row["wall_ms"] = spread(wall_turns[name], 1e3)
         row["items_per_s"] = spread(turns[name], size, is_rate=True)
-        if peak is not None:
+        if peak is not None and "flop_ours" in case:
             flop = size * case["flop_ours" if row["is_ours"] else "flop_whole"]
             row["gemm_share"] = spread(turns[name], flop / peak, is_rate=True)
         if OPEN_CLIP in turns:

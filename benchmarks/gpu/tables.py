@@ -123,7 +123,8 @@ def _parity(run: Mapping[str, Any]) -> Table:
             str(row["num_cases"]),
             "within" if row["passed"] else "**beyond**",
         )
-        for row in result_of(run, "parity").get("rows", [])
+        for stage in ("parity", "siglip")
+        for row in result_of(run, stage).get("rows", [])
         if "failed" not in row
     ]
     heads = ("model", "runtime", "precision", "images", "texts", "cases", "FP16's tolerance")
@@ -132,7 +133,10 @@ def _parity(run: Mapping[str, Any]) -> Table:
 
 def _speed(run: Mapping[str, Any]) -> Table:
     rows = []
-    for case in result_of(run, "encoders").get("cases", []):
+    cases = [
+        case for stage in ("encoders", "siglip") for case in result_of(run, stage).get("cases", [])
+    ]
+    for case in cases:
         for name, row in case["rows"].items():
             rows.append(
                 (

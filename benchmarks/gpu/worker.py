@@ -27,6 +27,7 @@ MODULES = {
     "encoders": "encoders",
     "training": "steps",
     "preprocessing": "pictures",
+    "siglip": "siglip",
 }
 """What measures each stage, imported when it begins: one may need what is not installed."""
 

@@ -31,6 +31,7 @@ from rich.progress import track
 from tyro.conf import UseAppendAction
 
 from benchmarks.record import describe_result, write
+from benchmarks.small_tokenizer import SPECIAL, SPECIAL_OF_ROBERTA, small_tokenizer
 from benchmarks.studies.common import ROOT, console, show
 from clip_rt.errors import ParityError
 from clip_rt.specs import Tower
@@ -80,7 +81,10 @@ def measure(name: str) -> None:
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "tokenizer.json").write_text(_small_tokenizer(name), "utf-8")
+        where = import_open_clip().get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "")
+        is_roberta = any(family in where for family in ("roberta", "xlm", "nllb"))
+        tokenizer = small_tokenizer(SPECIAL_OF_ROBERTA if is_roberta else SPECIAL)
+        (place / "tokenizer.json").write_text(tokenizer, "utf-8")
         encoder = load_open_clip(name, tokenizer=place / "tokenizer.json")
         disturb(encoder)
         if not measure_any_length(encoder, PROMPTS):
@@ -155,29 +159,6 @@ def _gate(encoder: ExternalEncoder, files: dict[str, Path], precision: Precision
         for tower in TOWERS
     }
     return {"passed": report["passed"], **cosines}
-
-
-def _small_tokenizer(name: str) -> str:
-    """Return the tokenizer.json of a few words: a tower is asked for vectors, not for sense.
-
-    Its padding is where the text tower expects it, which masks it or not by its id.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    where = import_open_clip().get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "")
-    special = ["<pad>", "</s>", "<s>", "<unk>"]
-    if any(family in where for family in ("roberta", "xlm", "nllb")):
-        special = ["<s>", "<pad>", "</s>", "<unk>"]
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.train_from_iterator(
-        PROMPTS, trainers.BpeTrainer(special_tokens=special, show_progress=False)
-    )
-    made.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", special.index("</s>"))]
-    )
-    made.enable_padding(pad_id=special.index("<pad>"), pad_token="<pad>")
-    return str(made.to_str())
 
 
 def _measure_apart(name: str) -> dict[str, Any]:

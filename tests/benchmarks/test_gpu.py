@@ -115,6 +115,17 @@ def test_pixels_prepared_on_the_device_are_nearly_the_exact_ones(rehearsal) -> N
     assert found["mean_level_difference"]["resize only"] < 0.5
 
 
+def test_a_siglip_of_open_clip_passes_the_gate_and_is_timed(rehearsal) -> None:
+    found = document.result_of(rehearsal[0], "siglip")
+    (row,) = [row for row in found["rows"] if row["runtime"] == "ONNX Runtime"]
+    assert row["passed"]
+    assert 0.9995 < row["text"]["min_cosine"] < 1
+    assert {case["tower"] for case in found["cases"]} == {"image", "text"}
+    for case in found["cases"]:
+        assert case["rows"].keys() >= {"open_clip", "ONNX Runtime"}
+    assert "ViT-B-16-SigLIP2 | ONNX Runtime | FP16" in page.render(rehearsal[0])
+
+
 def test_the_page_of_a_run_has_its_figures(rehearsal) -> None:
     run = rehearsal[0]
     (path,) = rehearsal[1].glob("*.json")
