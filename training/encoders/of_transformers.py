@@ -102,6 +102,8 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
             f"the tokenizer of {name} does not say what texts are padded with. Name its pad_token "
             "in tokenizer_config.json."
         )
+    if family == "align":
+        _pool_whole_maps(model.vision_model)
     context_length = _context_length(config, family, tokenizer)
     towers = _Towers(family, pad_id)
     resizing, side_px, mean, std = _read_preprocessing(images, name)
@@ -183,6 +185,17 @@ class _Source:
                 return_tensors="np",
             )["input_ids"]
         )
+
+
+def _pool_whole_maps(vision: Any) -> None:
+    """Say of ALIGN's last pooling that it is over the whole map of features.
+
+    It has a window of as many pixels as there are channels, 2560, on a map of 10, which
+    OpenVINO 2026.4 crashes of.
+    """
+    pooler = vision.pooler
+    is_average = isinstance(pooler, nn.AvgPool2d)
+    vision.pooler = nn.AdaptiveAvgPool2d(1) if is_average else nn.AdaptiveMaxPool2d(1)
 
 
 def _pooled(found: Any) -> Tensor:
