@@ -19,7 +19,7 @@ import tyro
 
 from clip_rt import processor
 from clip_rt.errors import InputError
-from clip_rt.specs import find_spec
+from clip_rt.specs import Tower, find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import int8, parity, parity_report, speed
@@ -41,6 +41,7 @@ from export.pipeline import (
 from export.repository import publish
 from export.source_parity import compare_with_source
 from export.store import Store
+from export.trial_load import check_survive
 from export.triton_config import Device, Runtime, Serving
 from training.encoders.encoder import ExternalEncoder
 from training.encoders.find import RANDOM_WEIGHTS, is_external
@@ -95,6 +96,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     Raises:
         InputError, CheckpointError: something it names cannot be used.
         ParityError: the graphs drift from the weights; the repository is as it was.
+        ExportError: a runtime crashes of another library's graph.
     """
     if not is_external(config.model):
         find_spec(config.model)
@@ -122,13 +124,23 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
+    made: Precision = "fp32" if config.precision == "int8" else config.precision
     towers = make_onnx(
         clip,
         store,
-        precision=config.precision,
+        precision=made,
         weights_fingerprint=fingerprint,
         islands=islands,
     )
+    runtimes = parity.installed_runtimes()
+    if config.runtime == "onnxruntime":
+        runtimes = ("onnxruntime",)
+    if isinstance(clip, ExternalEncoder):
+        with stage("load both in processes of their own") as outcome:
+            files: dict[Tower, Path] = {"image": towers.image, "text": towers.text}
+            for tower, path in files.items():
+                check_survive(path, tower=tower, precision=made, runtimes=runtimes)
+            outcome.append(f"by {' and '.join(parity.IN_WORDS[each] for each in runtimes)}")
     libraries: dict[str, str] = {}
     if config.precision == "int8":
         calibration = read_samples(config.calibration, config, clip)
@@ -143,7 +155,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
             image=towers.image,
             text=towers.text,
             precision=config.precision,
-            runtimes=parity.installed_runtimes(),
+            runtimes=runtimes,
             samples=samples,
         ),
         config,

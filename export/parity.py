@@ -41,7 +41,7 @@ Encoder = Callable[[NDArray[np.generic]], FloatArray]
 """Pixels or tokens of a batch to embeddings; may raise whatever its runtime raises."""
 FileRuntime = Literal["onnxruntime", "openvino"]
 """What runs an exported file on a processor."""
-_IN_WORDS: dict[FileRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+IN_WORDS: dict[FileRuntime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def check(
@@ -111,7 +111,7 @@ def check_files(
         runtimes = ("openvino",)
     return _check_all(
         clip,
-        {_IN_WORDS[each]: partial(load_files, image, text, each) for each in runtimes},
+        {IN_WORDS[each]: partial(load_files, image, text, each) for each in runtimes},
         precision=precision,
         samples=samples,
     )

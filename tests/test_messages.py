@@ -37,7 +37,7 @@ FOREIGN = {
     "torchrun": {"--nproc-per-node"},
     "PYTHON_CONFIGURE_OPTS": {"--enable-shared"},
     "np.stack(": {"axis="},
-    "onnxruntime.InferenceSession(": {"providers="},
+    "it.InferenceSession(": {"providers="},
     "Decode its source with": {"errors="},
     ", map_location='cpu'": {"map_location="},
     "PYTHON_CONFIGURE_OPTS=": {"PYTHON_CONFIGURE_OPTS="},
@@ -66,7 +66,6 @@ SAID_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("export.int8", "--calibration"): ("export.onnx",),
     ("export.precision", "--fp32-island"): ("export.onnx", "export.trt"),
     ("export.storage", "--precision"): ("export.onnx",),
-    ("export.trial_load", "--precision"): ("export.onnx",),
     # Who takes a name; the others look a model up.
     ("export.model_folders", "--name"): ("export.onnx", "export.trt", "export.repository"),
     # What joins engines to a version.
