@@ -212,6 +212,7 @@ def main(config: FamiliesConfig) -> None:
         ],
     )
     results = {
+        "commit": code,
         "num_scripts": len(RANGES),
         "max_difference": MAX_DIFFERENCE,
         "results": [asdict(each) | {"met": each.is_met} for each in findings],
