@@ -38,7 +38,7 @@ MAX_CLOSED_REPEAT = 8
 MAX_WAYS = 64
 """In which all that may be there or not, or one of several, can be tried of an alternative."""
 # Ours are written without; they would hide a name from the search for it.
-_ESCAPED_LETTER = re.compile(rb"\\u00[2-7][0-9a-fA-F]")
+_ESCAPED_LETTER = re.compile(rb"(?<!\\)(?:\\\\)*(\\u00[2-7][0-9a-fA-F])")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"')
 _ATOM = re.compile(r"\\(?:[pPxuo]\{[^}]*\}|.)", re.DOTALL)
 _REPEAT = re.compile(r"[*+]|\{(\d*)(,?)(\d*)\}")
@@ -65,10 +65,10 @@ def check_content(content: bytes) -> None:
             _read_charsmap(match[1])
     if b"\\u00" in content and (escaped := _ESCAPED_LETTER.search(content)):
         raise ContractError(
-            f"the tokenizer.json hides a letter of ASCII as {escaped[0].decode()}, which none that "
+            f"the tokenizer.json hides a letter of ASCII as {escaped[1].decode()}, which none that "
             "is exported does. Export the model again.",
             expected="plain letters",
-            found=escaped[0].decode(),
+            found=escaped[1].decode(),
         )
 
 

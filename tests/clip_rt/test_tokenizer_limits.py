@@ -143,6 +143,12 @@ def test_a_name_cannot_hide_behind_an_escape():
         parse(content)
 
 
+def test_a_token_that_is_an_escape_is_none():
+    """Tokenizers that learned from source code have such."""
+    vocab = GEMMA["model"]["vocab"] | {"\\u0041": 400, "\\": 401, "\\\\u0041": 402}
+    parse(gemma(model=GEMMA["model"] | {"vocab": vocab}))
+
+
 def test_a_file_of_millions_of_empty_lists_is_not_read():
     content = b"[" + b"[]," * (tokenizer_limits.MAX_PARTS // 2 + 1) + b"[]]"
     with pytest.raises(ContractError, match="lists, objects and commas"):
