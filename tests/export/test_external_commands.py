@@ -115,9 +115,8 @@ def test_the_client_classifies_by_what_was_fitted(kind, models, client, data, tm
 
 
 def test_the_doctor_finds_it_well(kind, server):
-    found = json.loads(
-        run("clip_rt", "doctor", "--url", server.url, "--model", NAMES[kind], "--json")
-    )
+    asked = ("--url", server.url, "--model", NAMES[kind], "--json")
+    found = json.loads(run("clip_rt", "doctor", *asked))
     by_check = {each["check"]: each for each in found["findings"]}
     assert {"models", "contract", "execution", "canary", "latency"} <= by_check.keys()
     assert all(by_check[each]["status"] == "ok" for each in ("models", "contract", "canary"))
