@@ -151,9 +151,11 @@ def measure(
         probe = stack.enter_context(Probe())
         running.start()
         bench = Bench(
-            model=running.kit.spec.name,
+            model=running.kit.facts.name,
             weights=wishes.weights,
             spec=running.kit.spec,
+            facts=running.kit.facts,
+            tokenizer=running.kit.make_tokenizer(),
             settings=settings,
             contenders=running.contenders,
             baseline=running.baseline,

@@ -110,6 +110,8 @@ _ENTRIES = (
 )
 NAMES = tuple(entry.name for entry in _ENTRIES)
 """All but the remote ones."""
+OF_A_REPOSITORY = ("onnxruntime", "openvino", "triton onnxruntime", "triton openvino")
+"""Who can run a model that is exported already: its ONNX files are all there is."""
 REMOTE = "triton "
 """What the name of a remote Triton begins with, before its URL."""
 REFERENCE = Entry(
@@ -143,12 +145,12 @@ def find(name: str) -> Entry:
     raise KeyError(f"no contender is called {name[:80]!r}; known are {', '.join(NAMES)}.")
 
 
-def why_absent(name: str, spec: ModelSpec, *, infinity: Path | None = None) -> str | None:
+def why_absent(name: str, spec: ModelSpec | None, *, infinity: Path | None = None) -> str | None:
     """Return why a contender cannot take part, as far as that is seen without starting it.
 
     Args:
         name: Of the contender.
-        spec: Of the model.
+        spec: Of the model; None of one of another library.
         infinity: Executable or environment of infinity; see `infinity.find_executable`.
     """
     entry = find(name)
@@ -157,8 +159,10 @@ def why_absent(name: str, spec: ModelSpec, *, infinity: Path | None = None) -> s
             return f"{package} is not installed"
     if name == "tensorrt" and not _has_gpu():
         return "there is no NVIDIA GPU"
-    if name in ("transformers", "infinity") and not isinstance(spec.image, ViTSpec):
-        return f"transformers has no CLIPModel like {spec.name}"
+    if spec is None and name not in OF_A_REPOSITORY and not is_remote(name):
+        return "a model of another library is there in its exported form only"
+    if name in ("transformers", "infinity") and not isinstance(spec and spec.image, ViTSpec):
+        return f"transformers has no CLIPModel like {spec and spec.name}"
     if name == "infinity":
         from benchmarks.contenders.infinity import VARIABLE, find_executable
 

@@ -180,7 +180,7 @@ def main(config: FormConfig) -> None:
         export = ExportConfig(model=config.model, weights=config.weights)
         write_checkpoint(load_own(export), kit)
     else:
-        write_hub(load_clip(kit.spec, kit.checkpoint), kit.hub)
+        write_hub(load_clip(kit.architecture, kit.checkpoint), kit.hub)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,18 @@ from typing import Literal, cast, get_args
 from clip_rt.embedded import runtime_choice
 from clip_rt.errors import InputError
 from clip_rt.inputs.prompts import fill, find_templates
-from clip_rt.specs import ModelSpec, Tower, find_spec, image_model, slug, text_model
+from clip_rt.inputs.tokenizer import OpenAITokenizer, TextTokenizer
+from clip_rt.inputs.tokenizer_file import FileTokenizer
+from clip_rt.specs import (
+    EncoderFacts,
+    ModelSpec,
+    Tower,
+    find_spec,
+    image_model,
+    slug,
+    text_model,
+)
+from clip_rt.wire.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 Form = Literal["onnxruntime", "openvino", "int8", "tensorrt"]
@@ -69,7 +80,8 @@ class Kit:
     """Where the forms of a model are."""
 
     folder: Path
-    spec: ModelSpec
+    spec: ModelSpec | None
+    """None of a model of another library, of which there is the exported form only."""
     name: str = SERVED
     """Of the model in its repositories."""
     version: int = 1
@@ -77,8 +89,52 @@ class Kit:
     logit_scale: float = 1 / 0.07
     """Factor of the cosine; that of weights nobody trained."""
     logit_bias: float = 0.0
+    manifest: Manifest | None = None
+    """Of a model that is exported already."""
+    tokenizer_file: bytes | None = None
+    """Its tokenizer.json, where that is not OpenAI's."""
     missing: dict[Need, str] = field(default_factory=dict)
     """Why something that was asked for could not be made."""
+
+    @property
+    def architecture(self) -> ModelSpec:
+        """What the model is made of, for those who build it themselves.
+
+        Raises:
+            InputError: it is another library's.
+        """
+        if self.spec is None:
+            raise InputError(f"{self.facts.name} is none of clip_rt's own architectures.")
+        return self.spec
+
+    @property
+    def facts(self) -> EncoderFacts:
+        """How the model is fed."""
+        if self.manifest is None:
+            return self.architecture.facts
+        manifest = self.manifest
+        return EncoderFacts(
+            name=manifest.architecture,
+            side_px=manifest.side_px,
+            embedding_dim=manifest.embedding_dim,
+            context_length=manifest.context_length,
+            activation=manifest.activation,
+            mean=manifest.mean,
+            std=manifest.std,
+            resizing=manifest.resizing,
+            tokenization=manifest.tokenization,
+            score=manifest.score,
+            is_any_length_exact=not manifest.text_buckets,
+        )
+
+    def make_tokenizer(self) -> TextTokenizer:
+        """Return what makes ids of the model's texts."""
+        facts = self.facts
+        if self.tokenizer_file is None:
+            return OpenAITokenizer(facts.context_length)
+        return FileTokenizer(
+            self.tokenizer_file, facts.tokenization, context_length=facts.context_length
+        )
 
     @property
     def checkpoint(self) -> Path:

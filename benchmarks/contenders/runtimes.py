@@ -28,7 +28,7 @@ from benchmarks.contenders.implementation import (
 from benchmarks.contenders.kit import MAX_BATCH_SIZE, Form, Kit
 from benchmarks.findings import CallKind
 from clip_rt.classification import zero_shot
-from clip_rt.specs import END_OF_TEXT
+from clip_rt.inputs.tokenizer import pad
 from clip_rt.telemetry import TOTAL
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Bare(Implementation):
         self, kit: Kit, encode_pixels: Encode, encode_tokens: Encode, versions: dict[str, str]
     ) -> None:
         self._kit = kit
+        self._facts, self._tokenizer = kit.facts, kit.make_tokenizer()
         self._encode_pixels = encode_pixels
         self._encode_tokens = encode_tokens
         self.versions = versions
@@ -95,25 +96,29 @@ class Bare(Implementation):
             labels=labels,
             logit_scale=self._kit.logit_scale,
             logit_bias=self._kit.logit_bias,
+            score=self._facts.score,
         ).probabilities
 
     def _encode_jpegs(self, jpegs: list[bytes]) -> NDArray[np.float32]:
-        side_px = self._kit.spec.side_px
-        pixels = clip_rt.preprocess(jpegs, side_px=side_px, num_threads=count_cores())
+        facts = self._facts
+        pixels = clip_rt.preprocess(
+            jpegs, side_px=facts.side_px, resizing=facts.resizing, num_threads=count_cores()
+        )
         return self._in_batches(self._encode_pixels, pixels)
 
     def _encode_texts(self, texts: list[str]) -> NDArray[np.float32]:
-        tokens = clip_rt.tokenize(texts, context_length=self._kit.spec.text.context_length)
+        facts = self._facts
 
-        def encode(batch: NDArray[Any]) -> NDArray[np.float32]:
-            # Nothing after the last end of a text reaches its embedding.
-            ends = (batch == END_OF_TEXT).argmax(axis=1)
-            return self._encode_tokens(np.ascontiguousarray(batch[:, : ends.max() + 1]))
+        def encode(ids: list[list[int]]) -> NDArray[np.float32]:
+            # Where nothing after the end of a text reaches its embedding, nothing is computed.
+            length = max(map(len, ids)) if facts.is_any_length_exact else facts.context_length
+            pad_id = facts.tokenization.pad_id
+            return self._encode_tokens(pad(ids, length_tokens=length, pad_id=pad_id))
 
-        return self._in_batches(encode, tokens)
+        return self._in_batches(encode, [self._tokenizer.encode_text(text) for text in texts])
 
     @staticmethod
-    def _in_batches(encode: Encode, rows: NDArray[Any]) -> NDArray[np.float32]:
+    def _in_batches(encode: Callable[[Any], NDArray[np.float32]], rows: Any) -> NDArray[np.float32]:
         starts = range(0, len(rows), MAX_BATCH_SIZE)
         # A copy: some engines write the next answer into the same memory.
         parts = [encode(rows[start : start + MAX_BATCH_SIZE]).copy() for start in starts]
@@ -206,7 +211,7 @@ def _make_tensorrt(kit: Kit) -> Bare:
         EngineRunner(kit.tower("tensorrt", "image", file), trt),
         EngineRunner(kit.tower("tensorrt", "text", file), trt),
     )
-    lengths = text_lengths(kit.spec.facts)
+    lengths = text_lengths(kit.architecture.facts)
 
     def encode_tokens(tokens_NL: NDArray[Any]) -> NDArray[np.float32]:
         length = tokens_NL.shape[1]

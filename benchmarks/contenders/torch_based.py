@@ -90,7 +90,7 @@ class OpenClip(TorchBased):
 
     def __init__(self, kit: Kit) -> None:
         self._open_clip = import_open_clip()
-        name = architecture(kit.spec)
+        name = architecture(kit.architecture)
         if name not in self._open_clip.list_models():
             self._open_clip.add_model_config(kit.open_clip_config)
             name = kit.open_clip_config.stem
@@ -165,7 +165,7 @@ def make(kit: Kit, *, package: str) -> Implementation:
 def _our_own(kit: Kit) -> Bare:
     from training.weights.load import load_clip
 
-    clip = load_clip(kit.spec, kit.checkpoint)
+    clip = load_clip(kit.architecture, kit.checkpoint)
 
     @torch.inference_mode()
     def encode_pixels(pixels_NSSC: NDArray[Any]) -> NDArray[np.float32]:

@@ -47,19 +47,19 @@ TOP1_OF = {
 the others run the same files with the same settings as the engine called directly."""
 
 
-def measure_accuracy(bench: Bench, pixels: Case, jpegs: Case) -> None:
+def measure_accuracy(bench: Bench, pixels: Case | None, jpegs: Case) -> None:
     """Hold everyone's embeddings of the same photographs against FP32 torch.
 
     Full runs also count how often the bundled model is right in each precision.
 
     Args:
         bench: Gets the figures.
-        pixels: Photographs as the model reads them.
+        pixels: Photographs as the model reads them, if anybody takes those.
         jpegs: The same as files, for those who read files only.
     """
     bench.progress.step("accuracy on photographs")
     cosines: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
-    for case in (jpegs, pixels):
+    for case in filter(None, (jpegs, pixels)):
         for name in bench.admit(case):
             cosines[name] = bench.cosines(case, name)
     top1: dict[str, float] = {}

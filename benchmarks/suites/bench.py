@@ -19,7 +19,8 @@ from benchmarks.contenders.process import ContenderProcess
 from benchmarks.findings import Accuracy, Duration, Level, Row, Stages
 from benchmarks.machine import Probe
 from benchmarks.suites.cases import Case
-from clip_rt.specs import ModelSpec
+from clip_rt.inputs.tokenizer import TextTokenizer
+from clip_rt.specs import EncoderFacts, ModelSpec
 
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
 """Of every answer with that of torch in FP32; below, it is a wrong one."""
@@ -92,7 +93,11 @@ class Bench:
     model: str
     """Architecture."""
     weights: str
-    spec: ModelSpec
+    spec: ModelSpec | None
+    """None of a model of another library, whose operations nobody here counts."""
+    facts: EncoderFacts
+    """How it is fed."""
+    tokenizer: TextTokenizer
     settings: Settings
     contenders: Mapping[str, ContenderProcess]
     """In the order in which they are shown."""

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks import photos
+from benchmarks.contenders.implementation import prompts_of
 from benchmarks.suites import cases
 from benchmarks.suites.accuracy import measure_accuracy
 from benchmarks.suites.bench import Bench
@@ -16,6 +17,7 @@ from benchmarks.suites.durations import measure_durations
 from benchmarks.suites.load import measure_arrivals, measure_concurrency
 from benchmarks.suites.stages import measure_inside, measure_stages
 from benchmarks.suites.timed import measure_cases, measure_classifier
+from clip_rt.errors import TextTooLongError
 
 NUM_PHOTOGRAPHS = 64
 """That accuracy is measured on; fewer in a quick run."""
@@ -59,12 +61,13 @@ def suite(
 
 @suite("preprocessed images in batches", is_quick=True, is_timed=True)
 def _image(bench: Bench) -> None:
-    measure_cases(bench, cases.image_cases(bench.spec.side_px))
+    if _are_squares_read(bench):
+        measure_cases(bench, cases.image_cases(bench.facts.side_px))
 
 
 @suite("strings of few and many tokens", is_quick=True, is_timed=True)
 def _text(bench: Bench) -> None:
-    measure_cases(bench, cases.text_cases())
+    measure_cases(bench, [case for case in cases.text_cases() if _is_read(bench, case)])
 
 
 @suite("JPEG files to embeddings", is_quick=True, is_timed=True)
@@ -84,7 +87,8 @@ def _classifier(bench: Bench) -> None:
     except Exception as error:  # Whatever that package raises; it is not ours.
         bench.notes.append(f"classifier: its labels come with open_clip, which fails: {error!r}")
         return
-    measure_classifier(bench, labels)
+    if _is_read(bench, cases.classifier_case(labels, len(labels))):
+        measure_classifier(bench, labels)
 
 
 @suite("1 to 32 clients of each server that wait for their answers")
@@ -110,25 +114,31 @@ def _stages(bench: Bench) -> None:
     text, *_ = cases.text_cases()
     measure_stages(bench, [one, text, many] if bench.settings.is_full else [one, text])
     num = NUM_INSIDE_IMAGES if bench.settings.is_full else NUM_INSIDE_IMAGES // 4
-    images = cases.image_cases(bench.spec.side_px)
-    measure_inside(bench, next(case for case in images if case.num_items == num))
+    if _are_squares_read(bench):
+        images = cases.image_cases(bench.facts.side_px)
+        measure_inside(bench, next(case for case in images if case.num_items == num))
 
 
 @suite("cosines on photographs; in full, right answers of the bundled model", is_quick=True)
 def _accuracy(bench: Bench) -> None:
     num = NUM_PHOTOGRAPHS if bench.settings.is_full else NUM_PHOTOGRAPHS // 4
     name = f"{num} photographs"
-    pixels = cases.photo_pixels(bench.spec.side_px, num)
+    pixels = cases.photo_pixels(bench.facts.side_px, num)
     jpegs = photos.jpegs(photos.SMALL_PX, num)
     measure_accuracy(
         bench,
-        Case("accuracy", f"{name}, pixels", "pixels", pixels, "images"),
+        Case("accuracy", f"{name}, pixels", "pixels", pixels, "images")
+        if _are_squares_read(bench)
+        else None,
         Case("accuracy", name, "jpegs", jpegs, "images"),
     )
 
 
 @suite("exports, an engine, a training step")
 def _durations(bench: Bench) -> None:
+    if bench.spec is None:
+        bench.notes.append(f"durations: {bench.model} is exported already, by another library")
+        return
     for found in measure_durations(
         model=bench.model, weights=bench.weights, say=bench.progress.step
     ):
@@ -136,6 +146,31 @@ def _durations(bench: Bench) -> None:
             bench.notes.append(found)
         else:
             bench.durations.append(found)
+
+
+def _are_squares_read(bench: Bench) -> bool:
+    """Tell whether the model's client takes an image of the side it reads as it is; or note it."""
+    facts = bench.facts
+    if facts.resizing.resize_px in (None, facts.side_px):
+        return True
+    _note(bench, f"pixels: {bench.model} crops what it has made larger, squares among it")
+    return False
+
+
+def _is_read(bench: Bench, case: Case) -> bool:
+    """Tell whether the model reads the texts of a case to their end; or note that it does not."""
+    try:
+        for text in prompts_of(case.items) if case.call == "classifier" else case.items:
+            bench.tokenizer.encode_text(text)
+    except TextTooLongError as error:
+        _note(bench, f"{case.key}: {bench.model} reads {error.context_length} tokens of a text")
+        return False
+    return True
+
+
+def _note(bench: Bench, remark: str) -> None:
+    if remark not in bench.notes:
+        bench.notes.append(remark)
 
 
 def _load_images() -> Case:

@@ -14,12 +14,19 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 import clip_rt
 from benchmarks import contenders, findings
-from benchmarks.contenders import REFERENCE, AbsentError
+from benchmarks.contenders import OF_A_REPOSITORY, REFERENCE, AbsentError
 from benchmarks.contenders.kit import Form, Kit, copy_models, make_kit
 from benchmarks.contenders.process import ContenderProcess
 from benchmarks.suites.cases import Case
 from clip_rt.errors import InputError
-from clip_rt.specs import find_spec, image_model, text_model
+from clip_rt.specs import (
+    MODELS,
+    TOKENIZER_FILE,
+    find_spec,
+    image_model,
+    text_model,
+    tokenizer_model,
+)
 
 QUICK = ("openvino", "triton openvino", "triton int8", "open_clip")
 """Who takes part in a quick run: little to start, and what a reader wants to know first."""
@@ -30,8 +37,6 @@ SERVED_FORMS: Mapping[str, Form] = {
     "triton openvino": "openvino",
     "triton int8": "int8",
 }
-OF_A_REPOSITORY = ("onnxruntime", "openvino", "triton onnxruntime", "triton openvino")
-"""Who can run a model that is exported already: its ONNX files are all there is."""
 START_TIMEOUT_S = 240.0
 
 
@@ -236,10 +241,16 @@ class RunningContenders:
                 f"{name!r} in {source} is {manifest.precision}; there is nothing in FP32 to hold "
                 "its answers against. Name an FP32 model, or measure with --model and --weights."
             )
+        tokenizer_file = None
+        if manifest.tokenization.kind == TOKENIZER_FILE:
+            place = source / tokenizer_model(name)
+            tokenizer_file = (place / str(served_version(place)) / TOKENIZER_FILE).read_bytes()
         kit = Kit(
             folder=self._scratch / "kit",
-            spec=find_spec(manifest.architecture),
+            spec=MODELS.get(manifest.architecture),
             name=name,
+            manifest=manifest,
+            tokenizer_file=tokenizer_file,
             version=served_version(source / image_model(name)),
             logit_scale=manifest.logit_scale,
             logit_bias=manifest.logit_bias,
@@ -252,8 +263,9 @@ class RunningContenders:
             if each in OF_A_REPOSITORY and each in SERVED_FORMS
         }
         for form in forms:
-            for tower in (image_model(name), text_model(name)):
-                copy_models(source / tower, kit.repository(form) / tower)
+            for folder in (image_model(name), text_model(name), tokenizer_model(name)):
+                if (source / folder).is_dir():
+                    copy_models(source / folder, kit.repository(form) / folder)
             if f"triton {form}" in self._wishes.names:
                 configure(kit.repository(form), name, runtime=form)
         return kit

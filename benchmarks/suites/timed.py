@@ -39,7 +39,7 @@ from benchmarks.timing import (
     scaled,
     take_turns,
 )
-from clip_rt.specs import Tower
+from clip_rt.specs import ModelSpec, Tower
 
 NUM_MEMORY_CALLS = 51
 NUM_DISK_CALLS = 9
@@ -246,9 +246,9 @@ def find_share(
         Those fields of a row; None for those who do not compute here.
     """
     # On another machine, or another processor of this one, than the one whose peaks are known.
-    if contenders.is_remote(name) or name == "tensorrt":
+    if contenders.is_remote(name) or name == "tensorrt" or bench.spec is None:
         return None
-    flop_per_item, tower = _work(bench, case, name)
+    flop_per_item, tower = _work(bench, bench.spec, case, name)
     precision = contenders.find(name).precision
     found = share_of_limit(
         samples_s,
@@ -264,17 +264,15 @@ def find_share(
     return {"flop_per_item": flop_per_item, "share_of_limit": share, "limit": limit}
 
 
-def _work(bench: Bench, case: Case, name: str) -> tuple[float, Tower]:
+def _work(bench: Bench, spec: ModelSpec, case: Case, name: str) -> tuple[float, Tower]:
     """Return the operations of one item, and which tower does them."""
     is_pruned = name not in UNPRUNED
     if case.unit == "images":
-        return flop_per_image(bench.spec, is_pruned=is_pruned), "image"
+        return flop_per_image(spec, is_pruned=is_pruned), "image"
     # The prompts of a class are as many for each, so their mean is the mean of the classes.
     texts = prompts_of(case.items) if case.call == "classifier" else case.items
     lengths = count_tokens(texts)
     if name in PADDING:
-        lengths = PADDING[name](lengths, bench.spec.text.context_length)
-    flop = statistics.fmean(
-        flop_per_text(bench.spec, length, is_pruned=is_pruned) for length in lengths
-    )
+        lengths = PADDING[name](lengths, spec.text.context_length)
+    flop = statistics.fmean(flop_per_text(spec, length, is_pruned=is_pruned) for length in lengths)
     return flop * len(texts) / case.num_items, "text"

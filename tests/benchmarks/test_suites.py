@@ -22,6 +22,7 @@ from benchmarks.suites.cases import Case
 from benchmarks.suites.running import RunningContenders, Wishes
 from benchmarks.suites.timed import find_share, make_rows
 from benchmarks.timing import PROBE
+from clip_rt.inputs.tokenizer import OpenAITokenizer
 from clip_rt.specs import find_spec
 
 
@@ -94,6 +95,8 @@ def make_bench(**contenders: Answering) -> Bench:
         model="ViT-B/32",
         weights="random",
         spec=find_spec("ViT-B/32"),
+        facts=find_spec("ViT-B/32").facts,
+        tokenizer=OpenAITokenizer(),
         settings=Settings(is_full=True, target=0.03, budget_s=1.0, level_s=1.0, arrivals_s=50.0),
         contenders=cast(dict[str, ContenderProcess], contenders),
         baseline="open_clip",
