@@ -124,7 +124,8 @@ def write_tokenizer_version(
     folder: Path, version: int, config: ModelConfig, content: bytes
 ) -> None:
     """Write the folder of a model that hands out a tokenizer.json, with one version in it."""
-    write_version(folder, version, config, {}, None, programs={"model.py": PYTHON_TOKENIZER_FILE})
+    programs = {"model.py": PYTHON_TOKENIZER_FILE, "dlpack.py": PYTHON_DLPACK}
+    write_version(folder, version, config, {}, None, programs=programs)
     (folder / str(version) / TOKENIZER_FILE).write_bytes(content)
 
 
