@@ -118,7 +118,8 @@ def main(config: EvaluateConfig) -> None:
     show(evaluation, Console())
     if config.json_file:
         document: dict[str, Any] = {
-            "checkpoint": str(config.checkpoint),
+            "model": config.model,
+            "checkpoint": None if config.checkpoint is None else str(config.checkpoint),
             "data": [str(path) for path in config.data],
             **asdict(evaluation),
         }

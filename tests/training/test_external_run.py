@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import external_models
 import numpy as np
@@ -30,6 +33,7 @@ from training.weights.load import fingerprint
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("open_clip")]
 
+ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue")
 
 
@@ -141,6 +145,24 @@ def test_gradients_of_chunks_are_those_of_the_batch(named, table, tmp_path):
         for size in (0, 2)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_two_processes_train_as_one(open_clip, table, tmp_path):
+    named = external_models.write_kind(tmp_path / "m", "open_clip's SigLIP")
+    options = "--batch-size 6 --total-steps 3 --warmup-steps 1 --eval-every-steps 3".split()
+    options += "--log-every-steps 1 --num-workers 0 --num-threads 1 --device cpu".split()
+    losses = []
+    for size in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", size, "-m", "training.run", "--model", named]
+        command += ["--data", str(table), "--out-dir", str(tmp_path / size), "--precision", "fp32"]
+        done = subprocess.run(
+            [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        journal = read_journal(tmp_path / size / "log.jsonl")
+        losses.append([line["loss"] for line in journal if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_batches_are_what_the_library_makes_of_the_captions(named, table, tmp_path):
