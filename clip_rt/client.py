@@ -261,8 +261,8 @@ class Client:
             The embeddings of the next images, with their positions among all.
 
         Raises:
-            ImageError, InputError, ServerError, UnknownModelError, ContractError,
-            ClientClosedError: see `encode_images`.
+            ImageError, InputError, ServerError, UnknownModelError: see `encode_images`.
+            ContractError, ClientClosedError: see there.
         """
         check_on_error(on_error)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
