@@ -13,6 +13,7 @@ served stays served. INT8, for processors, is an OpenVINO model made from the FP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -124,7 +125,7 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
     fingerprint = fingerprint_of(clip)
     store = Store(config.cache)
-    made: Precision = "fp32" if config.precision == "int8" else config.precision
+    made = "fp32" if config.precision == "int8" else config.precision
     towers = make_onnx(
         clip,
         store,

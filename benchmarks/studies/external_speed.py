@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -36,18 +36,16 @@ from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import source_parity
 from export.onnx import OnnxConfig, export
-from export.parity_report import Precision
-from export.pipeline import RANDOM
 from export.probes import PROMPTS
 from training.encoders.encoder import ExternalEncoder, measure_any_length
-from training.encoders.find import load_encoder
+from training.encoders.find import RANDOM_WEIGHTS, load_encoder
 
 MODULE = "studies.external_speed"
 ROWS = (1, 32)
 SHORT_TOKENS = 16
 """Of texts that may have any length."""
-FP32: Precision = "fp32"
-INT8: Precision = "int8"
+FP32: Final = "fp32"
+INT8: Final = "int8"
 BARS: dict[tuple[str, Tower, int], float] = {
     (FP32, "image", 1): 1.2,
     (FP32, "image", 32): 1.05,
@@ -88,12 +86,13 @@ def prepare(config: ExternalSpeedConfig) -> tuple[ExternalEncoder, Path]:
             content = made_tokenizers.gemma().replace('"padding": null', padding, 1)
             tokenizer.write_text(content, "utf-8")
     repository = config.folder / config.model.replace(":", "_").replace("/", "_")
-    for precision in (FP32, INT8):
+    precisions: tuple[Literal["fp32", "int8"], ...] = (FP32, INT8)
+    for precision in precisions:
         if not (repository / f"{precision}_text").is_dir():
             export(
                 OnnxConfig(
                     model=config.model,
-                    weights=RANDOM,
+                    weights=RANDOM_WEIGHTS,
                     tokenizer=tokenizer,
                     name=precision,
                     precision=precision,

@@ -63,8 +63,7 @@ def test_pooling_whole_maps_is_aligns_own_pooling(tmp_path):
     """Its window is said otherwise, as OpenVINO 2026.4 crashes of it."""
     from transformers import AutoModel
 
-    config, content, images = configurations()["align"]
-    external_models.write_transformers(tmp_path, config, tokenizer(content), images)
+    external_models.write_family(tmp_path, "align")
     pixels = torch.randn(2, 3, 64, 64)
     theirs = AutoModel.from_pretrained(tmp_path).eval().get_image_features(pixel_values=pixels)
     ours = load_encoder(f"hf:{tmp_path}", weights="openai").encode_image(pixels)

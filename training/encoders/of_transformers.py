@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_rt.errors import CheckpointError
 from clip_rt.inputs import tokenizer_file
