@@ -200,11 +200,10 @@ def main(config: FamiliesConfig) -> None:
             continue
         kept.write_text(json.dumps(asdict(findings[-1])), "utf-8")
     show(
-        ("family", "resizing", "tokens", "levels", "texts", "other ids", "images", "texts", "met"),
+        ("family", "levels", "texts", "other ids", "images", "texts", "met"),
         [
             (
-                *(each.family, each.resizing, f"{each.vocab_size:,}", each.max_levels),
-                *(each.num_texts, each.num_other_ids),
+                *(each.family, each.max_levels, each.num_texts, each.num_other_ids),
                 *(each.max_image_difference, each.max_text_difference),
                 "yes" if each.is_met else "NO",
             )
