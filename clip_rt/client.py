@@ -29,7 +29,7 @@ from clip_rt.inputs.images import Images
 from clip_rt.inputs.items import OnError, check_on_error, check_whole_number
 from clip_rt.requests.connection import Model
 from clip_rt.requests.results import Encoded
-from clip_rt.session import Session, Target
+from clip_rt.session import ServerKind, Session, Target
 from clip_rt.wire.channel import TLS, split_urls
 from clip_rt.wire.manifest import Manifest
 
@@ -56,6 +56,9 @@ class Client:
             else the embedded server over $CLIP_RT_REPOSITORY or the bundled model.
         model: Name the model was exported under. Without it: the only one there is.
         repository: Folder of models for the embedded server.
+        server: What runs the models of a repository: "embedded" is a Triton on loopback,
+            "in_process" is this process, for notebooks and command lines; "auto" is the first,
+            where it is installed.
         timeout_s: Longest time a call may take, unless it says otherwise; infinity is allowed.
             Starting the embedded server comes on top, at the first call.
         start_timeout_s: Longest wait for the embedded server to load its models.
@@ -84,6 +87,7 @@ class Client:
         *,
         model: str | None = None,
         repository: str | os.PathLike[str] | None = None,
+        server: ServerKind = "auto",
         timeout_s: float = TIMEOUT_S,
         start_timeout_s: float = START_TIMEOUT_S,
         fingerprint: str | None = None,
@@ -118,6 +122,7 @@ class Client:
             headers={} if headers is None else headers,
             tls=tls,
             start_timeout_s=start_timeout_s,
+            server=server,
         )
         self._timeout_s = timeout_s
         self._dimensions = dimensions

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from clip_rt import fork, telemetry
 from clip_rt.deadline import Deadline, check_timeout
@@ -23,7 +25,14 @@ from clip_rt.wire.transport import Transport
 
 URL_VARIABLE = "CLIP_RT_URL"
 
+_log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+
+ServerKind = Literal["auto", "embedded", "in_process"]
+"""What runs the models of a repository: a Triton on loopback, this process, or the first of them
+that there is for this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class Target:
     """May hold a token."""
     tls: TLS | None
     start_timeout_s: float
+    server: ServerKind = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what no server could be asked with.
@@ -45,6 +55,9 @@ class Target:
         Raises:
             InputError: names the argument.
         """
+        if self.server not in get_args(ServerKind):
+            known = ", ".join(map(repr, get_args(ServerKind)))
+            raise InputError(f"server is {self.server!r:.80}; it must be one of {known}.")
         if self.model is not None:
             slug(self.model)
         if not (self.fingerprint is None or isinstance(self.fingerprint, str)):
@@ -73,6 +86,19 @@ def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequen
     if given := os.environ.get(URL_VARIABLE):
         return split_urls(given)
     return choose_repository()
+
+
+def _is_in_process(kind: ServerKind) -> bool:
+    """Say whether models run in this process, which goes without saying only where it was asked."""
+    if kind != "auto":
+        return kind == "in_process"
+    if find_spec("pytriton") is not None:
+        return False
+    _log.warning(
+        "there is no embedded Triton here, so models run in this process; server='in_process' says "
+        "that it shall be so"
+    )
+    return True
 
 
 class Session:
@@ -216,6 +242,10 @@ class Session:
         if not isinstance(source, Path):
             transports = (Transport(url, headers=target.headers, tls=target.tls) for url in source)
             return Connection([Replica(transport) for transport in transports])
+        if _is_in_process(target.server):
+            from clip_rt.in_process import InProcessTransport
+
+            return Connection([Replica(InProcessTransport(source))])
         # Here, because it needs Linux, and a client of a remote server does not.
         from clip_rt.embedded.server import acquire_server
 

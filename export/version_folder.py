@@ -5,7 +5,8 @@ parity.json                      what the gate measured
 model.onnx, model.onnx.data      or model.xml and model.bin, or model.plan,
 model-<cc>.plan                  or an engine for each compute capability
 model.py, dlpack.py,             what Triton's python backend runs; copies of this package's
-processor.py, runtime_choice.py  and of clip_rt's
+processor.py, runtime_choice.py, and of clip_rt's
+runtimes.py
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from clip_rt import processor
-from clip_rt.embedded import runtime_choice
+from clip_rt.embedded import runtime_choice, runtimes
 from clip_rt.errors import InputError
 from clip_rt.specs import TOKENIZER_FILE
 from export.ensembles import PYTHON_DLPACK
@@ -40,6 +41,7 @@ PYTHON_FILES = {
     "dlpack.py": PYTHON_DLPACK,
     "processor.py": Path(processor.__file__),
     "runtime_choice.py": Path(runtime_choice.__file__),
+    "runtimes.py": Path(runtimes.__file__),
 }
 """What the python backend runs, by its name in the version folder; copied there verbatim."""
 

@@ -84,7 +84,7 @@ class Transport:
         self._pending: set[Future] = set()
         self._given_up: set[Future] = set()
         self._is_closed = False
-        fork.restart_in_child(self, Transport._forget)
+        fork.restart_in_child(self, type(self)._forget)
 
     @property
     def generation(self) -> int:
