@@ -6,6 +6,7 @@ NumPy and the standard library only, besides the runtime itself: an export copie
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,8 @@ only when it is asked for.
 RUNTIMES = ("auto", "onnxruntime", "openvino")
 """Values of `runtime`. auto on a processor is the faster of the two, as far as both are there and
 take the model."""
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of all cores that a container may use in a period, and the period."""
 TEXT_LENGTH_TOKENS = 16
 """Of the text that runtimes are timed on."""
 
@@ -83,9 +86,16 @@ class ModelFile:
 
 
 def _count_cores() -> int:
+    """Return how many cores this process may use, by its affinity and its container's quota."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_QUOTA.read_text("ascii").split()
+        return min(num_cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # There is none, or it says "max".
+        return num_cores
 
 
 def load(model: ModelFile) -> Encode:

@@ -30,9 +30,12 @@ def server(repository: Path) -> Iterator[EmbeddedServer]:
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def client(server: EmbeddedServer, repository: Path) -> Iterator[clip_rt.Client]:
-    with clip_rt.Client(repository=repository) as client:
+@pytest.fixture(scope="session", params=["embedded", "in_process"])
+def client(
+    server: EmbeddedServer, repository: Path, request: pytest.FixtureRequest
+) -> Iterator[clip_rt.Client]:
+    """A client of the embedded server, and one whose process runs the models itself."""
+    with clip_rt.Client(repository=repository, server=request.param) as client:
         yield client
 
 

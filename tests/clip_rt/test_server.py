@@ -114,7 +114,7 @@ def test_the_repository_is_left_as_it_was(repository, client):
     assert client.encode_texts(["red"]).shape == (1, 8)
     names = {path.name for path in repository.rglob("*")}
     files = {"config.pbtxt", "dlpack.py", "model.onnx", "model.py"}
-    files |= {"processor.py", "runtime_choice.py"}
+    files |= {"processor.py", "runtime_choice.py", "runtimes.py"}
     assert names == {"tiny_image", "tiny_text", "1"} | files
 
 

@@ -171,7 +171,7 @@ def test_it_is_served_by_the_real_triton(tmp_path, exported_vit):
     assert re.search(found, done.stdout)
     assert sorted(path.name for path in (repository / "small_image/1").iterdir()) == [
         *("config.pbtxt", "dlpack.py", "model.bin", "model.py", "model.xml", "parity.json"),
-        *("processor.py", "runtime_choice.py"),
+        *("processor.py", "runtime_choice.py", "runtimes.py"),
     ]
     pixels = probes.images(64)
     direct = int8.load_openvino(repository / "small_image/1/model.xml", 1)

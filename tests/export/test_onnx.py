@@ -114,7 +114,7 @@ def test_more_weights_than_one_file_holds_lie_beside_it(exported_vit, tmp_path, 
     )
     assert {each.name for each in (folders[1] / "1").iterdir()} == {
         "config.pbtxt", "dlpack.py", "model.onnx", "model.onnx.data", "model.py", "processor.py",
-        "runtime_choice.py",
+        "runtime_choice.py", "runtimes.py",
     }  # fmt: skip
 
 

@@ -254,7 +254,7 @@ class TestPublish:
             files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
             assert files == {
                 "config.pbtxt", "1/config.pbtxt", "1/parity.json", "1/model.onnx", "1/model.py",
-                "1/dlpack.py", "1/processor.py", "1/runtime_choice.py",
+                "1/dlpack.py", "1/processor.py", "1/runtime_choice.py", "1/runtimes.py",
             }  # fmt: skip
             assert (folder / "1/model.onnx").read_bytes() == towers[tower].read_bytes()
             assert (folder / "1/model.py").read_bytes() == PYTHON_MODEL.read_bytes()
@@ -422,7 +422,7 @@ manifest ="""
         names = sorted(path.name for path in (folder / "1").iterdir())
         assert names == [
             "config.pbtxt", "dlpack.py", "model.bin", "model.py", "model.xml", "processor.py",
-            "runtime_choice.py",
+            "runtime_choice.py", "runtimes.py",
         ]  # fmt: skip
 
     def test_the_tensorrt_backend_gets_engines_and_a_profile_for_each_length(
