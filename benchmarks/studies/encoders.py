@@ -3,6 +3,7 @@
     python -m benchmarks.studies.encoders                         # all; stop it, and go on later
     python -m benchmarks.studies.encoders --model EVA02-B-16 --model MobileCLIP2-S0
     python -m benchmarks.studies.encoders --max-parameters 5e8
+    python -m benchmarks.studies.encoders --render benchmarks/results    # docs/which-model.md
 
 Weights are random, with norms and biases moved away from where they begin, so that none can be left
 out. Each configuration is exported in a process of its own and passes through the gate of every
@@ -32,6 +33,7 @@ from tyro.conf import UseAppendAction
 
 from benchmarks.record import describe_result, write
 from benchmarks.small_tokenizer import SPECIAL, SPECIAL_OF_ROBERTA, small_tokenizer
+from benchmarks.studies import encoders_page
 from benchmarks.studies.common import ROOT, console, show
 from clip_rt.errors import ParityError
 from clip_rt.specs import Tower
@@ -63,6 +65,8 @@ class EncodersConfig:
     """Larger ones are left out: FP32, ONNX and runtime each hold them once."""
     out: Path = ROOT / "benchmarks/results/encoders.json"
     """What is done already is read from here and kept."""
+    render: Path | None = None
+    """Write the page from this result, or the newest in this folder, and measure nothing."""
     one: str | None = None
     """Export this one here, and print what came of it as lines of JSON, the last the fullest."""
 
@@ -210,6 +214,9 @@ def main(config: EncodersConfig) -> None:
     if config.one is not None:
         measure(config.one)
         return
+    if config.render is not None:
+        console.print(encoders_page.write_page(config.render), markup=False, soft_wrap=True)
+        return
     done: dict[str, Any] = {}
     if config.out.is_file():
         done = json.loads(config.out.read_text("utf-8"))["models"]
@@ -218,6 +225,7 @@ def main(config: EncodersConfig) -> None:
         os.environ |= {"HF_HUB_CACHE": folder, "HF_HUB_OFFLINE": "1"}
         write_hub(Path(folder))
         names = config.model or tuple(import_open_clip().list_models())
+        num_known = len(import_open_clip().list_models())
         left = [name for name in names if name not in done or "failed" in done[name]]
         sizes = {name: _count_parameters(name) for name in left}
         for name in track(sorted(left, key=sizes.__getitem__), "exporting", console=console):
@@ -225,7 +233,8 @@ def main(config: EncodersConfig) -> None:
                 done[name] = {"left_out": f"{size / 1e9:.1f} billion parameters"}
             else:
                 done[name] = _measure_apart(name)
-            write(config.out, describe_result(COMMAND, PACKAGES) | {"models": done})
+            result = {"num_known": num_known, "models": done}
+            write(config.out, describe_result(COMMAND, PACKAGES) | result)
     show(
         ("model", "side", "tokens", "FP32", "FP16", "s"),
         [_row(name, found) for name, found in done.items()],
