@@ -356,7 +356,11 @@ def _make_classes(
             chunk.num_batches -= 1
             if chunk.num_batches:
                 continue
-            rows = _finish(chunk.gathering, model.text, "texts", kept).embeddings
+            try:
+                rows = _finish(chunk.gathering, model.text, "texts", kept).embeddings
+            except NonFiniteEmbeddingError as error:
+                position = chunk.positions[error.index // len(templates)]
+                raise NonFiniteEmbeddingError(str(error), index=position) from error
             try:
                 pooled = zero_shot.pool(rows.reshape(len(chunk.positions), len(templates), -1))
             except NonFiniteEmbeddingError as error:

@@ -11,7 +11,7 @@ from clip_rt.specs import Activation
 from export.parity_report import Precision
 from export.repository import KEEP_VERSIONS
 from export.triton_config import MAX_BATCH_SIZE
-from training.encoders.find import is_external, name_model
+from training.encoders.find import has_own_weights, is_external, name_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ class ExportConfig(Limits):
     @property
     def weights_in_words(self) -> str:
         """Where the weights are from; those of a folder or a hub are its own."""
-        has_own = is_external(self.model) and self.weights == ExportConfig.weights
-        return "its own" if has_own else self.weights
+        is_own = has_own_weights(self.model) and self.weights == ExportConfig.weights
+        return "its own" if is_own else self.weights
 
 
 PRECISION_IN_WORDS: dict[Precision, str] = {

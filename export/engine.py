@@ -154,7 +154,10 @@ def load_runtime(runtime: Runtime) -> ModuleType:
 
 def way_out() -> str:
     """Return the command that does on a GPU machine what was asked for here."""
-    inside = f"pip install -e '.[export]' && python -m export.trt {shlex.join(sys.argv[1:])}"
+    asked = shlex.join(sys.argv[1:])
+    words = {"open_clip:": "open-clip", "hf:": "transformers", "fp8": "fp8"}
+    extras = ",".join(["export", *(extra for word, extra in words.items() if word in asked)])
+    inside = f"pip install -e '.[{extras}]' && python -m export.trt {asked}"
     return (
         "On a machine with an NVIDIA GPU and Docker, with the weights below this folder:\n\n"
         f'    docker run --rm --gpus all -v "$PWD":/clip_rt -w /clip_rt {CONTAINER} bash -c '

@@ -1,4 +1,4 @@
-"""CLIP weights become two ONNX encoders in the model repository, if they pass the parity gate.
+"""A dual encoder becomes two ONNX files in the model repository, if they pass the parity gate.
 
     python -m export.onnx --model ViT-B/32
     python -m export.onnx --model ViT-B/32 --weights clip.safetensors --name shop-v3

@@ -30,7 +30,12 @@ PROGRAMS: dict[FileRuntime, str] = {
 
 
 def check_survive(
-    path: Path, *, tower: Tower, precision: str, runtimes: Sequence[FileRuntime]
+    path: Path,
+    *,
+    tower: Tower,
+    precision: str,
+    runtimes: Sequence[FileRuntime],
+    other_way: str | None = None,
 ) -> None:
     """Load an ONNX file into each runtime, in a child process each.
 
@@ -41,6 +46,7 @@ def check_survive(
         tower: Of which it is, for the message.
         precision: Of which it is.
         runtimes: That are to load it.
+        other_way: What to do about a crash, where it is not `export.onnx` that asks.
 
     Raises:
         ExportError: one crashes, or does not come to an end.
@@ -49,7 +55,9 @@ def check_survive(
         what = f"{IN_WORDS[runtime]} {metadata.version(runtime)}"
         where = f"while loading the {tower} tower in {precision.upper()}"
         way_out = f"Try another version of {runtime}."
-        if precision != "fp32":
+        if other_way is not None:
+            way_out = other_way
+        elif precision != "fp32":
             way_out = "Export in FP32: --precision fp32."
         elif runtime == "openvino":
             way_out = "Leave it out: --runtime onnxruntime."

@@ -1,7 +1,9 @@
-"""CLIP weights become two TensorRT engines in FP16, if they pass the parity gate.
+"""A dual encoder becomes two TensorRT engines in FP16 or FP8, if they pass the parity gate.
 
     python -m export.trt --model ViT-L/14
     python -m export.trt --model ViT-L/14 --weights clip.safetensors --name shop-v3 --find-islands
+    python -m export.trt --model open_clip:EVA02-B-16 --weights hf:owner/name
+    python -m export.trt --model ViT-L/14 --precision fp8 --calibration photos/
     python -m export.trt --model ViT-L/14 --join     # on a second kind of GPU, for a mixed fleet
     python -m export.trt --model ViT-L/14 --weights random --runtime rtx     # no GPU needed
     python -m export.trt --help
@@ -67,6 +69,7 @@ from export.samples import Samples
 from export.source_parity import compare_with_source
 from export.storage import external_files
 from export.store import Store, sha256_of
+from export.trial_load import check_survive
 from export.triton_config import Serving
 from training.dual_encoder import DualEncoder
 from training.encoders.encoder import ExternalEncoder
@@ -177,6 +180,17 @@ def export(config: TrtConfig) -> parity_report.ParityReport | None:
     if config.precision == "fp8":
         calibration = read_samples(config.calibration, config, clip)
         graphs = make_fp8(graphs, calibration, clip, store, has_fp8_attention=config.fp8_attention)
+    if isinstance(clip, ExternalEncoder):
+        files: dict[Tower, Path] = {"image": graphs.image, "text": graphs.text}
+        for tower, path in files.items():
+            check_survive(
+                path,
+                tower=tower,
+                precision=config.precision,
+                runtimes=("onnxruntime",),
+                other_way="The graph is compared in it before an engine is built: install another "
+                "version of onnxruntime.",
+            )
     # Before the engines are built from them: a graph that drifts is not worth the minutes.
     report = _gate_onnx(clip, graphs, samples, config, store)
     source = compare_with_source(

@@ -24,7 +24,7 @@ from training.data.sources import open_sources
 from training.dual_encoder import DualEncoder
 from training.ema import WeightAverage
 from training.encoders.encoder import ExternalEncoder
-from training.encoders.find import is_external
+from training.encoders.find import has_own_tokenizer, is_external
 from training.evaluation.embed import open_external
 from training.model import CLIP
 from training.optimizer import adamw, lock_tower
@@ -155,7 +155,7 @@ def load_teacher(config: TrainConfig, student: DualEncoder) -> DualEncoder:
             config.teacher_model,
             config.teacher,
             activation=config.teacher_activation,
-            tokenizer=config.tokenizer,
+            tokenizer=None if has_own_tokenizer(config.teacher_model) else config.tokenizer,
         )
     else:
         teacher = load_clip(
@@ -172,6 +172,11 @@ def load_teacher(config: TrainConfig, student: DualEncoder) -> DualEncoder:
                 f"and {name} differs: {getattr(mine, name)} and {getattr(theirs, name)}. Name "
                 "another with --teacher-model."
             )
+    if theirs.is_any_length_exact and not mine.is_any_length_exact:
+        raise InputError(
+            f"texts are cut to their length for {theirs.name}, and the teacher {mine.name} reads "
+            "them at one length only. Name another with --teacher-model."
+        )
     return teacher
 
 

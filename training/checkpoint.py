@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,19 @@ def save_checkpoint(
     metadata = {
         "architecture": facts.name,
         "activation": facts.activation,
+        "preparation": json.dumps(describe_preparation(facts)),
         "step": str(step),
         "config": json.dumps(config),
     }
     _write(path, weights, metadata)
+
+
+def describe_preparation(facts: EncoderFacts) -> dict[str, Any]:
+    """Return how images and texts are prepared for a model, as JSON holds it."""
+    names = ("side_px", "mean", "std", "resizing", "context_length", "tokenization")
+    said = asdict(facts)
+    found: dict[str, Any] = json.loads(json.dumps({name: said[name] for name in names}))
+    return found
 
 
 def save_snapshot(folder: Path, snapshot: Snapshot, *, keep_last: int) -> Path:

@@ -17,7 +17,9 @@ Lock = Literal["none", "image", "text"]
 _RESNET_STAGE = re.compile(r"visual\.layer(\d)\.")
 _BLOCK = re.compile(r"\b(?:resblocks|layers?|blocks?|stages)\.(\d+)\.")
 _POOLING = re.compile(r"attn_?pool")
-_BELOW_BLOCKS = re.compile(r"embed|class_|cls_token|\bconv[123]\.|\bbn[123]\.|ln_pre|pre_|stem")
+_BELOW_BLOCKS = re.compile(
+    r"embed|class_|cls_token|\bconv[123]\.|\bbn[123]\.|(?:ln|norm)_pre|pre_|stem"
+)
 """Our names and those of open_clip, timm and transformers."""
 
 

@@ -81,9 +81,9 @@ _HEAD = """\
 
 <!-- Written by python -m benchmarks.studies.encoders --render; a test holds it to that. -->
 
-All of these are exported and served by one command, `python -m export.onnx --model
-open_clip:NAME`; see [Models of other libraries](other-models.md). What the published weights may
-be used for is their authors' to say: read the model card.
+All of these are exported by one command, `python -m export.onnx --model open_clip:NAME --weights
+hf:owner/name`; see [Models of other libraries](other-models.md). What the published weights may be
+used for is their authors' to say: read the model card.
 
 - **In doubt** take SigLIP 2: `ViT-B-16-SigLIP2` on processors, `ViT-SO400M-16-SigLIP2-384` on
   GPUs.

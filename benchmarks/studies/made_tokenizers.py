@@ -81,7 +81,7 @@ def unigram(vocab_size: int = 12000) -> str:
 
 @cache
 def gemma(num_tokens: int = GEMMA_TOKENS, num_merges: int = GEMMA_MERGES) -> str:
-    """Return a tokenizer.json like Gemma's, of its size: BPE, with bytes for what it has not.
+    """Return a tokenizer.json like Gemma's, as many tokens of BPE, with bytes for the rest.
 
     Tokens are the beginnings of words in twenty scripts, so that each can be reached by merges;
     merges are all splits of a token into two others, as of a converted sentencepiece model.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_rt.errors import ContractError, InputError, TextError
 from clip_rt.inputs.cleaning import clean
@@ -65,6 +65,11 @@ class FileTokenizer:
         # As it is set by the library of the source, `<eos>` in a text would be the control token.
         self._tokenizer.encode_special_tokens = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Rust's own state is without it.
+        self._tokenizer.encode_special_tokens = True
+
     def encode_text(
         self, text: str, *, index: int | None = None, truncate: bool = False
     ) -> list[int]:
@@ -99,6 +104,13 @@ class FileTokenizer:
             raise make_length_error(text, index, len(ids) + beyond, self._context_length)
         if len(ids) <= self._num_added:
             raise make_empty_error(text, index)
+        if len(ids) > self._context_length:
+            raise ContractError(
+                f"the tokenizer.json makes {len(ids)} ids of a text that was cut, and the model "
+                f"reads {self._context_length}. Export the model again.",
+                expected=self._context_length,
+                found=len(ids),
+            )
         return self._check_ids(ids, text, index)
 
     def fingerprint(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from clip_rt.errors import ContractError
@@ -37,6 +36,10 @@ MAX_CLOSED_REPEAT = 8
 """What a repetition may reach that is not counted, as `\\p{N}{1,3}`."""
 MAX_WAYS = 64
 """In which all that may be there or not, or one of several, can be tried of an alternative."""
+MAX_STEPS = 32
+"""Normalizers, or pre-tokenizers, one after another."""
+MAX_UTF8_BYTES = 4
+"""Of a character."""
 # Ours are written without; they would hide a name from the search for it.
 _ESCAPE = rb"\u00"
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"')
@@ -87,17 +90,23 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         ContractError: a text may take minutes or gigabytes, or have other ids each time.
     """
     growth = 1
-    for part in _parts(tokenizer.normalizer):
+    normalizers, splitters = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
+    for part in normalizers:
         if part["type"] == "Replace":
-            growth *= max(1, len(part["content"]))
+            # Where a pattern may match nothing, what it is replaced by stands beside each letter.
+            is_pattern = "Regex" in part.get("pattern", {})
+            growth *= max(1, len(part["content"]) + int(is_pattern))
         elif part["type"] == "Precompiled":
             growth *= max(1, _read_charsmap(part["precompiled_charsmap"].encode()))
         elif part["type"] == "Prepend" and len(part["prepend"]) > MAX_PREPENDED_CHARS:
             raise _refuse("characters before each text", len(part["prepend"]), MAX_PREPENDED_CHARS)
+        elif part["type"] == "ByteLevel":
+            growth *= MAX_UTF8_BYTES
         _check_pattern(part)
+    growth *= MAX_UTF8_BYTES ** sum(part["type"] == "ByteLevel" for part in splitters)
     if growth > MAX_GROWTH:
         raise _refuse("characters made of one", growth, MAX_GROWTH)
-    for part in _parts(tokenizer.pre_tokenizer):
+    for part in splitters:
         _check_pattern(part)
     model = tokenizer.model
     word_chars = getattr(model, "max_input_chars_per_word", 0)
@@ -107,8 +116,9 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         raise _refuse("dropout, which gives a text other ids each time,", dropout, 0)
 
 
-def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """Yield a normalizer or pre-tokenizer, or those it is a sequence of, as the file has them."""
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """Return a normalizer or pre-tokenizer, or those it is a sequence of, as the file has them."""
+    found: list[dict[str, Any]] = []
     waiting = [] if component is None else [json.loads(component.__getstate__())]
     while waiting:
         part = waiting.pop()
@@ -116,7 +126,10 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
         if inner:
             waiting += inner
         else:
-            yield part
+            found.append(part)
+    if len(found) > MAX_STEPS:
+        raise _refuse("steps before its tokens", len(found), MAX_STEPS)
+    return found
 
 
 def _read_charsmap(encoded: bytes) -> int:

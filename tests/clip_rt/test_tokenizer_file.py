@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -57,6 +58,21 @@ def test_a_text_that_is_too_long_is_refused_with_its_length_or_cut_with_its_end(
     ids = make().encode_text(text, truncate=True)
     assert len(ids) == 16
     assert ids[-1] == 1
+
+
+def test_a_control_token_stays_a_text_in_another_process_too():
+    mine = make()
+    ids = mine.encode_text("a<eos>a")
+    assert ids.count(1) == 1
+    assert pickle.loads(pickle.dumps(mine)).encode_text("a<eos>a") == ids
+
+
+def test_a_template_that_says_a_text_twice_cannot_pass_the_context():
+    content = json.loads(GEMMA)
+    part = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"]["single"] = [part, part, part]
+    with pytest.raises(ContractError, match="and the model reads 16"):
+        make(json.dumps(content).encode()).encode_text("a photo of a cat dog red blue")
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])

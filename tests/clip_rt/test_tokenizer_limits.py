@@ -41,6 +41,13 @@ def sequence(*normalizers):
     return {"type": "Sequence", "normalizers": list(normalizers)}
 
 
+def splitters(*pretokenizers):
+    return {"type": "Sequence", "pretokenizers": list(pretokenizers)}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 def charsmap(trie_bytes, content=b""):
     packed = base64.b64encode(trie_bytes.to_bytes(4, "little") + content).decode()
     return {"type": "Precompiled", "precompiled_charsmap": packed}
@@ -120,6 +127,10 @@ def test_where_a_regular_expression_gives_up_the_text_is_refused(monkeypatch):
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 2**20}}, "characters before each"),
         ({"normalizer": charsmap(2**32 - 1)}, "its trie has 4,294,967,295 bytes"),
         ({"normalizer": charsmap(0, b"a" * 10**6 + b"\0")}, "characters made of one"),
+        ({"normalizer": sequence(*[BYTES] * 8)}, "characters made of one"),
+        ({"pre_tokenizer": splitters(*[BYTES] * 8)}, "characters made of one"),
+        ({"normalizer": sequence(*[replace("a", Regex="(?=.)")] * 12)}, "characters made of one"),
+        ({"normalizer": sequence(*[{"type": "Lowercase"}] * 40)}, "steps before its tokens"),
         ({"model": GEMMA["model"] | {"dropout": 0.5}}, "dropout"),
         (
             {
@@ -130,7 +141,10 @@ def test_where_a_regular_expression_gives_up_the_text_is_refused(monkeypatch):
             "added tokens",
         ),
     ],
-    ids=["replace", "prepend", "trie", "rules", "dropout", "added"],
+    ids=[
+        *("replace", "prepend", "trie", "rules", "bytes", "split into bytes", "between letters"),
+        *("steps", "dropout", "added"),
+    ],
 )
 def test_what_would_take_all_memory_or_change_ids_is_refused(parts, said):
     with pytest.raises(ContractError, match=said):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from clip_rt.errors import CheckpointError, InputError
+from clip_rt.errors import CheckpointError, InputError, UnknownModelError
 from export.onnx import OnnxConfig, export
 from export.triton_config import read_manifest
 from training.build import build_external, load_teacher
@@ -235,7 +235,7 @@ def test_a_teacher_must_read_what_the_student_reads(named, table, tmp_path):
         tmp_path / "other", preprocessing={"mean": [0.1, 0.2, 0.3]}
     )
     asked = replace(asked, teacher_model=f"open_clip:{other}")
-    with pytest.raises(InputError, match="must read the same images and texts, and mean differs"):
+    with pytest.raises(InputError, match=r"must read the same images and texts, and (mean|side_px) differs"):
         load_teacher(asked, student)
     main(config(named, table, tmp_path / "run", teacher="openai", teacher_model=named))
 
@@ -248,8 +248,52 @@ def test_a_checkpoint_says_what_it_is_of_and_is_of_nothing_else(named, table, tm
     with pytest.raises(CheckpointError, match=r"is a fine-tuned .* Pass --model"):
         open_model(file)
     folder = external_models.write_open_clip(tmp_path / "wide", text={"width": 32})
-    with pytest.raises(CheckpointError, match=r"names or shapes differ"):
+    with pytest.raises(CheckpointError, match=r"were trained as .* is configured otherwise"):
         load_encoder(f"open_clip:{folder}", weights=str(file))
+
+
+def test_weights_are_fed_as_they_were_trained(open_clip, table, tmp_path):
+    """Two folders of one architecture, whose images are prepared otherwise."""
+    folder = external_models.write_open_clip(tmp_path / "first")
+    main(config(f"open_clip:{folder}", table, tmp_path / "run", total_steps=1))
+    file = tmp_path / "run/checkpoint.safetensors"
+    assert load_encoder(f"open_clip:{folder}", weights=str(file))
+    said = {"mean": [0.1, 0.2, 0.3]}
+    other = external_models.write_open_clip(tmp_path / "second", preprocessing=said)
+    with pytest.raises(CheckpointError, match=r"trained with mean .*--model open_clip:FOLDER"):
+        load_encoder(f"open_clip:{other}", weights=str(file))
+
+
+def test_a_teacher_of_one_length_is_no_teacher_of_cut_texts(open_clip, table, tmp_path):
+    student = load_encoder(
+        f"open_clip:{external_models.write_open_clip(tmp_path / 'causal')}", weights="openai"
+    )
+    assert student.facts.is_any_length_exact
+    folder = external_models.write_open_clip(tmp_path / "whole", text={"no_causal_mask": True})
+    asked = config(
+        f"open_clip:{tmp_path / 'causal'}",
+        table,
+        tmp_path,
+        teacher="openai",
+        teacher_model=f"open_clip:{folder}",
+    )
+    with pytest.raises(InputError, match="reads them at one length only"):
+        load_teacher(asked, student)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("laion2b_s34b_b79k", "hf:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("openai", "no weights of its own"),
+        ("nothing", "name one, hf:owner/name"),
+    ],
+)
+def test_names_of_weights_lead_to_where_they_lie(open_clip, weights, said):
+    with pytest.raises(CheckpointError, match=said):
+        load_encoder("open_clip:ViT-B-32", weights=weights)
+    with pytest.raises(UnknownModelError, match="has no model 'ViT-B32'"):
+        load_encoder("open_clip:ViT-B32", weights=weights)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,22 @@ def load_open_clip(
     )
 
 
+def list_tags(name: str) -> dict[str, str]:
+    """Return where the weights lie that open_clip knows of a configuration, by its tags for them.
+
+    Raises:
+        UnknownModelError: it has no such configuration.
+    """
+    open_clip = import_open_clip()
+    _find_configuration(open_clip, name, None)
+    known = open_clip.pretrained
+    found = {
+        tag: known.get_pretrained_cfg(name, tag).get("hf_hub", "").strip("/")
+        for tag in known.list_pretrained_tags_by_model(name)
+    }
+    return {tag: f"hf:{place}" for tag, place in found.items() if place}
+
+
 class _Towers:
     image_modules = ("visual",)
     text_modules = ("text",)
