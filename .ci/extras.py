@@ -331,7 +331,25 @@ import sys, clip_rt, export, training
 for each in (clip_rt, export, training):
     assert each.__file__.startswith(sys.prefix), each
 " """
+GATEWAY = """
+clip-rt gateway --server in_process --port 0 > ready & pid=$!; trap 'kill $pid; wait $pid' EXIT
+for _ in $(seq 60); do sleep 1; grep -q serving ready && break; done
+python -c "
+import json, urllib.request as http
+url = open('ready').read().split()[-1]
+body = json.dumps({'input': ['a red apple']}).encode()
+request = http.Request(url + '/v1/embeddings', body, {'Content-Type': 'application/json'})
+print(len(json.load(http.urlopen(request))['data'][0]['embedding']))
+print(http.urlopen(url + '/health/ready').status)
+" | tr '\\n' ' ' | grep -F '256 200'
+"""
+"""What deploy/Dockerfile does once it is installed, as it installs it."""
 FROM_WHEELS = (
+    # Without a server the first example runs in process by itself.
+    Environment(
+        "gateway,in-process",
+        [f"python {TWELVE_LINES}.py | diff - {TWELVE_LINES}.txt", GATEWAY.strip()],
+    ),
     Environment(
         "server",
         [

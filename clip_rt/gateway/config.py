@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from clip_rt.errors import InputError
 
@@ -22,6 +23,9 @@ class GatewayConfig:
 
     repository: Path | None = None
     """Folder of models for a server of its own."""
+    server: Literal["auto", "embedded", "in_process"] = "auto"
+    """What runs the models of a repository: a Triton on loopback, this process, or the first of
+    them that there is."""
     url: tuple[str, ...] = ()
     """Triton servers, host:port of gRPC; several are replicas."""
     model: tuple[str, ...] = ()

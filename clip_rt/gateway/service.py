@@ -67,6 +67,7 @@ class Service:
             Client,
             list(self.config.url) or None,
             repository=self.config.repository,
+            server=self.config.server,
             timeout_s=self.config.timeout_s,
             start_timeout_s=self.config.start_timeout_s,
         )
@@ -85,6 +86,7 @@ class Service:
                 mine = AsyncClient(
                     list(self.config.url) or None,
                     repository=self.config.repository,
+                    server=self.config.server,
                     model=name,
                     timeout_s=self.config.timeout_s,
                     start_timeout_s=self.config.start_timeout_s,
