@@ -34,6 +34,7 @@ from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
 from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, acquired, console
 from benchmarks.serving.classifier import measure_cache, measure_classifier
+from benchmarks.serving.gateway import measure_gateway
 from benchmarks.serving.images import (
     measure_jpeg,
     measure_large_jpeg,
@@ -55,6 +56,7 @@ PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
     "classifier": measure_classifier,
     "cache": measure_cache,
     "merging": measure_merging,
+    "gateway": measure_gateway,
 }
 
 
