@@ -8,6 +8,7 @@ tower is loaded when it is first asked for, once for all clients of this process
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -65,6 +66,20 @@ class _Future(concurrent.futures.Future[Any]):
         found: BaseException | None = self._translated(super().exception, timeout)
         return found
 
+    def cancel(self) -> bool:
+        """End it for whoever waits; what runs already runs on."""
+        if not super().cancel() and not self.done():
+            self.finish(error=grpc.FutureCancelledError())
+        return True
+
+    def finish(self, answer: Any = None, error: BaseException | None = None) -> None:
+        """Set what came of it, unless it was called off meanwhile."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self.set_result(answer)
+
     @staticmethod
     def _translated(call: Callable[[float | None], Any], timeout: float | None) -> Any:
         try:
@@ -94,19 +109,20 @@ class _Worker:
 
 def _work(calls: queue.SimpleQueue[tuple[_Future, float, Callable[[], Any]] | None]) -> None:
     while (item := calls.get()) is not None:
-        future, until_s, call = item
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            if time.monotonic() > until_s:
-                raise _RefusedError(grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
-            answer = call()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(answer)
-        # Not while waiting for the next: it may hold a batch.
-        del item, future, call
+        _do(*item)
+        # While waiting for the next one none is held: it may have a batch.
+        del item
+
+
+def _do(future: _Future, until_s: float, call: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        if time.monotonic() > until_s:
+            raise _RefusedError(grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
+        future.finish(call())
+    except BaseException as error:
+        future.finish(error=error)
 
 
 class _Tower:
@@ -152,7 +168,7 @@ class _Tower:
         (given,) = self.config.input
         dtype = model_config_pb2.DataType.Name(given.data_type).removeprefix("TYPE_")
         try:
-            return runtimes.load(
+            encode = runtimes.load(
                 runtimes.ModelFile(
                     name=self.config.name,
                     folder=self._folder,
@@ -167,11 +183,20 @@ class _Tower:
                     warn=_log.warning,
                 )
             )
+            now = read_config(self._folder.parent, allow_unknown_field=True)
         except Exception as error:
             raise ServerStartError(
                 f"{self.config.name} cannot be loaded here: {error}. Models run in this process by "
                 "OpenVINO or ONNX Runtime: pip install 'clip-rt[in-process]'."
             ) from error
+        now.name = now.name or self.config.name
+        if now != self.config:
+            # The other tower may be of the old weights.
+            raise ServerStartError(
+                f"{self.config.name} was replaced in its repository after this process had begun "
+                "to use the model. Close all clients of the repository, and make new ones."
+            )
+        return encode
 
     def _read_chunk(self, index: int) -> np.ndarray[Any, Any]:
         content = np.fromfile(

@@ -55,6 +55,11 @@ class Target:
         Raises:
             InputError: names the argument.
         """
+        if self.urls is not None and self.server != "auto":
+            raise InputError(
+                f"url and server={self.server!r} exclude each other; name a server or what runs "
+                "the models of a repository."
+            )
         if self.server not in get_args(ServerKind):
             known = ", ".join(map(repr, get_args(ServerKind)))
             raise InputError(f"server is {self.server!r:.80}; it must be one of {known}.")
@@ -70,10 +75,13 @@ class Target:
         object.__setattr__(self, "headers", dict(self.headers))
 
 
-def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequence[str] | Path:
+def choose_source(
+    urls: Sequence[str] | None, repository: Path | None, *, may_be_remote: bool = True
+) -> Sequence[str] | Path:
     """Return the addresses of servers, or the repository for one of our own.
 
     What the caller named comes first, then what the environment names, then the bundled model.
+    Addresses of the environment are not asked where the caller wants a repository to be run.
 
     Raises:
         InputError: the environment names no address.
@@ -83,13 +91,13 @@ def choose_source(urls: Sequence[str] | None, repository: Path | None) -> Sequen
         return urls
     if repository is not None:
         return repository
-    if given := os.environ.get(URL_VARIABLE):
+    if may_be_remote and (given := os.environ.get(URL_VARIABLE)):
         return split_urls(given)
     return choose_repository()
 
 
 def _is_in_process(kind: ServerKind) -> bool:
-    """Say whether models run in this process, which goes without saying only where it was asked."""
+    """Return whether models run in this process; logged where the caller did not ask for it."""
     if kind != "auto":
         return kind == "in_process"
     if find_spec("pytriton") is not None:
@@ -238,7 +246,9 @@ class Session:
 
     def _connect(self) -> Connection:
         target = self._target
-        source = choose_source(target.urls, target.repository)
+        source = choose_source(
+            target.urls, target.repository, may_be_remote=target.server == "auto"
+        )
         if not isinstance(source, Path):
             transports = (Transport(url, headers=target.headers, tls=target.tls) for url in source)
             return Connection([Replica(transport) for transport in transports])
@@ -263,7 +273,7 @@ class Session:
                 raise InputError(
                     f"the server at {before.urls} is not this client's own, so it cannot have it "
                     "reload its models. Of a `python -m clip_rt serve`: python -m clip_rt reload "
-                    "--port PORT."
+                    "--port PORT. In process, close all clients of the repository, and make others."
                 )
             found = self._connect()
             try:

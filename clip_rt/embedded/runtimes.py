@@ -133,7 +133,7 @@ def _load_fastest(model: ModelFile) -> Loaded:
     if choice is not None:
         reason = f"{choice}, measured at an earlier start"
     elif has_both and is_alone is None:
-        reason = "not measured: no folder can be written to for a lock"
+        reason = "not measured: nothing can be locked here"
     elif has_both:
         reason = "not measured: other models still were"
     order = sorted(LOADERS, key=lambda name: choice is not None and name != choice.runtime)

@@ -1,4 +1,4 @@
-"""Who is let in: by token, by how many are at work already, by size and speed of the body."""
+"""Who is let in: by token, by how many are in flight, by size and speed of the body."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def read_tokens(config: GatewayConfig) -> frozenset[bytes]:
     """
     if config.token_file is not None:
         return _digest_all(_read_lines(config.token_file), str(config.token_file))
-    if said := os.environ.get(TOKENS_VARIABLE):
+    # One that is there and empty lets nobody in by mistake: it is refused below.
+    if (said := os.environ.get(TOKENS_VARIABLE)) is not None:
         return _digest_all(said.split(","), f"${TOKENS_VARIABLE}")
     return frozenset()
 
@@ -51,7 +52,7 @@ def _digest_all(tokens: list[str], source: str) -> frozenset[bytes]:
 
 
 def _digest(token: str) -> bytes:
-    # Of one length, so that comparing them takes one time.
+    # A comparison in constant time needs equal lengths.
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -62,7 +63,7 @@ class Admission:
         self._config = config
         self._tokens = read_tokens(config)
         self._request_s = 0.0
-        self.num_at_work = 0
+        self.num_in_flight = 0
 
     @property
     def has_tokens(self) -> bool:
@@ -89,32 +90,42 @@ class Admission:
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a request as at work in a `with` block.
+        """Count a request as in flight in a `with` block.
 
         Raises:
-            ProblemError: too many are at work.
+            ProblemError: too many are.
         """
-        number = self.num_at_work + 1
+        number = self.num_in_flight + 1
         # A request alone is let in however long the one before it took.
         is_late = number > 1 and number * self._request_s > self._config.max_wait_s
-        if number > self._config.max_queue or is_late:
+        if number > self._config.max_concurrent_requests or is_late:
+            why = "as many as there may be"
+            if is_late:
+                why = f"and another would take more than {self._config.max_wait_s:g} s"
             wait_s = math.ceil(min(number * self._request_s, 60.0))
             raise ProblemError(
-                f"{self.num_at_work} requests are at work here, as many as there may be. Try again "
-                "a little later.",
+                f"{self.num_in_flight} requests are being answered, {why}. Try again later.",
                 status=HTTPStatus.TOO_MANY_REQUESTS,
                 code="rate_limit_exceeded",
                 retry_after_s=max(wait_s, RETRY_AFTER_S),
             )
-        self.num_at_work = number
-        start_s = time.monotonic()
+        self.num_in_flight = number
         try:
             yield
         finally:
-            self.num_at_work -= 1
-            share_s = (time.monotonic() - start_s) / number
-            weight = SMOOTHING if self._request_s else 1.0
-            self._request_s += weight * (share_s - self._request_s)
+            self.num_in_flight -= 1
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Learn from a `with` block how long a request takes, once its body is here.
+
+        One that fails says nothing of the next.
+        """
+        number, start_s = self.num_in_flight, time.monotonic()
+        yield
+        share_s = (time.monotonic() - start_s) / number
+        weight = SMOOTHING if self._request_s else 1.0
+        self._request_s += weight * (share_s - self._request_s)
 
     async def read_body(self, request: Request) -> bytes:
         """Return a request's body.

@@ -25,6 +25,8 @@ from clip_rt.gateway.problems import ProblemError, find_problem
 from clip_rt.gateway.reading import answer_json
 from clip_rt.gateway.service import Service
 
+GRACE_S = 0.5
+"""For a call of a client, whose own time may be over, to say what took so long."""
 CLIENT_CLOSED_REQUEST = 499
 """Nobody is there to read the answer; nginx's number for it."""
 
@@ -43,9 +45,9 @@ class Endpoint:
     """Structure of the body."""
     answers: Any = None
     """Structure of the answer."""
-    is_work: bool = False
+    is_inference: bool = False
     """Whether a model is asked, so that only so many are let in."""
-    is_open: bool = False
+    is_public: bool = False
     """Whether it needs no token: health checks have none."""
     answer_problem: Callable[[ProblemError], Response] = openai.answer_problem
 
@@ -81,7 +83,7 @@ ENDPOINTS: Sequence[Endpoint] = (
         summary="Embed texts and images, as OpenAI's API does",
         reads=openai.EmbeddingsRequest,
         answers=openai.EmbeddingsAnswer,
-        is_work=True,
+        is_inference=True,
     ),
     Endpoint(
         method="GET",
@@ -97,49 +99,49 @@ ENDPOINTS: Sequence[Endpoint] = (
         summary="Say which labels fit images best",
         reads=labels.ClassifyRequest,
         answers=labels.ClassifyAnswer,
-        is_work=True,
+        is_inference=True,
     ),
     Endpoint(
         method="GET",
         path="/health/live",
         handler=_live,
         summary="The process runs",
-        is_open=True,
+        is_public=True,
     ),
     Endpoint(
         method="GET",
         path="/health/ready",
         handler=_ready,
         summary="Every model embeds what its answer is known of; 503 if not",
-        is_open=True,
+        is_public=True,
     ),
     Endpoint(
         method="GET",
         path="/ping",
         handler=immich.ping,
         summary="Immich: somebody is here",
-        is_open=True,
+        is_public=True,
     ),
     Endpoint(
         method="POST",
         path="/predict",
         handler=immich.predict,
         summary="Immich: embed one image or text",
-        is_work=True,
+        is_inference=True,
     ),
     Endpoint(
         method="GET",
         path="/.well-known/live",
         handler=_is_live,
         summary="Weaviate: the process runs",
-        is_open=True,
+        is_public=True,
     ),
     Endpoint(
         method="GET",
         path="/.well-known/ready",
         handler=_is_ready,
         summary="Weaviate: the models answer",
-        is_open=True,
+        is_public=True,
     ),
     Endpoint(
         method="GET",
@@ -154,7 +156,7 @@ ENDPOINTS: Sequence[Endpoint] = (
         summary="Weaviate: embed texts and images",
         reads=weaviate.VectorizeRequest,
         answers=weaviate.VectorizeAnswer,
-        is_work=True,
+        is_inference=True,
         answer_problem=weaviate.answer_problem,
     ),
 )
@@ -173,16 +175,16 @@ class _Metrics:
             buckets=telemetry.CALL_BUCKETS_S,
             registry=self.registry,
         )
-        self.refused = Counter(
-            "clip_rt_http_refused",
-            "Requests that were refused because too many were at work",
+        self.rejected = Counter(
+            "clip_rt_http_rejected",
+            "Requests that were refused because too many were in flight",
             registry=self.registry,
         )
         Gauge(
-            "clip_rt_http_requests_at_work",
+            "clip_rt_http_requests_in_flight",
             "Requests being answered now",
             registry=self.registry,
-        ).set_function(lambda: admission.num_at_work)
+        ).set_function(lambda: admission.num_in_flight)
 
 
 def make_application(service: Service) -> Starlette:
@@ -219,44 +221,49 @@ def make_application(service: Service) -> Starlette:
             path="/openapi.json",
             handler=show_description,
             summary="This description",
-            is_open=True,
+            is_public=True,
         ),
     )
-    return Starlette(
+    application = Starlette(
         routes=[
             Route(each.path, _make_route(each, service, admission, metrics), methods=[each.method])
             for each in endpoints
         ],
         exception_handlers={HTTPException: _answer_unknown},
     )
+    # To a host that the caller names in a header.
+    application.router.redirect_slashes = False
+    return application
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
     """Answer a path or method there is not."""
     assert isinstance(error, HTTPException)
-    return openai.answer_problem(
+    response = openai.answer_problem(
         ProblemError(
             f"{request.method[:20]} {request.url.path[:80]}: {error.detail}; /openapi.json lists "
             "what there is.",
             status=error.status_code,
-            code="not_found",
+            code=HTTPStatus(error.status_code).name.lower(),
         )
     )
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _make_route(
     endpoint: Endpoint, service: Service, admission: Admission, metrics: _Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        if not endpoint.is_open:
+        if not endpoint.is_public:
             admission.authorize(request)
-        if not endpoint.is_work:
+        if not endpoint.is_inference:
             return await endpoint.handler(service, request)
         try:
-            admitted = admission.admitted()
-            with admitted:
+            with admission.admitted():
                 body = await admission.read_body(request)
-                return await _while_connected(endpoint.handler, service, request, body)
+                with admission.timed():
+                    return await _while_connected(endpoint.handler, service, request, body)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -267,7 +274,7 @@ def _make_route(
         except Exception as error:
             problem = find_problem(error)
             if problem.code == "rate_limit_exceeded":
-                metrics.refused.inc()
+                metrics.rejected.inc()
             response = endpoint.answer_problem(problem)
         metrics.seconds.labels(endpoint.path, response.status_code).observe(
             time.perf_counter() - start_s
@@ -297,10 +304,21 @@ async def _while_connected(
     work = asyncio.ensure_future(handler(service, Request(request.scope, receive)))
     gone = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (work, gone),
+            timeout=service.config.timeout_s + GRACE_S,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
         if work.done():
             return work.result()
-        raise ClientDisconnect
+        if gone.done():
+            raise ClientDisconnect
+        raise ProblemError(
+            f"The request was not done after {service.config.timeout_s:g} s. Send less at a time.",
+            status=HTTPStatus.GATEWAY_TIMEOUT,
+            code="timeout",
+        )
     finally:
         for task in (work, gone):
             task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)

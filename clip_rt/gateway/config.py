@@ -51,8 +51,10 @@ class GatewayConfig:
     """Largest request."""
     max_items: int = 256
     """Most images and texts of a request."""
-    max_queue: int = 64
-    """Requests at work or waiting; one more is answered with 429."""
+    max_labels: int = 10_000
+    """Most labels of a request."""
+    max_concurrent_requests: int = 64
+    """Requests being answered or waiting; one more is answered with 429."""
     max_wait_s: float = math.inf
     """Longest a new request may be expected to wait; one that would is answered with 429."""
     timeout_s: float = 30.0
@@ -70,10 +72,20 @@ class GatewayConfig:
             raise InputError("--certificate and --private-key go together; name both or neither.")
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port is {self.port}; it must be within 0 and 65535.")
-        for name in ("max_body_mib", "max_items", "max_queue", "max_wait_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} is {getattr(self, name)}; it must be above 0.")
+        for name in ("max_body_mib", "max_items", "max_labels", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                option, value = name.replace("_", "-"), getattr(self, name)
+                raise InputError(f"--{option} is {value}; it must be above 0 and finite.")
+        if (number := self.max_concurrent_requests) < 1:
+            raise InputError(f"--max-concurrent-requests is {number}; it must be 1 or more.")
+        if not self.max_wait_s > 0:
+            raise InputError(f"--max-wait-s is {self.max_wait_s}; it must be above 0.")
+        for host in self.image_host:
+            if not host or set("/:@") & set(host) or host.endswith("."):
+                raise InputError(
+                    f"--image-host {host[:80]!r} is no name of a host; leave out scheme, port and "
+                    "path."
+                )
         if not 0 <= self.drain_s < math.inf:
             raise InputError(f"--drain-s is {self.drain_s}; it must be 0 or more.")
 

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 from PIL import Image
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -55,12 +55,26 @@ async def predict(service: Service, request: Request) -> Response:
     # Kept, for whoever it may be passed on to.
     content = await request.body()
     try:
-        async with request.form(max_files=1, max_fields=8, max_part_size=len(content) + 1) as form:
+        form = await _read_form(request, len(content))
+        try:
             return await _predict(service, request, form, content)
-    except HTTPException as error:
+        finally:
+            await form.close()
+    except (MultiPartException, KeyError) as error:
         raise ProblemError(
-            f"The request is no form: {error.detail}.", code="invalid_form"
+            "The request is no form of multipart/form-data that can be read.", code="invalid_form"
         ) from error
+
+
+async def _read_form(request: Request, num_bytes: int) -> FormData:
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await request.form()
+    parser = MultiPartParser(
+        request.headers, request.stream(), max_files=1, max_fields=8, max_part_size=num_bytes + 1
+    )
+    # All of it is in memory already, and there may be no disk.
+    parser.spool_max_size = num_bytes + 1
+    return await parser.parse()
 
 
 async def _predict(service: Service, request: Request, form: FormData, content: bytes) -> Response:

@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from clip_rt.gateway.problems import ProblemError
 from clip_rt.gateway.reading import answer_json, read_json
 from clip_rt.gateway.service import Item, Service
 from clip_rt.specs import Score
@@ -54,9 +55,11 @@ _decoder = msgspec.json.Decoder(ClassifyRequest)
 async def classify(service: Service, request: Request) -> Response:
     """Say which labels fit images best."""
     asked = await read_json(request, _decoder)
+    if asked.top_k < 1:
+        raise ProblemError(f"top_k is {asked.top_k}; at least 1 is ranked.", param="top_k")
     images = [Item(f"images[{index}]", image=image) for index, image in enumerate(asked.images)]
     model, scores = await service.classify(asked.model, images, asked.labels, asked.templates)
-    ranked = scores.top(min(max(asked.top_k, 1), len(asked.labels)))
+    ranked = scores.top(asked.top_k)
     return answer_json(
         ClassifyAnswer(
             data=[

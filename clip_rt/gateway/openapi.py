@@ -34,7 +34,7 @@ class Described(Protocol):
         """Structure of its answer, or None."""
 
     @property
-    def is_open(self) -> bool:
+    def is_public(self) -> bool:
         """Whether it needs no token."""
 
 
@@ -63,7 +63,7 @@ def describe(endpoints: Iterable[Described], *, has_tokens: bool) -> dict[str, A
         if endpoint.answers:
             answer["content"] = {"application/json": {"schema": schema_by_type[endpoint.answers]}}
         operation["responses"] = {"200": answer}
-        if has_tokens and not endpoint.is_open:
+        if has_tokens and not endpoint.is_public:
             operation["security"] = [{"token": []}]
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     described: dict[str, Any] = {

@@ -114,8 +114,12 @@ def find_problem(error: Exception, param: str | None = None) -> ProblemError:
     if isinstance(error, ProblemError):
         return error
     if isinstance(error, UnknownModelError):
+        _log.warning("%s", error)
         return ProblemError(
-            str(error), status=HTTPStatus.NOT_FOUND, code="model_not_found", param="model"
+            "There is no such model here; /v1/models lists those there are.",
+            status=HTTPStatus.NOT_FOUND,
+            code="model_not_found",
+            param="model",
         )
     if isinstance(error, InputError):
         code = next((code for kind, code in _INPUT_CODES if isinstance(error, kind)), "")

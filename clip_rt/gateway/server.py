@@ -1,7 +1,7 @@
 """Runs the gateway by uvicorn until it is told to end, then drains.
 
-uvicorn on h11, whose limits on the size of headers its faster parser lacks: the models take a
-hundred times as long as either.
+uvicorn on h11, which limits the size of headers as its faster parser does not. The time it takes is
+small beside a model's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from types import FrameType
@@ -18,6 +19,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from clip_rt.errors import InputError
 from clip_rt.gateway.application import make_application
 from clip_rt.gateway.config import GatewayConfig
 from clip_rt.gateway.service import Service
@@ -45,11 +47,11 @@ def serve(config: GatewayConfig) -> None:
 async def _serve(config: GatewayConfig) -> None:
     service = Service(config)
     # First: what can be wrong with them is known before a server has loaded its models.
-    application = make_application(service)
+    settings = _configure(config, make_application(service))
     with contextlib.closing(_listen(config)) as listener:
         try:
             await service.open()
-            await _Server(_configure(config, application), service).serve([listener])
+            await _Server(settings, service).serve([listener])
         finally:
             await service.close()
 
@@ -62,7 +64,8 @@ def _listen(config: GatewayConfig) -> socket.socket:
     # back the body of each answer for 40 ms.
     listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # On Windows it would let two share a port.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError:
         listener.close()
@@ -71,7 +74,7 @@ def _listen(config: GatewayConfig) -> socket.socket:
 
 
 def _configure(config: GatewayConfig, application: Any) -> uvicorn.Config:
-    return uvicorn.Config(
+    settings = uvicorn.Config(
         application,
         http=_Protocol,
         ws="none",
@@ -87,6 +90,14 @@ def _configure(config: GatewayConfig, application: Any) -> uvicorn.Config:
         ssl_certfile=config.certificate,
         ssl_keyfile=config.private_key,
     )
+    try:
+        settings.load()
+    except OSError as error:
+        raise InputError(
+            f"TLS cannot be spoken with the certificate {config.certificate} and the key "
+            f"{config.private_key}: {error}."
+        ) from error
+    return settings
 
 
 class _Server(uvicorn.Server):

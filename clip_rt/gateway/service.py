@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import re
 import time
 from collections.abc import Awaitable, Sequence
@@ -19,11 +21,18 @@ from clip_rt.async_client import AsyncClient
 from clip_rt.classification.zero_shot import Scores
 from clip_rt.client import Client
 from clip_rt.embedding import find_dimensions
-from clip_rt.errors import ClipRTError, ContractError, InputError, UnknownModelError
+from clip_rt.errors import (
+    ClipRTError,
+    ContractError,
+    InputError,
+    ServerOverloadedError,
+    UnknownModelError,
+)
 from clip_rt.gateway.config import GatewayConfig
-from clip_rt.gateway.pictures import Pictures, is_data_uri
-from clip_rt.gateway.problems import ProblemError, find_problem
+from clip_rt.gateway.pictures import ImageSource, is_data_uri
+from clip_rt.gateway.problems import RETRY_AFTER_S, ProblemError, find_problem
 from clip_rt.inputs.decoding import MAX_BYTES
+from clip_rt.inputs.prompts import find_templates
 from clip_rt.specs import slug
 from clip_rt.wire import canary
 
@@ -33,6 +42,10 @@ _NUMBERED = re.compile(r"^(image|text) \d+")
 CHECK_EVERY_S = 2.0
 """An answer of the health check serves all who ask within that time."""
 CHECK_TIMEOUT_S = 5.0
+MAX_CHECK_WAIT_S, MAX_CHECK_AGE_S = 0.5, 10.0
+"""After that time a health check is answered by what was last found, unless that is so old."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,9 @@ class Service:
         self.is_draining = False
         self._clients: dict[str, AsyncClient] = {}
         self._names: dict[str, str] = {}
-        self._pictures = Pictures(config.image_host, max_bytes=MAX_BYTES)
-        self._checking = asyncio.Lock()
-        self._checked: tuple[float, dict[str, str]] = (0.0, {})
+        self._images = ImageSource(config.image_host, max_bytes=MAX_BYTES)
+        self._checking: asyncio.Task[dict[str, str]] | None = None
+        self._checked_s, self._problems = -math.inf, dict[str, str]()
 
     async def open(self) -> None:
         """Find the models, starting a server of its own where none is named.
@@ -82,7 +95,7 @@ class Service:
                     model=missing[0] if missing else None,
                     known=found,
                 )
-            for name in self.config.model or found:
+            for name in dict.fromkeys(self.config.model or found):
                 mine = AsyncClient(
                     list(self.config.url) or None,
                     repository=self.config.repository,
@@ -99,10 +112,16 @@ class Service:
                 self._clients[manifest.model] = mine
                 self._names |= {each: manifest.model for each in (slug(name), manifest.model)}
         for alias, name in self.config.alias.items():
-            self._names[alias] = self.find_name(name)
+            if name not in self._names:
+                raise InputError(
+                    f"--alias {alias[:80]!r} stands for {name[:80]!r}, which is no model here; "
+                    f"there is {', '.join(self.names)}."
+                )
+            self._names[alias] = self._names[name]
 
     async def close(self) -> None:
         """Hang up, and end a server of its own."""
+        await self._images.close()
         for client in self._clients.values():
             await client.close()
 
@@ -115,16 +134,17 @@ class Service:
         """Return the model that a request means; the default one if it names none.
 
         Raises:
-            UnknownModelError: there is no such model.
+            ProblemError: there is no such model.
         """
         if not name:
             return self.names[0]
         if found := self._names.get(name):
             return found
-        raise UnknownModelError(
-            f"there is no model {name[:80]!r} here; there is {', '.join(self.names)}.",
-            model=name[:80],
-            known=self.names,
+        raise ProblemError(
+            f"There is no model {name[:80]!r} here; there is {', '.join(self.names)}.",
+            status=HTTPStatus.NOT_FOUND,
+            code="model_not_found",
+            param="model",
         )
 
     async def embed(
@@ -144,7 +164,7 @@ class Service:
         Raises:
             ProblemError: an item, or the model, cannot be used.
         """
-        found = self._find(name)
+        found = self.find_name(name)
         self._check_number(len(items))
         client = self._clients[found]
         if dimensions is not None:
@@ -159,7 +179,7 @@ class Service:
             return rows, timings.counts.get("tokens", 0)
 
         async def embed_images(images: Sequence[Item]) -> tuple[NDArray[np.float32], int]:
-            content = [await self._read(each) for each in images]
+            content = await self._read_all(images)
             return await client.encode_images(content, dimensions=dimensions), 0
 
         works: list[tuple[list[int], Awaitable[tuple[NDArray[np.float32], int]]]] = []
@@ -167,7 +187,23 @@ class Service:
             works.append((indices, embed_texts([items[index].text or "" for index in indices])))
         if indices := [index for index, item in enumerate(items) if item.text is None]:
             works.append((indices, embed_images([items[index] for index in indices])))
-        answers = await asyncio.gather(*(_located(work, items, each) for each, work in works))
+        is_mixed = len(works) > 1
+        before = (await client.manifest()).fingerprint if is_mixed else ""
+        tasks = [asyncio.ensure_future(_located(work, items, each)) for each, work in works]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            # One that fails leaves nothing at work.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if is_mixed and (await client.manifest()).fingerprint != before:
+            raise ProblemError(
+                "The model was replaced while texts and images were embedded. Send them again.",
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+                code="model_replaced",
+                retry_after_s=RETRY_AFTER_S,
+            )
         dim = answers[0][0].shape[1]
         rows = np.empty((len(items), dim), np.float32)
         for (indices, _), (part, _) in zip(works, answers, strict=True):
@@ -186,20 +222,28 @@ class Service:
         Raises:
             ProblemError: an image, a label, a template or the model cannot be used.
         """
-        found = self._find(name)
-        self._check_number(len(images))
+        found = self.find_name(name)
+        self._check_number(len(images), "images")
+        if not labels:
+            raise ProblemError("The request has no labels.", param="labels")
+        if len(labels) > self.config.max_labels:
+            raise _too_many("labels", len(labels), self.config.max_labels, "labels")
         client = self._clients[found]
+        try:
+            find_templates(templates)
+        except InputError as error:
+            raise find_problem(error, "templates") from error
         try:
             # Apart from the images, so that an index in an error is of a label.
             await client.class_embeddings(labels, templates=templates)
         except InputError as error:
-            param = "templates" if error.index is None else f"labels[{error.index}]"
+            param = "labels" if error.index is None else f"labels[{error.index}]"
             raise find_problem(error, param) from error
         except ClipRTError as error:
             raise find_problem(error) from error
 
         async def score() -> Scores:
-            content = [await self._read(each) for each in images]
+            content = await self._read_all(images)
             return await client.zero_shot(content, labels, templates=templates)
 
         return found, await _located(score(), images, range(len(images)))
@@ -208,40 +252,74 @@ class Service:
         """Have every model embed what its answer is known of; return what is wrong, by model."""
         if self.is_draining:
             return dict.fromkeys(self.names, "shutting down")
-        async with self._checking:
-            checked_s, found = self._checked
-            if time.monotonic() - checked_s < CHECK_EVERY_S:
-                return found
+        age_s = time.monotonic() - self._checked_s
+        if age_s < CHECK_EVERY_S:
+            return self._problems
+        if self._checking is None:
+            self._checking = asyncio.ensure_future(self._check_all())
+        checking = asyncio.shield(self._checking)
+        if age_s > MAX_CHECK_AGE_S:
+            return await checking
+        try:
+            return await asyncio.wait_for(checking, MAX_CHECK_WAIT_S)
+        # Under load its turn comes late; what was found last is young enough.
+        except asyncio.TimeoutError:
+            return self._problems
+
+    async def _check_all(self) -> dict[str, str]:
+        try:
             found = {
                 name: problem
                 for name, client in self._clients.items()
                 if (problem := await _check(client))
             }
-            self._checked = time.monotonic(), found
+            self._checked_s, self._problems = time.monotonic(), found
             return found
+        finally:
+            self._checking = None
 
-    def _find(self, name: str | None) -> str:
-        try:
-            return self.find_name(name)
-        except UnknownModelError as error:
-            raise find_problem(error) from error
-
-    def _check_number(self, number: int) -> None:
+    def _check_number(self, number: int, param: str = "input") -> None:
         if not number:
-            raise ProblemError("The request holds nothing to embed.", param="input")
+            raise ProblemError("The request holds nothing to embed.", param=param)
         if number > self.config.max_items:
-            raise ProblemError(
-                f"The request holds {number} items; {self.config.max_items} are the most. Send "
-                "them in several requests.",
-                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                code="too_many_items",
-                param="input",
-            )
+            raise _too_many("items", number, self.config.max_items, param)
 
-    async def _read(self, item: Item) -> bytes:
-        if isinstance(item.image, bytes):
-            return item.image
-        return await self._pictures.read(item.image or "", item.param)
+    async def _read_all(self, items: Sequence[Item]) -> list[bytes]:
+        """Return the bytes of images; those that are fetched are fetched a few at a time."""
+        room_bytes = self.config.max_body_bytes
+
+        async def read(item: Item) -> bytes:
+            nonlocal room_bytes
+            if isinstance(item.image, bytes):
+                return item.image
+            content = await self._images.read(item.image or "", item.param)
+            room_bytes -= len(content)
+            if room_bytes < 0:
+                raise ProblemError(
+                    f"The images together are larger than {self.config.max_body_mib:g} MiB. Send "
+                    "them in several requests.",
+                    status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    code="request_too_large",
+                    param=item.param,
+                )
+            return content
+
+        tasks = [asyncio.ensure_future(read(each)) for each in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _too_many(what: str, number: int, limit: int, param: str) -> ProblemError:
+    return ProblemError(
+        f"The request holds {number} {what}; {limit} are the most. Send them in several requests.",
+        status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        code="too_many_items",
+        param=param,
+    )
 
 
 def read_item(text: str, param: str, *, is_image: bool = False) -> Item:
@@ -272,14 +350,17 @@ async def _check(client: AsyncClient) -> str:
     try:
         manifest = await client.manifest()
         (image,) = await client.encode_images(canary.draw_image(), timeout_s=CHECK_TIMEOUT_S)
-        (text,) = await client.encode_texts(canary.TEXT, timeout_s=CHECK_TIMEOUT_S)
+        (text,) = await client.encode_texts(canary.TEXT, truncate=True, timeout_s=CHECK_TIMEOUT_S)
         if manifest.canary is None:
             return ""
         cosines, min_cosine = canary.compare(manifest.canary, image=image, text=text)
         if min(cosines.values()) < min_cosine:
             return "embeddings differ from those of the export"
+    except ServerOverloadedError:
+        return ""  # It is at work.
     except ContractError as error:
-        return str(error)
+        _log.warning("%s", error)
+        return "the server has another model than it should"
     except ClipRTError as error:
         return find_problem(error).message
     return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import http.server
 import io
+import ipaddress
 import json
 import os
 import random
@@ -33,6 +35,8 @@ from PIL import Image
 import clip_rt
 from clip_rt.errors import InputError
 from clip_rt.gateway.config import GatewayConfig
+from clip_rt.gateway.pictures import ImageSource, _is_public
+from clip_rt.gateway.problems import ProblemError
 
 pytestmark = pytest.mark.slow
 
@@ -239,15 +243,18 @@ def test_labels_are_ranked_as_the_client_does(caller, client):
     ("change", "param"),
     [
         ({"labels": ["red", ""]}, "labels[1]"),
-        ({"labels": []}, None),
-        ({"templates": ["no slot"]}, "labels[0]"),
+        ({"labels": []}, "labels"),
+        ({"labels": ["a"] * 10_001}, "labels"),
+        ({"templates": ["no slot"]}, "templates"),
         ({"images": ["AAAA"]}, "images[0]"),
-        ({"images": []}, "input"),
+        ({"images": []}, "images"),
+        ({"top_k": -3}, "top_k"),
     ],
 )
 def test_what_cannot_be_classified_is_named(caller, change, param):
     body = {"images": [data_uri(png())], "labels": ["red", "blue"]} | change
-    error_of(caller.post("/v1/classify", json=body))
+    status = 413 if len(body["labels"]) > 10_000 else 400
+    assert error_of(caller.post("/v1/classify", json=body), status)["param"] == param
 
 
 def test_immich_gets_a_vector_as_a_string(caller, client):
@@ -334,14 +341,17 @@ def test_metrics_and_a_description_are_there(caller):
     embed(caller, "red")
     metrics = caller.get("/metrics").text
     assert 'clip_rt_http_request_seconds_count{path="/v1/embeddings",status="200"}' in metrics
-    assert "clip_rt_http_requests_at_work 0.0" in metrics
+    assert "clip_rt_http_requests_in_flight 0.0" in metrics
     assert 'clip_rt_call_seconds_count{method="encode_texts"}' in metrics
     described = caller.get("/openapi.json").json()
     schema = described["components"]["schemas"]["EmbeddingsRequest"]
     assert {"input", "encoding_format", "dimensions"} <= set(schema["properties"])
     assert described["paths"]["/predict"]["post"]["summary"]
     assert error_of(caller.get("/nowhere"), 404)["code"] == "not_found"
-    error_of(caller.get("/v1/embeddings"), 405)
+    answer = caller.get("/v1/embeddings")
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["Allow"] == "POST"
+    assert caller.get("/ping/").status_code == 404
 
 
 def test_dimensions_are_those_a_model_was_trained_for(start, caller, tmp_path):
@@ -391,6 +401,37 @@ def test_tls_is_spoken_with_a_certificate(start, repository, server, tmp_path):
         assert embed(caller, "red").status_code == 200
 
 
+def test_tokens_that_are_there_and_empty_let_nobody_in(repository):
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_rt", "gateway", "--repository", str(repository)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"CLIP_RT_TOKENS": ""},
+    )
+    assert done.returncode == 1
+    assert "$CLIP_RT_TOKENS holds no token" in done.stderr
+
+
+def test_base64_may_have_lines(caller, client):
+    body = {"input": base64.encodebytes(png("blue")).decode(), "modality": "image"}
+    answer = vectors(caller.post("/v1/embeddings", json=body))
+    np.testing.assert_array_equal(answer, client.encode_images([png("blue")]))
+
+
+def test_models_run_in_the_gateways_own_process(start, repository, client):
+    gateway = start("--repository", repository, "--server", "in_process")
+    with gateway.client() as caller:
+        answer = vectors(embed(caller, ["red", data_uri(png())]))
+        assert caller.get("/health/ready").status_code == 200
+    expected = np.concatenate([client.encode_texts("red"), client.encode_images([png()])])
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+    assert not find_processes("tritonserver", gateway.process.pid)
+    assert gateway.end() == 0
+
+
 def test_a_server_of_its_own_serves_all_models_and_ends_with_it(start, tmp_path):
     repository = tiny_repository.write(tmp_path / "models")
     tiny_repository.write(repository, "other")
@@ -429,9 +470,10 @@ def test_health_is_false_while_the_server_is_away_and_true_afterwards(start, tmp
         assert caller.get("/health/ready").json() == {"status": "ok", "models": {"tiny": "ok"}}
         os.kill(stub, signal.SIGSTOP)
         try:
-            time.sleep(2.1)  # Beyond the answer that is kept.
-            answer = caller.get("/health/ready")
-            assert answer.status_code == 503
+            deadline_s = time.monotonic() + 20
+            while (answer := caller.get("/health/ready")).status_code != 503:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.5)
             assert "tiny" in answer.json()["models"]
             assert caller.get("/health/live").status_code == 200
         finally:
@@ -462,7 +504,7 @@ def test_more_requests_than_there_may_be_are_refused_at_once(start, tmp_path):
     repository = tiny_repository.write(
         tmp_path / "models", queue_policy="max_queue_delay_microseconds: 1000000"
     )
-    gateway = start("--repository", repository, "--max-queue", 2)
+    gateway = start("--repository", repository, "--max-concurrent-requests", 2)
     with gateway.client() as caller, concurrent.futures.ThreadPoolExecutor(8) as pool:
 
         def ask(_: int) -> tuple[int, str, float]:
@@ -525,7 +567,94 @@ def test_a_caller_that_goes_away_is_not_worked_for(start, tmp_path):
         while 'status="499"' not in (metrics := caller.get("/metrics").text):
             assert time.monotonic() < deadline_s, metrics
             time.sleep(0.1)
-        assert "clip_rt_http_requests_at_work 0.0" in metrics
+        assert "clip_rt_http_requests_in_flight 0.0" in metrics
+
+
+class _Pictures(http.server.BaseHTTPRequestHandler):
+    """Answers by path: an image, a redirect, one that is compressed, and one without end."""
+
+    def do_GET(self) -> None:
+        self.server.hosts.append(self.headers["Host"])
+        content, headers = png("blue"), {}
+        if self.path == "/moved":
+            headers["Location"] = "/image"
+        elif self.path == "/packed":
+            content, headers = zlib.compress(bytes(10**6)), {"Content-Encoding": "deflate"}
+        elif self.path == "/large":
+            content = bytes(200_000)
+        self.send_response(302 if self.path == "/moved" else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def pictures() -> Iterator[http.server.HTTPServer]:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Pictures) as server:
+        server.hosts = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(timeout=60)
+
+
+async def fetch(url: str, *, max_bytes: int = 100_000) -> bytes:
+    source = ImageSource(["images.example"], max_bytes=max_bytes)
+    try:
+        return await source.read(url, "input[3]")
+    finally:
+        await source.close()
+
+
+def test_an_image_is_fetched_from_the_address_that_was_checked(pictures, monkeypatch):
+    """Addresses of this machine are public here: no other is to be had."""
+    asked = []
+
+    async def resolve(loop: object, host: str, port: int, **_: object) -> list[object]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr("asyncio.BaseEventLoop.getaddrinfo", resolve)
+    url = f"http://images.example:{pictures.server_port}"
+    with pytest.raises(ProblemError, match="in a private network") as refused:
+        asyncio.run(fetch(f"{url}/image"))
+    assert (refused.value.param, refused.value.code) == ("input[3]", "url_not_allowed")
+    assert pictures.hosts == []
+    monkeypatch.setattr("clip_rt.gateway.pictures._is_public", lambda address: True)
+    assert asyncio.run(fetch(f"{url}/image")) == png("blue")
+    assert pictures.hosts == [f"images.example:{pictures.server_port}"]
+    for path, words in (("moved", "answers 302"), ("packed", "deflate"), ("large", "larger than")):
+        with pytest.raises(ProblemError, match=words):
+            asyncio.run(fetch(f"{url}/{path}"))
+    assert set(asked) <= {"images.example", "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "is_public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("fe80::1", False),
+    ],
+)
+def test_only_public_addresses_are_asked(address, is_public):
+    assert _is_public(ipaddress.ip_address(address)) == is_public
 
 
 def bomb() -> bytes:
@@ -597,7 +726,9 @@ def test_hostile_requests_get_4xx_and_nothing_else(gateway):
         ({"certificate": Path("x")}, "go together"),
         ({"port": 70_000}, "within 0 and 65535"),
         ({"max_items": 0}, "--max-items is 0"),
-        ({"max_queue": -1}, "--max-queue is -1"),
+        ({"max_concurrent_requests": 0}, "--max-concurrent-requests is 0"),
+        ({"timeout_s": float("inf")}, "--timeout-s is inf"),
+        ({"image_host": ("https://a",)}, "no name of a host"),
         ({"drain_s": -1.0}, "--drain-s is -1"),
     ],
 )

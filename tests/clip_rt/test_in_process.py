@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +88,52 @@ def test_only_the_tower_that_is_asked_is_loaded(tmp_path):
         assert client.encode_texts("blue").shape == (1, 8)
 
 
-def test_clients_of_one_process_share_what_is_loaded(local, repository, caplog):
+def test_clients_of_one_process_share_what_is_loaded(tmp_path, caplog):
+    repository = tiny_repository.write(tmp_path)
     caplog.set_level("INFO", "clip_rt.in_process")
-    local.encode_texts("red")
-    with clip_rt.Client(repository=str(repository), server="in_process") as other:
-        other.encode_texts("red")
+    with (
+        clip_rt.Client(repository=repository, server="in_process") as first,
+        clip_rt.Client(repository=str(repository), server="in_process") as second,
+    ):
+        for client in (first, second, first):
+            client.encode_texts("red")
     names = [each.getMessage().split()[0] for each in caplog.records]
-    assert names.count("tiny_text") <= 1
+    assert names.count("tiny_text") == 1
+
+
+def test_a_tower_that_was_replaced_meanwhile_is_not_mixed_with_the_other(tmp_path):
+    repository = tiny_repository.write(tmp_path)
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        client.encode_images(IMAGES)
+        for tower in ("image", "text"):
+            config = repository / f"tiny_{tower}/config.pbtxt"
+            config.write_text(config.read_text().replace("a" * 64, "b" * 64))
+        with pytest.raises(ServerStartError, match="tiny_text was replaced in its repository"):
+            client.encode_texts("red")
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        assert client.encode_texts("red").shape == (1, 8)
+        assert client.manifest.fingerprint == "b" * 64
+
+
+def test_what_the_environment_names_is_not_asked_where_models_are_to_run_here(
+    repository, monkeypatch
+):
+    monkeypatch.setenv("CLIP_RT_URL", "127.0.0.1:1")
+    monkeypatch.setenv("CLIP_RT_REPOSITORY", str(repository))
+    with clip_rt.Client(server="in_process") as client:
+        assert client.encode_texts("red").shape == (1, 8)
+    with pytest.raises(InputError, match="url and server='in_process' exclude each other"):
+        clip_rt.Client("127.0.0.1:1", server="in_process")
+
+
+def test_a_machine_without_file_locks_or_users_runs_models(tmp_path, monkeypatch):
+    """As Windows is, whose module os lacks these."""
+    for name in ("getuid", "O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW", "sched_getaffinity"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    repository = tiny_repository.write(tmp_path)
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        assert client.encode_texts("red").shape == (1, 8)
 
 
 def test_many_threads_get_what_each_asked_for(local):
@@ -153,6 +194,21 @@ def test_a_closed_client_says_so(local):
     local.close()
     with pytest.raises(ClientClosedError):
         local.encode_texts("red")
+
+
+def test_a_call_under_way_ends_when_its_client_is_closed(tmp_path):
+    repository = tiny_repository.write(tmp_path)
+    model = repository / "tiny_text/1/model.onnx"
+    model.unlink()
+    os.mkfifo(model)
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(client.encode_texts, "red")
+            time.sleep(0.5)
+            client.close()
+            assert isinstance(call.exception(timeout=5), ClientClosedError)
+        with open(model, "wb") as pipe:
+            pipe.write(b"none")
 
 
 def test_what_is_not_there_is_said(tmp_path, repository):

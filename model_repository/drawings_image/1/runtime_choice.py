@@ -43,6 +43,8 @@ LOCK_TIMEOUT_S = 20.0
 END_BYTES = 2**20
 MAX_ENTRIES = 256
 MAX_ENTRY_BYTES = 16_384
+_NONBLOCK, _CLOEXEC = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_CLOEXEC", 0)
+"""Windows has neither."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,9 @@ def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
         Whether it is locked: False when somebody else was at it for `timeout_s`, None where neither
         folder can be written. Better not measure then.
     """
+    if not hasattr(os, "getuid"):  # Not on Windows, which locks files otherwise.
+        yield None
+        return
     descriptor = None
     shared = Path(tempfile.gettempdir()) / f"clip_rt-runtimes-{os.getuid()}.lock"
     for file in (folder / "lock", shared) if folder is not None else (shared,):
@@ -272,7 +277,7 @@ def _read(file: Path) -> tuple[str, Choice] | None:
     """Return an entry's model and choice; None unless all of it is as `remember` writes it."""
     try:
         # Not waiting for whoever may write into what is no file.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        with open(os.open(file, os.O_RDONLY | _NONBLOCK | _CLOEXEC), "rb") as opened:
             entry = json.loads(opened.read(MAX_ENTRY_BYTES))
         name, runtime, times_ms = entry["model"], entry["runtime"], entry["times_ms"]
         choice = Choice(runtime, {each: float(times_ms[each]) for each in RUNTIMES})
