@@ -16,13 +16,10 @@ WORDS = (
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64}
 TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-# So large that an image processor on torchvision differs by more than a level.
 LARGE_PX = 224
-VISION = {**TOWER, "image_size": LARGE_PX, "patch_size": 112}
+"""So large that an image processor on torchvision differs by more than a level."""
 GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-SQUASH = {"size": {"height": LARGE_PX, "width": LARGE_PX}}
-CROP = {"size": {"shortest_edge": LARGE_PX}, "crop_size": SQUASH["size"]}
 
 
 @cache
@@ -191,9 +188,9 @@ def write_siglip(folder: Path) -> Path:
     )
 
 
-def write_family(folder: Path, family: str) -> Path:
+def write_family(folder: Path, family: str, *, side_px: int = SIDE_PX) -> Path:
     """Write a small model of a family of transformers, by its `model_type`."""
-    config, content, images = _families()[family]
+    config, content, images = _families(side_px)[family]
     return write_transformers(folder, config, _tokenizer(content), images)
 
 
@@ -218,17 +215,20 @@ def _text_tower(
     return {**TOWER, **ids, "max_position_embeddings": length, **others}
 
 
-def _families() -> dict[str, tuple[Any, str, Any]]:
+def _families(side_px: int) -> dict[str, tuple[Any, str, Any]]:
     import transformers as library
 
     joint = {"projection_dim": 24}
-    vision = {**VISION, **joint}
+    own = {**TOWER, "image_size": side_px, "patch_size": side_px // 2}
+    vision = {**own, **joint}
+    square = {"size": {"height": side_px, "width": side_px}}
+    cut = {"size": {"shortest_edge": side_px}, "crop_size": square["size"]}
     bert, gemma = word_piece(), sentencepiece_bpe()
-    crop, squash = library.CLIPImageProcessor(**CROP), library.SiglipImageProcessor(**SQUASH)
+    crop, squash = library.CLIPImageProcessor(**cut), library.SiglipImageProcessor(**square)
     return {
         "siglip": (
             library.SiglipConfig(
-                text_config=_text_tower(GEMMA, projection_size=32), vision_config=VISION
+                text_config=_text_tower(GEMMA, projection_size=32), vision_config=own
             ),
             gemma,
             squash,
@@ -243,7 +243,7 @@ def _families() -> dict[str, tuple[Any, str, Any]]:
         "chinese_clip": (
             library.ChineseCLIPConfig(text_config=_text_tower(BERT), vision_config=vision, **joint),
             bert,
-            library.ChineseCLIPImageProcessor(**SQUASH, do_center_crop=False),
+            library.ChineseCLIPImageProcessor(**square, do_center_crop=False),
         ),
         "altclip": (
             library.AltCLIPConfig(
@@ -258,12 +258,12 @@ def _families() -> dict[str, tuple[Any, str, Any]]:
         "blip": (
             library.BlipConfig(
                 text_config=_text_tower(BERT, encoder_hidden_size=32, sep_token_id=3),
-                vision_config=VISION,
+                vision_config=own,
                 image_text_hidden_size=24,
                 **joint,
             ),
             bert,
-            library.BlipImageProcessor(**SQUASH),
+            library.BlipImageProcessor(**square),
         ),
         "align": (
             library.AlignConfig(

@@ -32,7 +32,9 @@ FAMILIES = ("siglip", "metaclip_2", "chinese_clip", "altclip", "blip", "align")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_is_the_model_and_is_fed_as_its_processor_feeds_it(family, tmp_path):
-    folder = external_models.write_family(tmp_path / family, family)
+    folder = external_models.write_family(
+        tmp_path / family, family, side_px=external_models.LARGE_PX
+    )
     encoder = load_encoder(f"hf:{folder}", weights="openai")
     assert encoder.facts.name == f"hf:{family}"
     assert encoder.facts.context_length == LENGTH

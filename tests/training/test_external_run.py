@@ -235,9 +235,7 @@ def test_a_teacher_must_read_what_the_student_reads(named, table, tmp_path):
         tmp_path / "other", preprocessing={"mean": [0.1, 0.2, 0.3]}
     )
     asked = replace(asked, teacher_model=f"open_clip:{other}")
-    with pytest.raises(
-        InputError, match=r"must read the same images and texts, and (mean|side_px) differs"
-    ):
+    with pytest.raises(InputError, match=r"must read the same images and texts, and mean differs"):
         load_teacher(asked, student)
     main(config(named, table, tmp_path / "run", teacher="openai", teacher_model=named))
 
