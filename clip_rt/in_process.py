@@ -262,6 +262,7 @@ class _Repository:
 
 
 _has_loaded = _parent_has_loaded = False
+_of_parents: list[object] = []
 _lock = threading.Lock()
 _repositories: weakref.WeakValueDictionary[Path, _Repository] = weakref.WeakValueDictionary()
 
@@ -278,6 +279,7 @@ def _open_repository(folder: Path) -> _Repository:
 def _restart_in_child() -> None:
     """In a forked child: threads are gone, and what they may have locked is not to be used."""
     global _lock, _repositories, _parent_has_loaded
+    _of_parents.append(list(_repositories.values()))
     _parent_has_loaded = _has_loaded
     _lock, _repositories = threading.Lock(), weakref.WeakValueDictionary()
 
@@ -321,6 +323,8 @@ class InProcessTransport(Transport):
             self._models = None
 
     def _forget(self) -> None:
+        # Kept: its end would wait for locks that the parent's threads may have held.
+        _of_parents.append((self._models, self._pending))
         self._lock = threading.Lock()
         self._pending = set()
         self._models = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -279,6 +280,8 @@ def _load_onnx(model: ModelFile) -> Loaded:
 
 
 def _load_openvino(model: ModelFile) -> Loaded:
+    # Or it forks this process to send to its maker that it is used.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
     except ImportError as error:
