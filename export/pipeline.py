@@ -53,8 +53,9 @@ from training.dual_encoder import DualEncoder
 from training.encoders import encoder as encoder_module
 from training.encoders import of_open_clip, of_transformers
 from training.encoders.encoder import ExternalEncoder
-from training.encoders.find import RANDOM_WEIGHTS, is_external, load_encoder
+from training.encoders.find import RANDOM_WEIGHTS, is_external
 from training.evaluation.class_names import read_name_table
+from training.evaluation.embed import open_external
 from training.model import CLIP
 from training.weights.load import fingerprint, load_clip
 
@@ -109,15 +110,11 @@ def load_own(config: ExportConfig) -> CLIP:
 
 
 def _load_external(config: ExportConfig) -> ExternalEncoder:
-    if config.activation is not None:
-        raise InputError(
-            f"{config.model} has the activation of its configuration; leave --activation out. "
-            "open_clip has configurations of both, such as ViT-B-32-quickgelu."
-        )
     with stage("load the weights") as outcome:
-        encoder = load_encoder(
+        encoder = open_external(
             config.model,
-            weights=None if config.weights == RANDOM_WEIGHTS else config.weights,
+            config.weights,
+            activation=config.activation,
             tokenizer=config.tokenizer,
         )
         facts = encoder.facts

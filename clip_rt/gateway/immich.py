@@ -126,12 +126,11 @@ async def _pass_on(service: Service, request: Request, content: bytes) -> Respon
             param="entries",
         )
     try:
-        async with httpx.AsyncClient(timeout=service.config.timeout_s, trust_env=False) as client:
-            answer = await client.post(
-                f"{url.rstrip('/')}/predict",
-                content=content,
-                headers={"Content-Type": request.headers.get("content-type", "")},
-            )
+        answer = await service.http.post(
+            f"{url.rstrip('/')}/predict",
+            content=content,
+            headers={"Content-Type": request.headers.get("content-type", "")},
+        )
     except httpx.HTTPError as error:
         raise ProblemError(
             f"The server for other tasks does not answer: {type(error).__name__}.",

@@ -28,22 +28,21 @@ def is_data_uri(text: str) -> bool:
 
 
 class ImageSource:
-    """Reads the images of requests. To be closed.
+    """Reads the images of requests.
 
     Args:
+        client: That fetches them.
         hosts: Whose URLs are fetched.
         max_bytes: Largest image fetched.
     """
 
-    def __init__(self, hosts: Collection[str], *, max_bytes: int) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, hosts: Collection[str], *, max_bytes: int
+    ) -> None:
+        self._client = client
         self._hosts = frozenset(host.lower() for host in hosts)
         self._max_bytes = max_bytes
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
-        self._client = httpx.AsyncClient(timeout=FETCH_TIMEOUT_S, trust_env=False)
-
-    async def close(self) -> None:
-        """Close connections to hosts of images."""
-        await self._client.aclose()
 
     async def read(self, source: str, param: str) -> bytes:
         """Return the bytes of an image: a data URI, base64, or a URL of a host that is allowed.

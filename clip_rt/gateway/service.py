@@ -13,6 +13,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import TypeVar
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,7 +67,10 @@ class Service:
         self.is_draining = False
         self._clients: dict[str, AsyncClient] = {}
         self._names: dict[str, str] = {}
-        self._images = ImageSource(config.image_host, max_bytes=MAX_BYTES)
+        # One for all, because making one reads the certificates of this system.
+        self.http = httpx.AsyncClient(timeout=config.timeout_s, trust_env=False)
+        """Fetches images, and passes tasks on."""
+        self._images = ImageSource(self.http, config.image_host, max_bytes=MAX_BYTES)
         self._checking: asyncio.Task[dict[str, str]] | None = None
         self._checked_s, self._problems = -math.inf, dict[str, str]()
 
@@ -121,7 +125,7 @@ class Service:
 
     async def close(self) -> None:
         """Hang up, and end a server of its own."""
-        await self._images.close()
+        await self.http.aclose()
         for client in self._clients.values():
             await client.close()
 

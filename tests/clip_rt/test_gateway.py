@@ -605,11 +605,9 @@ def pictures() -> Iterator[http.server.HTTPServer]:
 
 
 async def fetch(url: str, *, max_bytes: int = 100_000) -> bytes:
-    source = ImageSource(["images.example"], max_bytes=max_bytes)
-    try:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        source = ImageSource(client, ["images.example"], max_bytes=max_bytes)
         return await source.read(url, "input[3]")
-    finally:
-        await source.close()
 
 
 def test_an_image_is_fetched_from_the_address_that_was_checked(pictures, monkeypatch):

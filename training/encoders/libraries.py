@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,18 @@ import torch
 from clip_rt.errors import CheckpointError
 
 _declared: list[Any] = []
+
+
+@contextlib.contextmanager
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Let whatever a library raises of files and names of others be a `CheckpointError`.
+
+    Their own checks are assertions, RuntimeErrors and what torch, timm and the hub raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
 
 
 def import_open_clip() -> Any:

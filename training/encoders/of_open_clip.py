@@ -5,9 +5,8 @@ Source: open_clip 3.3.0 `factory.py`, `transform.py`, `tokenizer.py`.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from clip_rt.specs import (
     Tokenization,
 )
 from training.encoders.encoder import ExternalEncoder, describe_configuration
-from training.encoders.libraries import import_open_clip
+from training.encoders.libraries import as_checkpoint_error, import_open_clip
 from training.encoders.tokenizer_source import find_tokenizer_file, pad_id_of, read_tokenizer_file
 
 PREFIX = "open_clip:"
@@ -72,7 +71,7 @@ def load_open_clip(
     preprocessing = None
     if folder is None:
         preprocessing = _find_preprocessing(open_clip, name, is_random=file is None)
-    with _as_checkpoint_error(f"open_clip cannot build {name}"):
+    with as_checkpoint_error(f"open_clip cannot build {name}"):
         model = open_clip.create_model(
             name if folder is None else f"{LOCAL}{folder}",
             pretrained=None if file is None else str(file),
@@ -158,15 +157,6 @@ class _Source:
 
     def tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
         return np.asarray(self.tokenizer(list(texts)))
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    # Its own checks are assertions, RuntimeErrors and whatever torch, timm and the hub raise.
-    except Exception as error:
-        raise CheckpointError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
 
 
 def _find_preprocessing(open_clip: Any, name: str, *, is_random: bool) -> dict[str, Any]:
@@ -271,7 +261,7 @@ def _tokenizer(
     if place is None and folder is not None and (folder / TOKENIZER_FILE).is_file():
         place = folder
     if not text.get("hf_tokenizer_name"):
-        with _as_checkpoint_error(f"open_clip has no tokenizer for {name}"):
+        with as_checkpoint_error(f"open_clip has no tokenizer for {name}"):
             return open_clip.get_tokenizer(name if folder is None else f"{LOCAL}{folder}")
     settings = dict(text.get("tokenizer_kwargs") or {})
     where = text["hf_tokenizer_name"]
@@ -281,7 +271,7 @@ def _tokenizer(
         if not (file.parent / "tokenizer_config.json").is_file():
             # A bare file, which transformers reads without a configuration beside it.
             return _from_file(open_clip, file, settings, text.get("context_length", 77))
-    with _as_checkpoint_error(
+    with as_checkpoint_error(
         f"the tokenizer {where} of {name} cannot be had; name its tokenizer.json with --tokenizer"
     ):
         return open_clip.tokenizer.HFTokenizer(

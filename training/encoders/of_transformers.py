@@ -5,8 +5,7 @@ Source: transformers 5.23.0 `models/{clip,siglip,metaclip_2,chinese_clip,align,a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from clip_rt.errors import CheckpointError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.specs import Channels, EncoderFacts, Resizing
 from training.encoders.encoder import ExternalEncoder, describe_configuration
-from training.encoders.libraries import import_transformers
+from training.encoders.libraries import as_checkpoint_error, import_transformers
 from training.encoders.tokenizer_source import pad_id_of, read_tokenizer_file
 
 PREFIX = "hf:"
@@ -49,7 +48,7 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
             encoder of its kind.
     """
     transformers = import_transformers()
-    with _as_checkpoint_error(f"transformers cannot read {folder}"):
+    with as_checkpoint_error(f"transformers cannot read {folder}"):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -62,7 +61,7 @@ def load_transformers(folder: Path, *, name: str, random: bool = False) -> Exter
     model_class = (
         transformers.BlipForImageTextRetrieval if family == "blip" else transformers.AutoModel
     )
-    with _as_checkpoint_error(f"transformers cannot build {name}"):
+    with as_checkpoint_error(f"transformers cannot build {name}"):
         if random:
             make = getattr(model_class, "from_config", None) or model_class._from_config
             model = make(config)
@@ -212,15 +211,6 @@ def _context_length(config: Any, family: str, tokenizer: Any) -> int:
     if family in _PROCESSOR_LENGTH:
         limits.append(_PROCESSOR_LENGTH[family])
     return min(limits)
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    # Whatever transformers, its hub and safetensors raise of files that are not theirs.
-    except Exception as error:
-        raise CheckpointError(f"{what}: {str(error)[:400] or type(error).__name__}") from error
 
 
 def _read_preprocessing(processor: Any, name: str) -> tuple[Resizing, int, Channels, Channels]:
