@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -96,16 +97,22 @@ def choose_source(
     return choose_repository()
 
 
+@functools.cache
+def _say_in_process() -> None:
+    """Say it once, however many clients there are."""
+    _log.warning(
+        "there is no embedded Triton here, so models run in this process; server='in_process' says "
+        "that it shall be so"
+    )
+
+
 def _is_in_process(kind: ServerKind) -> bool:
     """Return whether models run in this process; logged where the caller did not ask for it."""
     if kind != "auto":
         return kind == "in_process"
     if find_spec("pytriton") is not None:
         return False
-    _log.warning(
-        "there is no embedded Triton here, so models run in this process; server='in_process' says "
-        "that it shall be so"
-    )
+    _say_in_process()
     return True
 
 

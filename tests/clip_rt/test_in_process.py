@@ -235,8 +235,8 @@ def test_where_there_is_no_triton_it_is_taken_and_said_once(repository):
         )
         logging.basicConfig(format="%(message)s")
         import clip_rt
-        with clip_rt.Client(repository={str(repository)!r}) as client:
-            for _ in range(3):
+        for _ in range(3):
+            with clip_rt.Client(repository={str(repository)!r}) as client:
                 shape = client.encode_texts("red").shape
         print(json.dumps(shape))
     """
