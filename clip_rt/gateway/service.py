@@ -7,11 +7,10 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -80,17 +79,17 @@ class Service:
         Raises:
             ClipRTError: there is none, or one that is named is not there.
         """
-        make = partial(
-            Client,
-            list(self.config.url) or None,
-            repository=self.config.repository,
-            server=self.config.server,
-            timeout_s=self.config.timeout_s,
-            start_timeout_s=self.config.start_timeout_s,
-        )
-        with make() as client:
+        config = self.config
+        options: dict[str, Any] = {
+            "url": config.url or None,
+            "repository": config.repository,
+            "server": config.server,
+            "timeout_s": config.timeout_s,
+            "start_timeout_s": config.start_timeout_s,
+        }
+        with Client(**options) as client:
             found = await asyncio.to_thread(client.list_models)
-            missing = [name for name in self.config.model if slug(name) not in found]
+            missing = [name for name in config.model if slug(name) not in found]
             if missing or not found:
                 raise UnknownModelError(
                     f"the server has no model {missing[0]!r}; it has {', '.join(found) or 'none'}."
@@ -99,23 +98,16 @@ class Service:
                     model=missing[0] if missing else None,
                     known=found,
                 )
-            for name in dict.fromkeys(self.config.model or found):
-                mine = AsyncClient(
-                    list(self.config.url) or None,
-                    repository=self.config.repository,
-                    server=self.config.server,
-                    model=name,
-                    timeout_s=self.config.timeout_s,
-                    start_timeout_s=self.config.start_timeout_s,
-                )
+            for name in dict.fromkeys(config.model or found):
+                mine = AsyncClient(model=name, **options)
                 # Now, and not at the first request: it connects, and fetches the tokenizer.
                 manifest = await mine.manifest()
                 await mine.encode_texts(
-                    canary.TEXT, truncate=True, timeout_s=self.config.start_timeout_s
+                    canary.TEXT, truncate=True, timeout_s=config.start_timeout_s
                 )
                 self._clients[manifest.model] = mine
                 self._names |= {each: manifest.model for each in (slug(name), manifest.model)}
-        for alias, name in self.config.alias.items():
+        for alias, name in config.alias.items():
             if name not in self._names:
                 raise InputError(
                     f"--alias {alias[:80]!r} stands for {name[:80]!r}, which is no model here; "
@@ -193,14 +185,7 @@ class Service:
             works.append((indices, embed_images([items[index] for index in indices])))
         is_mixed = len(works) > 1
         before = (await client.manifest()).fingerprint if is_mixed else ""
-        tasks = [asyncio.ensure_future(_located(work, items, each)) for each, work in works]
-        try:
-            answers = await asyncio.gather(*tasks)
-        finally:
-            # One that fails leaves nothing at work.
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        answers = await _all(_located(work, items, each) for each, work in works)
         if is_mixed and (await client.manifest()).fingerprint != before:
             raise ProblemError(
                 "The model was replaced while texts and images were embedded. Send them again.",
@@ -308,13 +293,7 @@ class Service:
                 )
             return content
 
-        tasks = [asyncio.ensure_future(read(each)) for each in items]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await _all(map(read, items))
 
 
 def _too_many(what: str, number: int, limit: int, param: str) -> ProblemError:
@@ -331,6 +310,17 @@ def read_item(text: str, param: str, *, is_image: bool = False) -> Item:
     if is_image or is_data_uri(text):
         return Item(param, image=text)
     return Item(param, text=text)
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Await all at once; when one fails, the others are called off before that is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _located(
