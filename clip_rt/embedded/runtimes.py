@@ -134,7 +134,9 @@ def _load_fastest(model: ModelFile) -> Loaded:
     if choice is not None:
         reason = f"{choice}, measured at an earlier start"
     elif has_both and is_alone is None:
-        reason = "not measured: nothing can be locked here"
+        reason = "not measured: no folder can be written to for a lock"
+        if os.name != "posix":
+            reason = "not measured: files are not locked on this system"
     elif has_both:
         reason = "not measured: other models still were"
     order = sorted(LOADERS, key=lambda name: choice is not None and name != choice.runtime)

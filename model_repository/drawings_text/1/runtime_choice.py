@@ -234,9 +234,9 @@ def alone(folder: Path | None, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator
 
     Yields:
         Whether it is locked: False when somebody else was at it for `timeout_s`, None where neither
-        folder can be written. Better not measure then.
+        folder can be written, and on Windows. Better not measure then.
     """
-    if not hasattr(os, "getuid"):  # Not on Windows, which locks files otherwise.
+    if not hasattr(os, "getuid"):  # Windows has neither users by number nor these locks.
         yield None
         return
     descriptor = None
