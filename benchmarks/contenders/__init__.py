@@ -72,6 +72,14 @@ def _served(form: Form, what: str, engine: str, precision: findings.Precision = 
     return Entry(name, what, "served", f"{__name__}.triton", (form,), options, imports, precision)
 
 
+def _gateway(form: Form, what: str, precision: findings.Precision) -> Entry:
+    what = f"clip-rt gateway: OpenAI's embeddings over HTTP on loopback, on {what}"
+    imports = ("pytriton", "openvino", "starlette", "uvicorn")
+    name, options = f"gateway {form}", {"form": form}
+    module = f"{__name__}.gateway"
+    return Entry(name, what, "gateway", module, (form,), options, imports, precision)
+
+
 def _torch_based(name: str, what: str, need: Need) -> Entry:
     what = f"{what}, eager torch in FP32"
     return Entry(name, what, "peer", f"{__name__}.torch_based", (need,), {"package": name}, (name,))
@@ -96,6 +104,8 @@ _ENTRIES = (
     _served("onnxruntime", "ONNX Runtime", "onnxruntime"),
     _served("openvino", "OpenVINO in FP32", "openvino"),
     _served("int8", "OpenVINO in INT8", "openvino", "int8"),
+    _gateway("openvino", "OpenVINO in FP32", "fp32"),
+    _gateway("int8", "OpenVINO in INT8", "int8"),
     _runtime("tensorrt", "TensorRT FP16 engines on this GPU", "tensorrt", "tensorrt", "fp16"),
     _torch_based("open_clip", "open_clip with its own transform and tokenizer", "checkpoint"),
     _torch_based("transformers", "transformers' CLIPModel and CLIPProcessor", "hub"),

@@ -25,54 +25,33 @@ on the PATH or beside this Python.
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
-import httpx
-import numpy as np
-import psutil
-from numpy.typing import NDArray
-
-from benchmarks.contenders.implementation import Implementation, UnfitError, count_cores
+from benchmarks.contenders.implementation import UnfitError, count_cores
 from benchmarks.contenders.kit import Kit
-from benchmarks.findings import CallKind
+from benchmarks.contenders.openai_server import OpenAIServer
 
 VARIABLE = "CLIP_RT_INFINITY"
 START_LIMIT_S = 180.0
-ANSWER_LIMIT_S = 600.0
-END_LIMIT_S = 10.0
-PAUSE_S = 0.2
-IMAGES_PER_REQUEST, TEXTS_PER_REQUEST = 32, 2048
+LIMITS = {"image": 32, "text": 2048}
 """The most that it takes in one request."""
 
 
-class Infinity(Implementation):
-    """A server process of infinity, and HTTP clients, one for each thread, that keep alive.
-
-    Images go as base64 in data URIs, made beforehand; embeddings come back as base64, which is
-    what the OpenAI client asks for and quicker than numbers in JSON.
-    """
-
-    calls: frozenset[CallKind] = frozenset({"jpegs", "texts"})
+class Infinity(OpenAIServer):
+    """A server process of infinity."""
 
     def __init__(self, kit: Kit, executable: Path) -> None:
-        self._local = threading.local()
-        self._model = str(kit.hub)
         port = _find_free_port()
-        self._url = f"http://127.0.0.1:{port}"
-        threads = str(count_cores())
+        model, threads = str(kit.hub), str(count_cores())
         # In our group, so that it ends with us in any case; its log becomes ours.
-        self._server = subprocess.Popen(
+        server = subprocess.Popen(
             [
-                *(str(executable), "v2", "--model-id", self._model, "--engine", "torch"),
+                *(str(executable), "v2", "--model-id", model, "--engine", "torch"),
                 *("--device", "cpu", "--host", "127.0.0.1", "--port", str(port)),
             ],
             env=os.environ
@@ -85,67 +64,14 @@ class Infinity(Implementation):
             },
             stdin=subprocess.DEVNULL,
         )
+        url = f"http://127.0.0.1:{port}"
+        super().__init__(server, f"{url}/embeddings", model, LIMITS)
         try:
-            self._wait_until_ready()
+            self.wait_until_healthy(f"{url}/health", START_LIMIT_S)
             self.versions = _ask_versions(executable)
         except BaseException:
             self.close()
             raise
-
-    def prepare(self, call: CallKind, items: Any) -> Any:
-        """Make the bodies of the requests, as many as it takes."""
-        if call == "jpegs":
-            uris = [
-                f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}" for jpeg in items
-            ]
-            return _bodies(self._model, "image", uris, IMAGES_PER_REQUEST)
-        return _bodies(self._model, "text", items, TEXTS_PER_REQUEST)
-
-    def run(self, call: CallKind, prepared: Any) -> NDArray[np.float32]:
-        """Post one body after the other."""
-        if not hasattr(self._local, "client"):
-            self._local.client = httpx.Client(base_url=self._url, timeout=ANSWER_LIMIT_S)
-        client: httpx.Client = self._local.client
-        rows = []
-        for body in prepared:
-            response = client.post("/embeddings", json=body)
-            if response.is_error:
-                raise RuntimeError(f"HTTP {response.status_code}: {response.text[:500]}")
-            rows += [
-                np.frombuffer(base64.b64decode(each["embedding"]), "<f4")
-                for each in response.json()["data"]
-            ]
-        return np.stack(rows).astype(np.float32)
-
-    def pids(self) -> list[int]:
-        """Return the server and its children."""
-        try:
-            children = psutil.Process(self._server.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        return [self._server.pid, *(child.pid for child in children)]
-
-    def close(self) -> None:
-        """End the server."""
-        self._server.terminate()
-        try:
-            self._server.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait()
-
-    def _wait_until_ready(self) -> None:
-        deadline_s = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline_s:
-            if self._server.poll() is not None:
-                raise RuntimeError(f"the server ended with exit code {self._server.returncode}.")
-            try:
-                if httpx.get(f"{self._url}/health", timeout=5.0).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(PAUSE_S)
-        raise RuntimeError(f"the server was not ready in {START_LIMIT_S:g} s.")
 
 
 def find_executable(option: Path | None = None) -> Path | None:
@@ -157,18 +83,6 @@ def find_executable(option: Path | None = None) -> Path | None:
     beside = Path(sys.executable).with_name("infinity_emb")
     found = shutil.which("infinity_emb") or (str(beside) if beside.exists() else None)
     return None if found is None else Path(found).absolute()
-
-
-def _bodies(model: str, modality: str, inputs: list[str], size: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": model,
-            "modality": modality,
-            "encoding_format": "base64",
-            "input": inputs[start : start + size],
-        }
-        for start in range(0, len(inputs), size)
-    ]
 
 
 def _ask_versions(executable: Path) -> dict[str, str]:

@@ -34,6 +34,8 @@ COLOURS = {
     "triton onnxruntime": "#7fbcec",
     "triton openvino": "#2878c8",
     "triton int8": "#0b3c7d",
+    "gateway openvino": "#2fa39a",
+    "gateway int8": "#0f5f5a",
     "onnxruntime": "#c3c9f0",
     "openvino": "#8d97dc",
     "openvino int8": "#4a4fa8",

@@ -34,7 +34,7 @@ from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
 from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, acquired, console
 from benchmarks.serving.classifier import measure_cache, measure_classifier
-from benchmarks.serving.gateway import measure_gateway
+from benchmarks.serving.gateway import measure_overload
 from benchmarks.serving.images import (
     measure_jpeg,
     measure_large_jpeg,
@@ -42,6 +42,7 @@ from benchmarks.serving.images import (
     measure_overhead,
     measure_threads,
 )
+from benchmarks.serving.in_process import measure_in_process
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import InputError
 from clip_rt_commands import program
@@ -56,7 +57,8 @@ PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
     "classifier": measure_classifier,
     "cache": measure_cache,
     "merging": measure_merging,
-    "gateway": measure_gateway,
+    "in_process": measure_in_process,
+    "overload": measure_overload,
 }
 
 

@@ -42,6 +42,8 @@ TOP1_OF = {
     "triton openvino": SERVED,
     "triton onnxruntime": "onnxruntime",
     "triton int8": "openvino int8",
+    "gateway openvino": SERVED,
+    "gateway int8": "openvino int8",
 }
 """Whose right answers count for those that are served. Triton takes OpenVINO when it may choose;
 the others run the same files with the same settings as the engine called directly."""

@@ -5,9 +5,9 @@ The stack is the client, Triton and the engine that Triton is given by default.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.findings import Bar, CallKind, Level, Peaks, Row, at_least
+from benchmarks.findings import Bar, CallKind, Level, Peaks, Row, at_least, at_most
 from benchmarks.suites.cases import NUM_CLASSES
 
 MODEL = "ViT-B/32"
@@ -39,6 +39,13 @@ RATES: Sequence[tuple[str, CallKind, int, str, float]] = (
     ("32 short texts", "texts", 32, FP32, 1.2),
 )
 """What, call, items, contender, and how many times infinity's rate it shall answer at least."""
+GATEWAYS = {FP32: "gateway openvino", INT8: "gateway int8"}
+"""HTTP in front of each."""
+GATEWAY_CLIENTS = 16
+GATEWAY_SHARE, GATEWAY_ADDED_MS = 0.9, 3.0
+"""Of the client's rate at `GATEWAY_CLIENTS`; what one JPEG may take longer."""
+GATEWAY_RATES = {FP32: 1.5, INT8: 4.0}
+"""How many times infinity's rate it shall answer at least."""
 SHARE_OF_LIMIT = 0.90
 
 
@@ -64,15 +71,17 @@ def find_bars(
             what = f"{suite}, {case}, {WHAT[contender]}: times {BASELINE}"
             bars.append(at_least(what, row.speed.median, limit))
     answered = {
-        (level.contender, level.call, level.items): level.answered_per_s
+        (level.contender, level.call, level.items, level.num_clients): level.answered_per_s
         for level in levels
-        if level.num_clients == CLIENTS
     }
     for name, call, items, contender, limit in RATES:
-        ours, theirs = (answered.get((each, call, items)) for each in (contender, INFINITY))
+        ours, theirs = (
+            answered.get((each, call, items, CLIENTS)) for each in (contender, INFINITY)
+        )
         if ours is not None and theirs:
             what = f"{name}, {CLIENTS} clients, {WHAT[contender]}: times {INFINITY}"
             bars.append(at_least(what, ours / theirs, limit))
+    bars += _find_gateway_bars(found, answered)
     batch = found.get(("image", "batch 32", FP32))
     if batch is not None and batch.flop_per_item is not None:
         # Rows are held to the highest rate at any shape, of their own rounds; this one to the rate
@@ -81,4 +90,29 @@ def find_bars(
         share = gflop_per_s / peaks.gemm_fp32_model_gflop_per_s.median
         what = "image, batch 32, FP32: share of the FP32 GEMM rate at its own shapes"
         bars.append(at_least(what, share, SHARE_OF_LIMIT))
+    return bars
+
+
+def _find_gateway_bars(
+    rows: Mapping[tuple[str, str, str], Row],
+    answered_per_s: Mapping[tuple[str, CallKind, int, int | None], float],
+) -> list[Bar]:
+    """Hold HTTP to the client behind it, and to infinity."""
+    bars = []
+    for contender, gateway in GATEWAYS.items():
+        alone, by_http = (rows.get(("jpeg", "1 of 640x480", name)) for name in (contender, gateway))
+        if alone is not None and by_http is not None:
+            added_ms = by_http.time_ms.median - alone.time_ms.median
+            what = f"one JPEG by HTTP, {WHAT[contender]}: ms added to the client"
+            bars.append(at_most(what, added_ms, GATEWAY_ADDED_MS))
+        mine, clients, theirs = (
+            answered_per_s.get((name, "jpegs", 1, GATEWAY_CLIENTS))
+            for name in (gateway, contender, INFINITY)
+        )
+        what = f"single JPEGs by HTTP, {GATEWAY_CLIENTS} clients, {WHAT[contender]}"
+        if mine is not None and clients:
+            bars.append(at_least(f"{what}: of the client", mine / clients, GATEWAY_SHARE))
+        if mine is not None and theirs:
+            limit = GATEWAY_RATES[contender]
+            bars.append(at_least(f"{what}: times {INFINITY}", mine / theirs, limit))
     return bars

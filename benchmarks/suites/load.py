@@ -130,7 +130,7 @@ def served(bench: Bench, case: Case) -> list[str]:
     return [
         name
         for name in bench.admit(case)
-        if bench.contenders[name].facts.kind == "served" or name == INFINITY
+        if bench.contenders[name].facts.kind in ("served", "gateway") or name == INFINITY
     ]
 
 
