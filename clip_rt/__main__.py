@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,16 +19,28 @@ from clip_rt_commands.errors import command
 _OneOf = tyro.conf.create_mutex_group(required=False, title="one of")
 
 
-def serve(*, repository: str, port: int = 8001, start_timeout_s: float = START_TIMEOUT_S) -> int:
+def serve(
+    *,
+    repository: str,
+    port: int = 8001,
+    start_timeout_s: float = START_TIMEOUT_S,
+    idle_unload_s: float = math.inf,
+) -> int:
     """Run a Triton over a repository in the foreground.
 
     Args:
         repository: Folder of models.
         port: Of 127.0.0.1; 0 is any free one.
         start_timeout_s: To load the models in.
+        idle_unload_s: A tower that was not asked for so long gives its memory back, and is loaded
+            again when it is asked.
     """
+    from clip_rt.embedded import runtimes
     from clip_rt.embedded.foreground import serve
 
+    if not idle_unload_s > 0:
+        raise InputError(f"--idle-unload-s is {idle_unload_s}; it must be above 0.")
+    runtimes.set_idle_unload_s(idle_unload_s)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         serve(repository, url=f"127.0.0.1:{port}", start_timeout_s=start_timeout_s)

@@ -32,7 +32,7 @@ import tyro
 from benchmarks.findings import Bar
 from benchmarks.record import ROOT, describe_bar, save
 from benchmarks.report.terminal import bar_table
-from benchmarks.serving.bench import BATCH_ROWS, INT8, Bench, Found, acquired, console
+from benchmarks.serving.bench import BATCH_ROWS, FP16_WEIGHTS, INT8, Bench, Found, acquired, console
 from benchmarks.serving.classifier import measure_cache, measure_classifier
 from benchmarks.serving.gateway import measure_overload
 from benchmarks.serving.images import (
@@ -63,13 +63,13 @@ PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
 
 
 def export(repository: Path, model: str, cache_folder: Path) -> None:
-    """Publish `model` in FP32 and in INT8, each with the command that anyone would use.
+    """Publish `model` in FP32 and its other forms, each with the command that anyone would use.
 
     Another process each time: torch shall not be in the one that is measured.
     """
     common = ["--model", model, "--weights", "random", "--repository", str(repository)]
     common += ["--max-batch-size", str(BATCH_ROWS), "--cache", str(cache_folder)]
-    for extra in [], ["--precision", "int8", "--name", INT8]:
+    for extra in [], *(["--precision", name, "--name", name] for name in (FP16_WEIGHTS, INT8)):
         command = [sys.executable, "-m", "export.onnx", *common, *extra]
         subprocess.run(command, cwd=ROOT, check=True)
 

@@ -26,8 +26,8 @@ from benchmarks.contenders.runtimes import Encode, load_onnxruntime, load_openvi
 from benchmarks.timing import take_rounds, time_once, way_of
 from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
-INT8 = "int8"
-"""Name under which the INT8 form of the model is served."""
+INT8, FP16_WEIGHTS = "int8", "fp16_weights"
+"""Precisions, and the names under which these forms of the model are served."""
 TIMEOUT_S = 3600.0
 START_TIMEOUT_S = 300.0
 MAX_DIFFERENCE = 1e-4
@@ -48,7 +48,7 @@ class Bench:
     """What is measured, and how much of it."""
 
     repository: Path
-    """Holds `model` in FP32 and `INT8`."""
+    """Holds `model` in FP32, and its other forms."""
     scratch: Path
     """For caches."""
     model: str

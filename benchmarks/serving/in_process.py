@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.findings import Bar, at_most
 from benchmarks.serving.bench import (
+    FP16_WEIGHTS,
     INT8,
     SINGLES_A_TURN,
     BareRuntime,
@@ -33,7 +34,7 @@ MAX_ADDED_MS, MAX_DIFFERENCE = 0.5, 1e-6
 
 def measure_in_process(bench: Bench) -> tuple[Found, list[Bar]]:
     """Embed single arrays in this process and by OpenVINO in another, by turns."""
-    differences = {name: _compare(bench, name) for name in (bench.model, INT8)}
+    differences = {name: _compare(bench, name) for name in (bench.model, FP16_WEIGHTS, INT8)}
     latencies_s: dict[str, list[float]] = {"in process": [], "openvino": []}
     with ExitStack() as stack:
         client = stack.enter_context(bench.client(server="in_process"))

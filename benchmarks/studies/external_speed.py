@@ -26,6 +26,7 @@ from PIL import Image
 
 import clip_rt
 from benchmarks.contenders.runtimes import load_onnxruntime, load_openvino
+from benchmarks.photos import SMALL_PX, photo
 from benchmarks.record import save
 from benchmarks.studies import made_tokenizers
 from benchmarks.studies.common import TOWERS, console, show
@@ -34,7 +35,6 @@ from benchmarks.timing import take_turns, time_each
 from clip_rt.specs import TOKENIZER_FILE, Tower
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import source_parity
 from export.onnx import OnnxConfig, export
 from export.probes import PROMPTS
 from training.encoders.encoder import ExternalEncoder, measure_any_length
@@ -108,7 +108,7 @@ def time_towers(
 ) -> dict[str, dict[str, float]]:
     """Return seconds of a call by case and way."""
     texts = draw_texts(max(ROWS))
-    images = [source_parity.draw(*size) for size in _sizes(max(ROWS))]
+    images = [photo(SMALL_PX, index) for index in range(max(ROWS))]
     tokens_NL = encoder.source.tokens(texts)
     # open_clip pads all the same.
     length = SHORT_TOKENS if measure_any_length(encoder, PROMPTS) else tokens_NL.shape[1]
@@ -143,7 +143,7 @@ def time_whole(
     encoder: ExternalEncoder, repository: Path, budget_s: float
 ) -> dict[str, dict[str, float]]:
     """Return seconds of a call by case and way, from images and strings to vectors."""
-    images = [source_parity.draw(*size) for size in _sizes(max(ROWS))]
+    images = [photo(SMALL_PX, index) for index in range(max(ROWS))]
     texts = [f"a photo of a {index}th red car." for index in range(max(ROWS))]
     found = {}
     clients = {
@@ -164,10 +164,6 @@ def time_whole(
         for each in clients.values():
             each.close()
     return found
-
-
-def _sizes(num_images: int) -> list[tuple[int, int]]:
-    return [source_parity.SIZES_PX[index % 2] for index in range(num_images)]
 
 
 def _embed_images(encoder: ExternalEncoder, images: Sequence[Image.Image]) -> Any:

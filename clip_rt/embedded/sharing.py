@@ -32,9 +32,10 @@ _SAFE_PATH = re.compile(r"/[\w./+,=@%-]{0,1000}", re.ASCII)
 """Triton 2.51 gives a path to a shell, and lists of paths are separated by colons."""
 _ENVIRONMENT = (
     *("CUDA_", "DNNL_", "GOMP_", "KMP_", "LD_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_"),
-    *("OPENBLAS_", "ORT_", "OV_"),
+    *("OPENBLAS_", "ORT_", "OV_", "CLIP_RT_IDLE_"),
 )
-"""Variables that begin so say which devices, threads and libraries a server computes with."""
+"""Variables that begin so: devices, threads and libraries that a server computes with, and
+when a model is unloaded."""
 
 _descriptors: set[int] = set()
 """Open folders, perhaps locked; a forked child closes its copies."""

@@ -45,6 +45,9 @@ class Endpoint:
     """Structure of the body."""
     answers: Any = None
     """Structure of the answer."""
+    status: HTTPStatus = HTTPStatus.OK
+    problem: Any = openai.Problem
+    """Structure of an error."""
     is_inference: bool = False
     """Whether a model is asked, so that only so many are let in."""
     is_public: bool = False
@@ -133,6 +136,7 @@ ENDPOINTS: Sequence[Endpoint] = (
         method="GET",
         path="/.well-known/live",
         handler=_is_live,
+        status=HTTPStatus.NO_CONTENT,
         summary="Weaviate: the process runs",
         is_public=True,
     ),
@@ -140,6 +144,7 @@ ENDPOINTS: Sequence[Endpoint] = (
         method="GET",
         path="/.well-known/ready",
         handler=_is_ready,
+        status=HTTPStatus.NO_CONTENT,
         summary="Weaviate: the models answer",
         is_public=True,
     ),
@@ -157,6 +162,7 @@ ENDPOINTS: Sequence[Endpoint] = (
         reads=weaviate.VectorizeRequest,
         answers=weaviate.VectorizeAnswer,
         is_inference=True,
+        problem=weaviate.Refusal,
         answer_problem=weaviate.answer_problem,
     ),
 )

@@ -61,6 +61,9 @@ class GatewayConfig:
     """Longest time of a request, and of reading its body."""
     start_timeout_s: float = 300.0
     """Longest wait for a server of its own to load its models."""
+    idle_unload_s: float = math.inf
+    """A tower of a model that runs here and was not asked for so long gives its memory back, and is
+    loaded again when it is asked."""
     drain_s: float = 0.0
     """Told to end, go on accepting for so long with `/health/ready` at 503: load balancers need
     that to look elsewhere."""
@@ -78,8 +81,10 @@ class GatewayConfig:
                 raise InputError(f"--{option} is {value}; it must be above 0 and finite.")
         if (number := self.max_concurrent_requests) < 1:
             raise InputError(f"--max-concurrent-requests is {number}; it must be 1 or more.")
-        if not self.max_wait_s > 0:
-            raise InputError(f"--max-wait-s is {self.max_wait_s}; it must be above 0.")
+        for name in ("max_wait_s", "idle_unload_s"):
+            if not getattr(self, name) > 0:
+                option, value = name.replace("_", "-"), getattr(self, name)
+                raise InputError(f"--{option} is {value}; it must be above 0.")
         for host in self.image_host:
             if not host or set("/:@") & set(host) or host.endswith("."):
                 raise InputError(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from clip_rt.gateway.problems import ProblemError
-from clip_rt.gateway.reading import answer_json, read_json
+from clip_rt.gateway.reading import answer_json, off_the_loop, read_json
 from clip_rt.gateway.service import Item, Service, read_item
 
 
@@ -98,6 +98,21 @@ class ModelList(msgspec.Struct):
     object: str = "list"
 
 
+class ProblemDetails(msgspec.Struct):
+    """What went wrong, and with which part of the request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Problem(msgspec.Struct):
+    """An error, as OpenAI's libraries read it."""
+
+    error: ProblemDetails
+
+
 LANGCHAIN_OPTION = "check_embedding_ctx_length"
 _decoder = msgspec.json.Decoder(EmbeddingsRequest)
 
@@ -108,18 +123,22 @@ async def embeddings(service: Service, request: Request) -> Response:
     model, rows, num_tokens = await service.embed(
         asked.model, _list_items(asked), truncate=asked.truncate, dimensions=asked.dimensions
     )
-    vectors: list[Any]
-    if asked.encoding_format == "base64":
-        vectors = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
-    else:
-        vectors = rows.tolist()
-    return answer_json(
-        EmbeddingsAnswer(
-            data=[Embedding(index, vector) for index, vector in enumerate(vectors)],
-            model=asked.model or model,
-            usage=Usage(num_tokens, num_tokens),
+
+    def answer() -> Response:
+        vectors: list[Any]
+        if asked.encoding_format == "base64":
+            vectors = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in rows]
+        else:
+            vectors = rows.tolist()
+        return answer_json(
+            EmbeddingsAnswer(
+                data=[Embedding(index, vector) for index, vector in enumerate(vectors)],
+                model=asked.model or model,
+                usage=Usage(num_tokens, num_tokens),
+            )
         )
-    )
+
+    return await off_the_loop(answer, num_bytes=rows.nbytes)
 
 
 async def list_models(service: Service, request: Request) -> Response:
@@ -130,13 +149,8 @@ async def list_models(service: Service, request: Request) -> Response:
 def answer_problem(problem: ProblemError) -> Response:
     """Return an error as OpenAI's libraries read it."""
     kind = "invalid_request_error" if problem.status < 500 else "server_error"
-    content = {
-        "message": problem.message,
-        "type": kind,
-        "param": problem.param,
-        "code": problem.code,
-    }
-    return answer_json({"error": content}, status=problem.status, headers=problem.headers)
+    details = ProblemDetails(problem.message, kind, problem.param, problem.code)
+    return answer_json(Problem(details), status=problem.status, headers=problem.headers)
 
 
 def _list_items(asked: EmbeddingsRequest) -> list[Item]:

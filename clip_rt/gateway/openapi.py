@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import msgspec
@@ -34,6 +35,14 @@ class Described(Protocol):
         """Structure of its answer, or None."""
 
     @property
+    def status(self) -> HTTPStatus:
+        """Of an answer that is no error."""
+
+    @property
+    def problem(self) -> Any:
+        """Structure of an error."""
+
+    @property
     def is_public(self) -> bool:
         """Whether it needs no token."""
 
@@ -46,7 +55,12 @@ def describe(endpoints: Iterable[Described], *, has_tokens: bool) -> dict[str, A
         has_tokens: Whether those that are not open need a bearer token.
     """
     listed = tuple(endpoints)
-    types = [each for endpoint in listed for each in (endpoint.reads, endpoint.answers) if each]
+    types = [
+        each
+        for endpoint in listed
+        for each in (endpoint.reads, endpoint.answers, endpoint.problem)
+        if each
+    ]
     schemas, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
@@ -59,10 +73,16 @@ def describe(endpoints: Iterable[Described], *, has_tokens: bool) -> dict[str, A
                 "required": True,
                 "content": {"application/json": {"schema": schema_by_type[endpoint.reads]}},
             }
-        answer: dict[str, Any] = {"description": "OK"}
+        answer: dict[str, Any] = {"description": endpoint.status.phrase}
         if endpoint.answers:
             answer["content"] = {"application/json": {"schema": schema_by_type[endpoint.answers]}}
-        operation["responses"] = {"200": answer}
+        operation["responses"] = {
+            str(int(endpoint.status)): answer,
+            "default": {
+                "description": "An error",
+                "content": {"application/json": {"schema": schema_by_type[endpoint.problem]}},
+            },
+        }
         if has_tokens and not endpoint.is_public:
             operation["security"] = [{"token": []}]
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation

@@ -19,6 +19,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from clip_rt.embedded import runtimes
 from clip_rt.errors import InputError
 from clip_rt.gateway.application import make_application
 from clip_rt.gateway.config import GatewayConfig
@@ -45,6 +46,7 @@ def serve(config: GatewayConfig) -> None:
 
 
 async def _serve(config: GatewayConfig) -> None:
+    runtimes.set_idle_unload_s(config.idle_unload_s)
     service = Service(config)
     # First: what can be wrong with them is known before a server has loaded its models.
     settings = _configure(config, make_application(service))

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from clip_rt.gateway.problems import ProblemError
-from clip_rt.gateway.reading import answer_json, read_json
+from clip_rt.gateway.reading import answer_json, off_the_loop, read_json
 from clip_rt.gateway.service import Item, Service
 
 
@@ -28,6 +28,12 @@ class VectorizeAnswer(msgspec.Struct, rename="camel"):
     image_vectors: list[list[float]]
 
 
+class Refusal(msgspec.Struct):
+    """An error, as Weaviate reads it."""
+
+    error: str
+
+
 _decoder = msgspec.json.Decoder(VectorizeRequest)
 
 
@@ -39,11 +45,16 @@ async def vectorize(service: Service, request: Request) -> Response:
         *(Item(f"texts[{index}]", text=text) for index, text in enumerate(texts)),
         *(Item(f"images[{index}]", image=image) for index, image in enumerate(images)),
     ]
-    vectors = []
-    if items:
-        # Texts are cut, as Weaviate's own server cuts them.
-        vectors = (await service.embed(None, items, truncate=True))[1].tolist()
-    return answer_json(VectorizeAnswer(vectors[: len(texts)], vectors[len(texts) :]))
+    if not items:
+        return answer_json(VectorizeAnswer([], []))
+    # Texts are cut, as Weaviate's own server cuts them.
+    _, rows, _ = await service.embed(None, items, truncate=True)
+
+    def answer() -> Response:
+        vectors = rows.tolist()
+        return answer_json(VectorizeAnswer(vectors[: len(texts)], vectors[len(texts) :]))
+
+    return await off_the_loop(answer, num_bytes=rows.nbytes)
 
 
 async def meta(service: Service, request: Request) -> Response:
@@ -53,4 +64,4 @@ async def meta(service: Service, request: Request) -> Response:
 
 def answer_problem(problem: ProblemError) -> Response:
     """Return an error as Weaviate reads it."""
-    return answer_json({"error": problem.message}, status=problem.status, headers=problem.headers)
+    return answer_json(Refusal(problem.message), status=problem.status, headers=problem.headers)

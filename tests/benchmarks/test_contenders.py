@@ -145,7 +145,9 @@ def test_what_is_planted_is_there():
 
 def test_every_contender_is_named_once_and_has_a_module():
     expected = "onnxruntime, openvino, openvino int8, triton onnxruntime, triton openvino, "
-    expected += "triton int8, tensorrt, open_clip, transformers, infinity"
+    expected += (
+        "triton int8, gateway openvino, gateway int8, tensorrt, open_clip, transformers, infinity"
+    )
     assert ", ".join(contenders.NAMES) == expected
     for name in contenders.NAMES:
         assert find_module(contenders.find(name).module) is not None
@@ -266,16 +268,35 @@ def find_runtimes(contender: ContenderProcess) -> set[str]:
     return {name for name in ("libopenvino", "onnxruntime_pybind") if name in maps}
 
 
+@pytest.fixture(scope="module")
+def with_openvino(drawings) -> Kit:
+    shutil.copytree(drawings.repository("onnxruntime"), drawings.repository("openvino"))
+    configure(drawings.repository("openvino"), "drawings", runtime="openvino")
+    return drawings
+
+
 @pytest.mark.parametrize("name", ["openvino", "triton openvino"])
-def test_all_answer_the_same(name, drawings, expected):
-    if name == "triton openvino":
-        shutil.copytree(drawings.repository("onnxruntime"), drawings.repository("openvino"))
-        configure(drawings.repository("openvino"), "drawings", runtime="openvino")
-    with start(name, drawings) as contender:
+def test_all_answer_the_same(name, with_openvino, expected):
+    with start(name, with_openvino) as contender:
         load_all(contender, make_items(64))
         check_answers(contender, expected)
         if name == "triton openvino":
             assert find_runtimes(contender) == {"libopenvino"}
+
+
+def test_the_gateway_answers_the_same_and_ends_with_its_server(with_openvino, expected):
+    with start("gateway openvino", with_openvino) as contender:
+        load_all(contender, make_items(64))
+        for call in ("jpegs", "texts"):
+            assert min_cosine(contender.answer(call), expected[call]) > 0.99999, call
+        assert contender.run_clients("jpegs", 3, 0.5).num_failed == 0
+        assert find_runtimes(contender) == {"libopenvino"}
+        pids = contender.pids()
+        assert any("triton" in psutil.Process(pid).name() for pid in pids)
+        contender.load("bad", "jpegs", [b"no picture"])
+        with pytest.raises(ContenderError, match="HTTP 400"):
+            contender.answer("bad")
+    wait_for_end(pids)
 
 
 def test_the_int8_model_is_the_one_that_is_run(drawings, expected):

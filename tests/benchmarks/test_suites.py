@@ -366,6 +366,25 @@ def test_bars_are_of_what_was_measured() -> None:
     assert others[0].what.endswith("at its own shapes")
 
 
+def test_http_is_held_to_the_client_behind_it_and_to_infinity() -> None:
+    rows = [
+        replace(row("jpeg", "1 of 640x480", name, 1.0), time_ms=exactly(time_ms))
+        for name, time_ms in (("triton int8", 8.0), ("gateway int8", 12.0))
+    ]
+    answered_per_s = {"triton int8": 100.0, "gateway int8": 91.0, "infinity": 10.0}
+    clients = [
+        replace(level(0, rate), contender=name, num_clients=16, offered_per_s=None)
+        for name, rate in answered_per_s.items()
+    ]
+    found = bars.find_bars("ViT-B/32", "open_clip", PEAKS, rows, clients)
+    of_http = [bar for bar in found if "HTTP" in bar.what]
+    assert [(bar.value, bar.limit, bar.is_met) for bar in of_http] == [
+        (4.0, 3.0, False),
+        (0.91, 0.9, True),
+        (9.1, 4.0, True),
+    ]
+
+
 def test_every_bar_is_about_a_case_that_there_is() -> None:
     known = {(case.suite, case.name) for case in cases.text_cases()}
     known.add(

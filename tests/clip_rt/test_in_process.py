@@ -23,6 +23,7 @@ from PIL import Image
 import clip_rt
 from clip_rt.errors import (
     ClientClosedError,
+    InferenceError,
     InputError,
     ServerStartError,
     ServerTimeoutError,
@@ -86,6 +87,58 @@ def test_only_the_tower_that_is_asked_is_loaded(tmp_path):
         with pytest.raises(ServerStartError, match=r"clip-rt\[in-process\]"):
             client.encode_images(IMAGES)
         assert client.encode_texts("blue").shape == (1, 8)
+
+
+def test_an_idle_tower_gives_its_memory_back_until_it_is_asked_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CLIP_RT_IDLE_UNLOAD_S", "0.2")
+    caplog.set_level("INFO", "clip_rt")
+    repository = tiny_repository.write(tmp_path / "models")
+
+    def count(words: str) -> int:
+        return sum(words in message for message in caplog.messages)
+
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        texts, images = client.encode_texts("red"), client.encode_images(IMAGES[0])
+        for number in range(1, 3):
+            until_s = time.monotonic() + 30
+            while count("tiny_text was idle for 0.2 s") < number and time.monotonic() < until_s:
+                time.sleep(0.05)
+            # Texts only: the other tower stays as it is.
+            np.testing.assert_array_equal(client.encode_texts("red"), texts)
+        assert count("tiny_text is run by") == 3
+        assert count("tiny_image is run by") == count("tiny_image was idle") == 1
+        # The other tower would be of other weights.
+        model = repository / "tiny_image" / "1" / "model.onnx"
+        (tmp_path / "new").write_bytes(model.read_bytes())
+        (tmp_path / "new").replace(model)
+        with pytest.raises(InferenceError, match="was replaced after tiny_image had been unloaded"):
+            client.encode_images(IMAGES[1])
+    assert images.shape == (1, 8)
+
+
+def test_threads_that_call_while_a_tower_is_unloaded_get_their_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_RT_IDLE_UNLOAD_S", "0.001")
+    repository = tiny_repository.write(tmp_path / "models")
+    with clip_rt.Client(repository=repository, server="in_process") as client:
+        expected = client.encode_images(IMAGES)
+
+        def call(number: int) -> None:
+            time.sleep(0.002 * (number % 3))
+            found = client.encode_images(IMAGES[number % 3])
+            np.testing.assert_allclose(found[0], expected[number % 3], atol=1e-6)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(call, range(20)))
+
+
+def test_a_time_to_unload_after_that_is_none_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_RT_IDLE_UNLOAD_S", "soon")
+    repository = tiny_repository.write(tmp_path / "models")
+    with (
+        clip_rt.Client(repository=repository, server="in_process") as client,
+        pytest.raises(ServerStartError, match="IDLE_UNLOAD_S is 'soon'"),
+    ):
+        client.encode_texts("red")
 
 
 def test_clients_of_one_process_share_what_is_loaded(tmp_path, caplog):
