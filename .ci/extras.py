@@ -37,7 +37,10 @@ sys.path.insert(0, str(ROOT))
 
 from clip_rt_commands.extras import extras_of  # noqa: E402 - needs the line above
 
-SHELL = ("make ", "pip ", "python ", "clip-rt ", "torchrun ", "curl ", "docker ", "#")
+SHELL = (
+    *("#", "clip-rt ", "curl ", "docker ", "fastapi ", "make ", "node ", "npm ", "pip ", "python "),
+    "torchrun ",
+)
 SERVING = (
     "{serve} & pid=$!; trap 'kill $pid; wait $pid' EXIT; "
     "for _ in $(seq 60); do sleep 1; {check} && break; done; "
@@ -49,12 +52,19 @@ SERVERS = {
         "8080",
         """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/ping")'""",
     ),
+    "fastapi run": (
+        "8090",
+        """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/docs")'""",
+    ),
 }
 """Commands that serve until they are told to end: the port of the pages, and how one sees that they
 are ready."""
 INSTALL = re.compile(
-    r"pip install (?:-c constraints\.txt )?(?:\./model_repository )?-e '\.\[([\w,-]+)\]'([\w -]*)"
+    r"pip install (?:-c constraints\.txt )?(?:\./model_repository )?"
+    r"-e '\.\[([\w,-]+)\]'([\w \[\]'-]*)"
 )
+FILE = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+"""A file of the reader's: its name is the first line."""
 
 OLD_RUN = "benchmarks/results/2026-11-26_run.json"
 TINY_RUN = (
@@ -190,7 +200,7 @@ def readme(path: Path) -> list[Environment]:
     free = {port: str(_free_port()) for port, _ in SERVERS.values()}
     for command in commands(path):
         if (install := INSTALL.match(command)) is not None:
-            found.append(Environment(install[1], others=tuple(install[2].split())))
+            found.append(Environment(install[1], others=tuple(shlex.split(install[2]))))
             continue
         if why_not(command) is not None:
             continue
@@ -230,6 +240,8 @@ def why_not(command: str) -> str | None:
     begins = (
         why for start, why in NOT_RUN.items() if start[-1] == "*" and command.startswith(start[:-1])
     )
+    if command.startswith(("npm ", "node ")) and shutil.which("npm") is None:
+        return "needs Node.js"
     return NOT_RUN.get(command) or next(begins, None)
 
 
@@ -416,6 +428,9 @@ class Walk:
         """Add a user's files to the copy."""
         target = self._checkout
         environment = dict(os.environ, PYTHONPATH=str(target))
+        for page in documents():
+            for name, content in FILE.findall(page.read_text("utf-8")):
+                (target / name).write_text(content, "utf-8")
         for program in (FIXTURES, WEIGHTS):
             subprocess.run([sys.executable, "-c", program], cwd=target, env=environment, check=True)
 
@@ -446,7 +461,8 @@ class Walk:
         venv = self._folder / "venv"
         subprocess.run([sys.executable, "-m", "venv", "--clear", venv, "--without-pip"], check=True)
         python = venv / "bin/python"
-        bundled = ["./model_repository"] if "server" in wanted.split(",") else []
+        has_models = {"server", "in-process"} & set(wanted.split(","))
+        bundled = ["./model_repository"] if has_models else []
         extras = f"[{wanted}]" if wanted else ""
         what = [*bundled, "-e", f".{extras}"]
         if self._wheels is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import http.client
 import http.server
 import io
 import ipaddress
@@ -40,6 +41,7 @@ from clip_rt.gateway.problems import ProblemError
 
 pytestmark = pytest.mark.slow
 
+RECORDED = Path(__file__).with_name("recorded")
 NUM_HOSTILE = int(os.environ.get("CLIP_RT_NUM_HOSTILE", "600"))
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -277,6 +279,42 @@ def test_immich_gets_a_vector_as_a_string(caller, client):
     answer = caller.post("/predict", data={"entries": json.dumps(textual), "text": "red " * 99})
     found = np.array(json.loads(answer.json()["clip"]), np.float32)
     np.testing.assert_array_equal(found, client.encode_texts("red " * 99, truncate=True)[0])
+
+
+def replay(gateway: Gateway, name: str) -> dict[str, object]:
+    """Send what a client of this protocol sent, byte by byte, and return the answer."""
+    with socket.create_connection(gateway.address(), timeout=30) as connection:
+        connection.sendall((RECORDED / f"{name}.http").read_bytes())
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        content = answer.read()
+        assert answer.status == 200, content
+        return json.loads(content)
+
+
+def test_what_immich_sends_is_answered(gateway, client):
+    """Node's fetch of a form, as Immich's server makes it."""
+    found = replay(gateway, "immich_visual")
+    assert found.keys() == {"clip", "imageHeight", "imageWidth"}
+    assert (found["imageWidth"], found["imageHeight"]) == (80, 64)
+    vector = np.array(json.loads(found["clip"]), np.float32)
+    np.testing.assert_array_equal(vector, client.encode_images([png("green", (80, 64))])[0])
+    found = replay(gateway, "immich_textual")
+    assert found.keys() == {"clip"}
+    vector = np.array(json.loads(found["clip"]), np.float32)
+    np.testing.assert_array_equal(vector, client.encode_texts("a réd car")[0])
+
+
+def test_what_weaviate_sends_is_answered(gateway, client):
+    """As Go's HTTP client writes it: no type of the content, and null for no images."""
+    found = replay(gateway, "weaviate_texts")
+    assert found["imageVectors"] == []
+    vectors = np.array(found["textVectors"], np.float32)
+    np.testing.assert_array_equal(vectors, client.encode_texts(["a red car", "blue"]))
+    found = replay(gateway, "weaviate_images")
+    assert found["textVectors"] == []
+    vectors = np.array(found["imageVectors"], np.float32)
+    np.testing.assert_array_equal(vectors, client.encode_images([png("green", (80, 64))]))
 
 
 def test_immich_is_told_what_is_missing(caller):
