@@ -2,12 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# What runs the models of the quickstart: `make quickstart SERVER=in_process` takes no Triton.
+SERVER ?= auto
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .PHONY: quickstart test test-client check docs extras wheels clean
 
 quickstart: $(VENV)/client
-	$(VENV)/bin/python examples/quickstart.py
+	$(VENV)/bin/python examples/quickstart.py --server $(SERVER)
 
 test: $(VENV)/all
 	$(VENV)/bin/python -m pytest
@@ -39,7 +41,7 @@ wheels: $(VENV)/all
 # What runs a model: the client and the embedded server. No torch.
 $(VENV)/client: pyproject.toml model_repository/pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet -c constraints.txt ./model_repository -e '.[server,quickstart]'
-	$(PIP) show --quiet nvidia-pytriton 2>/dev/null || \
+	[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) show --quiet nvidia-pytriton 2>/dev/null || \
 	  $(PIP) install --quiet --no-deps -c constraints.txt nvidia-pytriton
 	touch $@
 

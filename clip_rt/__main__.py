@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -82,6 +82,7 @@ def doctor(
     *,
     url: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _OneOf] = (),
     repository: Annotated[Path | None, _OneOf] = None,
+    server: Literal["auto", "embedded", "in_process"] = "auto",
     model: str | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
     timeout_s: float = 30.0,
@@ -90,7 +91,8 @@ def doctor(
 
     Args:
         url: Address of a running server, host:port; may be repeated.
-        repository: Models for an embedded server.
+        repository: Models to run here.
+        server: What runs them: a Triton of this machine, this process, or the first there is.
         model: Served name; the only one without it.
         json: Print one JSON object.
         timeout_s: For all of it, above 0.
@@ -100,7 +102,14 @@ def doctor(
     if not timeout_s > 0:
         sys.stderr.write("error: --timeout-s must be above 0\n")
         return 2
-    return report(url, repository=repository, model=model, timeout_s=timeout_s, as_json=json)
+    return report(
+        url,
+        repository=repository,
+        server=server,
+        model=model,
+        timeout_s=timeout_s,
+        as_json=json,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from clip_rt import processor
 from clip_rt._version import __version__
 from clip_rt.deadline import Deadline
 from clip_rt.embedded import runtime_choice
+from clip_rt.embedded.memory import find_model_bytes
 from clip_rt.errors import (
     ClipRTError,
     ServerStartError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from clip_rt.client import Client
     from clip_rt.embedded.runtime_choice import Choice
     from clip_rt.processor import Processor
+    from clip_rt.session import ServerKind
     from clip_rt.wire.transport import Transport
 
 PYTHONS = ((3, 10), (3, 13))
@@ -50,6 +52,8 @@ SAFE_TRITON = (2, 71)
 SECURITY_PAGE = "https://www.nvidia.com/en-us/security/"
 SHARED_MEMORY_BYTES = 64 * 1024**2
 """Docker gives a container this much, and a server of several models needs more."""
+EMBEDDED, IN_PROCESS = "embedded", "in process"
+"""Names of what runs a repository here."""
 NUM_CALLS = 5
 """Calls whose median is the latency."""
 
@@ -77,6 +81,7 @@ def report(
     model: str | None,
     timeout_s: float,
     as_json: bool,
+    server: ServerKind = "auto",
 ) -> int:
     """Examine, print each finding when it is made, or all as one JSON object.
 
@@ -86,7 +91,11 @@ def report(
     findings = []
     write = sys.stdout.write
     for finding in examine(
-        urls, repository=repository, model=model, deadline=Deadline.after(timeout_s)
+        urls,
+        repository=repository,
+        model=model,
+        server=server,
+        deadline=Deadline.after(timeout_s),
     ):
         findings.append(finding)
         if not as_json:
@@ -104,6 +113,7 @@ def examine(
     *,
     repository: Path | None = None,
     model: str | None = None,
+    server: ServerKind = "auto",
     deadline: Deadline,
 ) -> Iterator[Finding]:
     """Examine this machine and the servers a client with these arguments would use.
@@ -112,6 +122,7 @@ def examine(
         urls: Addresses of running servers; no server is started when there is one.
         repository: Folder of models for an embedded server.
         model: Served name; the only one if None.
+        server: What runs a repository, as for a client.
         deadline: For all of it.
 
     Yields:
@@ -124,25 +135,29 @@ def examine(
         return
     yield check_processor(processor.read())
     yield from _check_cache_folder()
-    from clip_rt.session import choose_source
+    from clip_rt.session import choose_source, is_in_process
 
     try:
-        source = choose_source(urls or None, repository)
+        source = choose_source(urls or None, repository, may_be_remote=server == "auto")
     except ClipRTError as error:
         check = "models" if isinstance(error, ServerStartError) else "server"
         yield Finding(check, "fail", str(error))
+        return
+    if isinstance(source, Path) and is_in_process(server):
+        yield _check_runtimes()
+        yield from _examine_server(source, model, deadline, name=IN_PROCESS)
         return
     if isinstance(source, Path):
         yield _check_shared_memory()
         parts = _check_parts()
         yield parts
         if parts.status == "ok":
-            yield from _examine_server(source, model, deadline)
+            yield from _examine_server(source, model, deadline, name=EMBEDDED)
         return
     for index, url in enumerate(source):
         # One that hangs leaves time for the others.
         share_s = _remaining_s(deadline) / (len(source) - index)
-        yield from _examine_server(url, model, Deadline.after(share_s))
+        yield from _examine_server(url, model, Deadline.after(share_s), name=url)
 
 
 def _line(finding: Finding) -> str:
@@ -276,17 +291,31 @@ def _check_parts() -> Finding:
     return Finding("parts", "ok", f"nvidia-pytriton {version} and all else the server needs")
 
 
-def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -> Iterator[Finding]:
-    """Examine the server at an address, or one of our own over a repository, as far as it goes."""
+def _check_runtimes() -> Finding:
+    found = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in runtime_choice.RUNTIMES
+        if runtime_choice.installed(name)
+    ]
+    if found:
+        return Finding("parts", "ok", f"models run in this process, by {' or '.join(found)}")
+    way_out = "pip install 'clip-rt[in-process]'"
+    return Finding("parts", "fail", "neither OpenVINO nor ONNX Runtime is installed.", way_out)
+
+
+def _examine_server(
+    source: str | Path, model: str | None, deadline: Deadline, *, name: str
+) -> Iterator[Finding]:
+    """Examine the server at an address, or what runs a repository here, as far as it goes."""
     from clip_rt.wire.channel import is_loopback, parse_url
 
-    name = source if isinstance(source, str) else "embedded"
-    is_here = name == "embedded"
+    is_here = isinstance(source, Path)
     check = "server"
     try:
         with contextlib.ExitStack() as stack:
-            transport = _open_transport(source, deadline, stack)
-            yield _check_version(transport, name, deadline)
+            transport = _open_transport(source, deadline, stack, name=name)
+            if name != IN_PROCESS:
+                yield _check_version(transport, name, deadline)
             if isinstance(source, str):
                 is_here = is_loopback(parse_url(source)[0])
                 yield _check_encryption(source)
@@ -297,7 +326,7 @@ def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -
                 way_out = "Wait, or read the server's log."
                 yield Finding(check, "fail", "not all are ready.", way_out, name)
             check = "contract"
-            client = stack.enter_context(_make_client(source, model, deadline))
+            client = stack.enter_context(_make_client(source, model, deadline, name=name))
             manifest = client.manifest
             detail = f"{manifest.model} is {manifest.architecture} in {manifest.precision}, "
             detail += f"weights {manifest.fingerprint[:12]}, {manifest.embedding_dim} dimensions"
@@ -316,6 +345,8 @@ def _examine_server(source: str | Path, model: str | None, deadline: Deadline) -
             yield _check_canary(client, name, deadline)
             check = "latency"
             yield _check_latency(client, name, deadline)
+            check = "memory"
+            yield _check_memory(transport, names, name, deadline, is_here=is_here)
     except ClipRTError as error:
         is_unreached = isinstance(error, (ServerUnavailableError, ServerTimeoutError))
         way_out = "Is it running, and is this its gRPC port?" if is_unreached else ""
@@ -330,13 +361,17 @@ def _recall_times(here: Processor, names: Sequence[str]) -> dict[str, Choice]:
 
 
 def _open_transport(
-    source: str | Path, deadline: Deadline, stack: contextlib.ExitStack
+    source: str | Path, deadline: Deadline, stack: contextlib.ExitStack, *, name: str
 ) -> Transport:
     """Open a connection to a server, starting it if it is to be our own."""
     from clip_rt.wire.transport import Transport
 
     if isinstance(source, str):
         transport = Transport(source)
+    elif name == IN_PROCESS:
+        from clip_rt.in_process import InProcessTransport
+
+        transport = InProcessTransport(source)
     else:
         from clip_rt.embedded.server import acquire_server
 
@@ -346,12 +381,19 @@ def _open_transport(
     return stack.enter_context(contextlib.closing(transport))
 
 
-def _make_client(source: str | Path, model: str | None, deadline: Deadline) -> Client:
+def _make_client(source: str | Path, model: str | None, deadline: Deadline, *, name: str) -> Client:
     from clip_rt.client import Client
 
     url, repository = (source, None) if isinstance(source, str) else (None, source)
     time_s = _remaining_s(deadline)
-    return Client(url, repository=repository, model=model, timeout_s=time_s, start_timeout_s=time_s)
+    return Client(
+        url,
+        repository=repository,
+        model=model,
+        server="in_process" if name == IN_PROCESS else "auto",
+        timeout_s=time_s,
+        start_timeout_s=time_s,
+    )
 
 
 def _remaining_s(deadline: Deadline) -> float:
@@ -423,3 +465,18 @@ def _check_latency(client: Client, name: str, deadline: Deadline) -> Finding:
     detail = ", ".join(f"one {what} {numbers[f'{what}_ms']:.1f} ms" for what in calls)
     detail += f" (median of {NUM_CALLS})"
     return Finding("latency", "ok", detail, server=name, numbers=numbers)
+
+
+def _check_memory(
+    transport: Transport, names: Sequence[str], name: str, deadline: Deadline, *, is_here: bool
+) -> Finding:
+    """Say what each tower holds, by the server or, of one on this machine, by its processes."""
+    statistics = transport.read_statistics(names, deadline)
+    found = {each: counted.memory_bytes for each, counted in statistics.items()}
+    if is_here and not any(found.values()):
+        found = find_model_bytes(names)
+    numbers = {f"{each}_bytes": float(num_bytes) for each, num_bytes in found.items() if num_bytes}
+    if not numbers:
+        return Finding("memory", "ok", "the server does not say what its models hold", server=name)
+    detail = ", ".join(f"{each} {found[each] / 2**20:.0f} MiB" for each in names if found.get(each))
+    return Finding("memory", "ok", detail, server=name, numbers=numbers)

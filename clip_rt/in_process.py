@@ -27,6 +27,7 @@ from clip_rt import fork
 from clip_rt._version import __version__
 from clip_rt.embedded import runtimes
 from clip_rt.embedded.installation import find_models
+from clip_rt.embedded.memory import find_own_bytes
 from clip_rt.errors import ClientClosedError, ServerStartError
 from clip_rt.specs import CHUNK, EMBEDDINGS, TOKENIZER_CHUNK_BYTES, TOKENIZER_FILE
 from clip_rt.wire.model_config import ModelConfig, read_config
@@ -133,6 +134,8 @@ class _Tower:
         self.version = _find_version(config, folder)
         self.num_requests = self.num_rows = 0
         self.compute_ns = self.queue_ns = 0
+        self.memory_bytes = 0
+        """By which this process has grown when the model was loaded, and its first batch run."""
         self.worker = _Worker(f"clip_rt {config.name}")
         self._folder = folder / self.version
         self._encode: runtimes.Encode | None = None
@@ -143,13 +146,17 @@ class _Tower:
         array = _read_input(request)
         if (self._folder / TOKENIZER_FILE).is_file():
             return self._reply(request, CHUNK, self._read_chunk(int(array[0])))
+        before_bytes = None
         if self._encode is None:
+            before_bytes = find_own_bytes()
             self._encode = self._load()
             begun_ns = time.perf_counter_ns()
         try:
             embeddings = np.ascontiguousarray(self._encode(array), np.float32)
         except Exception as error:
             raise _RefusedError(grpc.StatusCode.INTERNAL, str(error)) from error
+        if before_bytes is not None:
+            self.memory_bytes = max(0, find_own_bytes() - before_bytes)
         self.num_requests += 1
         self.num_rows += len(array)
         self.queue_ns += begun_ns - sent_ns
@@ -398,6 +405,8 @@ def _list_models(models: _Repository) -> Any:
 def _count(tower: _Tower) -> Any:
     answer = service_pb2.ModelStatisticsResponse()
     counted = answer.model_stats.add(name=tower.config.name, version=tower.version)
+    if tower.memory_bytes:
+        counted.memory_usage.add(type="CPU", byte_size=tower.memory_bytes)
     counted.inference_count = tower.num_rows
     counted.execution_count = tower.num_requests
     counted.inference_stats.success.count = tower.num_requests

@@ -106,7 +106,7 @@ def _say_in_process() -> None:
     )
 
 
-def _is_in_process(kind: ServerKind) -> bool:
+def is_in_process(kind: ServerKind) -> bool:
     """Return whether models run in this process; logged where the caller did not ask for it."""
     if kind != "auto":
         return kind == "in_process"
@@ -259,7 +259,7 @@ class Session:
         if not isinstance(source, Path):
             transports = (Transport(url, headers=target.headers, tls=target.tls) for url in source)
             return Connection([Replica(transport) for transport in transports])
-        if _is_in_process(target.server):
+        if is_in_process(target.server):
             from clip_rt.in_process import InProcessTransport
 
             return Connection([Replica(InProcessTransport(source))])

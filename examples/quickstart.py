@@ -1,6 +1,7 @@
 """Zero-shot classification, end to end: a real Triton names drawings in a style it never saw.
 
     make quickstart
+    make quickstart SERVER=in_process    # without Triton: models run in this process
 
 The bundled model was trained on icons and emoji, none of them drawn by OpenMoji. It chooses among
 60 everyday things, and then among all 1,923 names of Unicode's emoji. Writes quickstart.png.
@@ -14,7 +15,9 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.markup import escape
@@ -105,20 +108,24 @@ def _shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def main() -> None:
-    """Start the server, classify, show, measure, stop."""
+def main(*, server: Literal["auto", "embedded", "in_process"] = "auto") -> None:
+    """Classify drawings, show some, measure.
+
+    Args:
+        server: What runs the model: a Triton of this machine, this process, or the first there is.
+    """
     console = Console()
     drawings = read_style(STYLE)
     by_name = {drawing.name: drawing for drawing in drawings}
     everyday = [Drawing(by_name[EMOJI_BY_CLASS.get(each, each)].picture, each) for each in CLASSES]
 
-    with clip_rt.Client(repository=ROOT / "model_repository") as client:
+    with clip_rt.Client(repository=ROOT / "model_repository", server=server) as client:
         started_s = time.monotonic()
         pictures = [drawing.picture for drawing in everyday]
         guesses = client.zero_shot(pictures, CLASSES, templates=TEMPLATES).top(3)
         console.print(
-            f"Triton is up and has classified {len(everyday)} images into {len(CLASSES)} classes "
-            f"after {time.monotonic() - started_s:.1f} s."
+            f"The model is up and has classified {len(everyday)} images into {len(CLASSES)} "
+            f"classes after {time.monotonic() - started_s:.1f} s."
         )
         num_right = sum(
             guess[0][0] == drawing.name for drawing, guess in zip(everyday, guesses, strict=True)
@@ -167,4 +174,4 @@ def measure_all_names(
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -66,6 +66,8 @@ class ServerStatistics:
     """Spent waiting, summed over the requests."""
     compute_s: float
     """Spent in the model, summed over the requests."""
+    memory_bytes: int
+    """Held by the model; 0 where the server does not say."""
 
 
 def make_inference_request(model: ServedModel, batch: NDArray[Any], deadline: Deadline) -> Any:
@@ -161,6 +163,7 @@ def read_statistics(answer: Any) -> ServerStatistics:
         queue_s=stages.queue.ns / 1e9,
         compute_s=(stages.compute_input.ns + stages.compute_infer.ns + stages.compute_output.ns)
         / 1e9,
+        memory_bytes=sum(each.byte_size for each in counted.memory_usage),
     )
 
 

@@ -18,7 +18,7 @@ import clip_rt
 from clip_rt import doctor
 from clip_rt.__main__ import main
 from clip_rt.deadline import Deadline
-from clip_rt.embedded import installation
+from clip_rt.embedded import installation, runtime_choice
 from clip_rt.embedded import server as server_module
 from clip_rt.embedded.server import EmbeddedServer
 from clip_rt.errors import ServerStartError
@@ -78,6 +78,31 @@ def test_all_is_well_with_the_bundled_model_on_a_server_of_its_own(capsys):
     assert "drawings is RN26@64px in fp16_weights" in found["contract"]["detail"]
     assert "drawings_text by the python backend, 1 on CPU" in found["execution"]["detail"]
     assert found["latency"]["numbers"].keys() == {"image_ms", "text_ms"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["embedded", "in_process"])
+def test_what_models_hold_in_memory_is_said(capsys, server):
+    options = ("--repository", ROOT / "model_repository", "--server", server)
+    code, found = consult(capsys, *options)
+    assert code == 0
+    numbers = found["memory"]["numbers"]
+    assert numbers.keys() == {"drawings_image_bytes", "drawings_text_bytes"}
+    assert 2**20 < min(numbers.values()) < max(numbers.values()) < 2**30
+    assert "drawings_text by" in found["execution"]["detail"]
+    if server == "in_process":
+        assert found["memory"]["server"] == "in process"
+        assert found["parts"]["detail"].startswith("models run in this process, by OpenVINO")
+        assert "server" not in found
+
+
+def test_without_a_runtime_it_says_how_to_get_one(capsys, monkeypatch):
+    monkeypatch.setattr(runtime_choice, "installed", lambda name: False)
+    code, found = consult(
+        capsys, "--repository", ROOT / "model_repository", "--server", "in_process"
+    )
+    assert code == 1
+    assert "clip-rt[in-process]" in found["parts"]["way_out"]
 
 
 class TestCanary:
