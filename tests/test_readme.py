@@ -28,20 +28,22 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 
-def load_step():
-    """`make extras`, which reads the commands of README and docs/ too."""
-    spec = importlib.util.spec_from_file_location("extras_step", ROOT / ".ci/extras.py")
+def load_pages():
+    """What `make extras` reads README and docs/ by."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/pages.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
 
-STEP = load_step()
+STEP = load_pages()
 DOCUMENTS = STEP.documents()
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "model_repository/README.md"]
-SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
-"""Python, and what it prints, where that is shown."""
+SNIPPET = re.compile(
+    r"^```python\n(?!# \w+\.py\n)(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE
+)
+"""Python that is no file of the reader's, and what it prints, where that is shown."""
 WITH_SNIPPETS = [page for page in DOCUMENTS if SNIPPET.search(page.read_text("utf-8"))]
 
 

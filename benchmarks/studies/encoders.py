@@ -8,9 +8,12 @@
 Weights are random, with norms and biases moved away from where they begin, so that none can be left
 out. Each configuration is exported in a process of its own and passes through the gate of every
 export, both towers, batches of 1, 3 and more, small ones first. What is done is written at once and
-not done again; what failed is tried again. No network is needed: a configuration whose tokenizer
+not done again. No network is needed: a configuration whose tokenizer
 lies on the hub gets a small one, and one whose text tower is described there finds the description
 in a local folder in the hub's layout.
+
+One row of each tower is timed by turns with ViT-B-32's: what is written is how many times as long
+it takes, which another machine, or a busy one, changes less than milliseconds.
 """
 
 from __future__ import annotations
@@ -22,21 +25,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from rich.progress import track
 from tyro.conf import UseAppendAction
 
+from benchmarks.contenders.runtimes import load_openvino
 from benchmarks.record import describe_result, write
 from benchmarks.small_tokenizer import SPECIAL, SPECIAL_OF_ROBERTA, small_tokenizer
 from benchmarks.studies import encoders_page
 from benchmarks.studies.common import ROOT, console, show
+from benchmarks.timing import ratio, take_turns, time_each
 from clip_rt.errors import ParityError
-from clip_rt.specs import Tower
+from clip_rt.specs import EncoderFacts, Tower, find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export import onnx_writer, parity
@@ -52,6 +61,12 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 COMMAND = ("python", "-m", "benchmarks.studies.encoders")
 LIMIT_S = 1800.0
 """Longest time of one configuration."""
+YARDSTICK = "ViT-B-32"
+"""Whose towers the others are timed beside."""
+BUDGET_S = 4.0
+"""For the turns of a tower and its yardstick."""
+NUM_TOKENS = 16
+"""Of a text that is timed, where it need not be padded."""
 PACKAGES = ("open_clip_torch", "timm", "torch", "onnx", "onnxruntime", "onnxscript", "transformers")
 
 
@@ -69,6 +84,10 @@ class EncodersConfig:
     """Write the page from this result, or the newest in this folder, and measure nothing."""
     one: str | None = None
     """Export this one here, and print what came of it as lines of JSON, the last the fullest."""
+    yardstick: Path | None = None
+    """With `one`: folder of the towers it is timed beside."""
+    only_time: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With `one`: leave the gate out."""
 
 
 @torch.no_grad()
@@ -80,19 +99,12 @@ def disturb(encoder: ExternalEncoder) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def measure(name: str) -> None:
-    """Export one configuration in both precisions, and print what the gate says of each."""
+def measure(name: str, yardstick: Path | None, *, only_time: bool = False) -> None:
+    """Export one configuration, and print how long it takes and what the gate says of it."""
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        where = import_open_clip().get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "")
-        is_roberta = any(family in where for family in ("roberta", "xlm", "nllb"))
-        tokenizer = small_tokenizer(SPECIAL_OF_ROBERTA if is_roberta else SPECIAL)
-        (place / "tokenizer.json").write_text(tokenizer, "utf-8")
-        encoder = load_open_clip(name, tokenizer=place / "tokenizer.json")
-        disturb(encoder)
-        if not measure_any_length(encoder, PROMPTS):
-            encoder.facts = replace(encoder.facts, is_any_length_exact=False)
+        encoder = _load(name, place)
         facts = encoder.facts
         found: dict[str, Any] = {
             "side_px": facts.side_px,
@@ -104,12 +116,16 @@ def measure(name: str) -> None:
             "score": facts.score,
             "parameters": sum(each.numel() for each in encoder.parameters()),
         }
-        files = dict[Precision, dict[str, Path]]()
-        for precision in PRECISIONS:
-            files[precision] = {each: place / f"{precision}_{each}.onnx" for each in TOWERS}
-        for graph in make_graphs(encoder):
-            onnx_writer.write_onnx(graph, facts, files["fp32"][graph.tower])
-        for precision in PRECISIONS:
+        files: dict[Precision, dict[Tower, Path]] = {
+            precision: _name_files(place, precision) for precision in PRECISIONS
+        }
+        _write(encoder, files["fp32"])
+        if yardstick is not None:
+            found["times_yardstick"] = {
+                tower: _time(tower, facts, files["fp32"], yardstick) for tower in TOWERS
+            }
+            print(json.dumps(found), flush=True)  # noqa: T201
+        for precision in PRECISIONS if not only_time else ():
             if precision == "fp16":
                 for tower in TOWERS:
                     onnx_writer.write_fp16(files["fp32"][tower], files["fp16"][tower])
@@ -117,6 +133,54 @@ def measure(name: str) -> None:
             found["seconds"] = round(time.monotonic() - start_s, 1)
             # Printed now: a runtime that ends this process takes the next precision only.
             print(json.dumps(found), flush=True)  # noqa: T201
+
+
+def _load(name: str, place: Path) -> ExternalEncoder:
+    where = import_open_clip().get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "")
+    is_roberta = any(family in where for family in ("roberta", "xlm", "nllb"))
+    tokenizer = small_tokenizer(SPECIAL_OF_ROBERTA if is_roberta else SPECIAL)
+    (place / "tokenizer.json").write_text(tokenizer, "utf-8")
+    encoder = load_open_clip(name, tokenizer=place / "tokenizer.json")
+    disturb(encoder)
+    if not measure_any_length(encoder, PROMPTS):
+        encoder.facts = replace(encoder.facts, is_any_length_exact=False)
+    return encoder
+
+
+def _name_files(folder: Path, precision: Precision) -> dict[Tower, Path]:
+    return {tower: folder / f"{precision}_{tower}.onnx" for tower in TOWERS}
+
+
+def _write(encoder: ExternalEncoder, files: Mapping[Tower, Path]) -> None:
+    for graph in make_graphs(encoder):
+        onnx_writer.write_onnx(graph, encoder.facts, files[graph.tower])
+
+
+def write_yardstick(folder: Path) -> None:
+    """Write the towers that others are timed beside."""
+    _write(_load(YARDSTICK, folder), _name_files(folder, "fp32"))
+
+
+def _time(tower: Tower, facts: EncoderFacts, files: Mapping[Tower, Path], yardstick: Path) -> float:
+    """Return how many times as long as the yardstick a tower takes, for one row, by OpenVINO."""
+    ways = {
+        "mine": (files[tower], facts),
+        YARDSTICK: (_name_files(yardstick, "fp32")[tower], find_spec("ViT-B/32").facts),
+    }
+    calls = {
+        name: time_each(partial(load_openvino(file), _make_row(tower, each)))
+        for name, (file, each) in ways.items()
+    }
+    turns = take_turns(calls, budget_s=BUDGET_S)
+    mine, reference = (turns[name].samples_s for name in ways)
+    return round(ratio(mine, reference), 3)
+
+
+def _make_row(tower: Tower, facts: EncoderFacts) -> NDArray[Any]:
+    if tower == "image":
+        return np.zeros((1, facts.side_px, facts.side_px, 3), np.uint8)
+    length = NUM_TOKENS if facts.is_any_length_exact else facts.context_length
+    return np.ones((1, length), np.int32)
 
 
 def write_hub(folder: Path) -> None:
@@ -151,7 +215,9 @@ def write_hub(folder: Path) -> None:
         (place / "refs" / "main").write_text("local", "utf-8")
 
 
-def _gate(encoder: ExternalEncoder, files: dict[str, Path], precision: Precision) -> dict[str, Any]:
+def _gate(
+    encoder: ExternalEncoder, files: Mapping[Tower, Path], precision: Precision
+) -> dict[str, Any]:
     try:
         report: Any = parity.check_files(
             encoder, image=files["image"], text=files["text"], precision=precision
@@ -165,9 +231,10 @@ def _gate(encoder: ExternalEncoder, files: dict[str, Path], precision: Precision
     return {"passed": report["passed"], **cosines}
 
 
-def _measure_apart(name: str) -> dict[str, Any]:
+def _measure_apart(name: str, yardstick: Path, *, only_time: bool) -> dict[str, Any]:
     """Run `measure` in a process of its own: memory ends with it."""
     arguments = [sys.executable, "-m", "benchmarks.studies.encoders", "--one", name]
+    arguments += ["--yardstick", str(yardstick), *(["--only-time"] if only_time else [])]
     try:
         done = subprocess.run(
             arguments,
@@ -212,7 +279,7 @@ def _count_parameters(name: str) -> float:
 def main(config: EncodersConfig) -> None:
     """Do what `config` says."""
     if config.one is not None:
-        measure(config.one)
+        measure(config.one, config.yardstick, only_time=config.only_time)
         return
     if config.render is not None:
         console.print(encoders_page.write_page(config.render), markup=False, soft_wrap=True)
@@ -226,19 +293,26 @@ def main(config: EncodersConfig) -> None:
         write_hub(Path(folder))
         names = config.model or tuple(import_open_clip().list_models())
         num_known = len(import_open_clip().list_models())
-        left = [name for name in names if name not in done or "failed" in done[name]]
+        left = [name for name in names if not _is_done(done.get(name, {}))]
         sizes = {name: _count_parameters(name) for name in left}
+        write_yardstick(Path(folder))
         for name in track(sorted(left, key=sizes.__getitem__), "exporting", console=console):
             if (size := sizes[name]) > config.max_parameters:
                 done[name] = {"left_out": f"{size / 1e9:.1f} billion parameters"}
             else:
-                done[name] = _measure_apart(name)
+                before = done.get(name, {})
+                only_time = "fp16" in before or "failed" in before
+                done[name] = before | _measure_apart(name, Path(folder), only_time=only_time)
             result = {"num_known": num_known, "models": done}
             write(config.out, describe_result(COMMAND, PACKAGES) | result)
     show(
         ("model", "side", "tokens", "FP32", "FP16", "s"),
         [_row(name, found) for name, found in done.items()],
     )
+
+
+def _is_done(found: Mapping[str, Any]) -> bool:
+    return "left_out" in found or "times_yardstick" in found
 
 
 def _row(name: str, found: dict[str, Any]) -> tuple[object, ...]:

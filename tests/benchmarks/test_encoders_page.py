@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.studies import encoders, encoders_page
 
+MACHINE = {"cpu": "Some CPU", "usable_cores": 2, "cpu_flags": ["avx512f", "avx512_vnni"]}
 RESULTS = Path(encoders.ROOT) / "benchmarks/results"
 
 
@@ -47,6 +48,7 @@ def test_what_was_refused_or_failed_is_said():
         {
             "date": "2026-11-28",
             "num_known": 3,
+            "machine": MACHINE,
             "models": {
                 "coca_ViT-B-32": facts | {"failed": "ended by SIGSEGV"},
                 "EVA02-B-16": facts | {"fp16": gate | {"passed": False, "text": 0.99}},
@@ -69,12 +71,33 @@ def test_what_a_process_printed_before_it_ended_is_kept():
 @pytest.mark.torch
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, open_clip):
     out = tmp_path / "2026-01-01_encoders.json"
-    kept = {"ViT-S-32-alt": {"fp32": "kept"}}
-    out.write_text(json.dumps({"models": kept}))
+    times = {"times_yardstick": {"image": 1.0, "text": 1.0}}
+    kept = {"ViT-S-32-alt": {"fp16": "kept"} | times, "ViT-B-32": {"left_out": "for a reason"}}
+    out.write_text(json.dumps({"models": kept | {"ViT-M-32": {"fp16": "kept"}}}))
     asked = []
-    monkeypatch.setattr(encoders, "_measure_apart", lambda name: asked.append(name) or {"a": 1})
+
+    def measure(name, yardstick, *, only_time):
+        asked.append((name, only_time))
+        return times
+
+    monkeypatch.setattr(encoders, "write_yardstick", lambda folder: None)
+    monkeypatch.setattr(encoders, "_measure_apart", measure)
     monkeypatch.setattr(encoders, "_row", lambda name, found: (name, 0, 0, "", "", 0))
-    config = encoders.EncodersConfig(model=("ViT-S-32-alt", "ViT-S-16-alt"), out=out)
-    encoders.main(config)
-    assert asked == ["ViT-S-16-alt"]
-    assert json.loads(out.read_text())["models"] == kept | {"ViT-S-16-alt": {"a": 1}}
+    names = ("ViT-S-32-alt", "ViT-M-32", "ViT-B-32", "ViT-S-16-alt")
+    encoders.main(encoders.EncodersConfig(model=names, out=out))
+    # Small ones first.
+    assert asked == [("ViT-S-16-alt", False), ("ViT-M-32", True)]
+    expected = kept | {"ViT-M-32": {"fp16": "kept"} | times, "ViT-S-16-alt": times}
+    assert json.loads(out.read_text())["models"] == expected
+
+
+def test_a_page_of_a_result_says_how_long_each_takes():
+    gate = {"passed": True, "image": 1 - 2e-7, "text": 1.0}
+    facts = {"side_px": 224, "context_length": 77, "any_length": True, "parameters": 2e8}
+    facts |= {"tokenizer": "openai", "fp32": gate, "fp16": gate}
+    facts["times_yardstick"] = {"image": 12.34, "text": 0.51}
+    page = encoders_page.render(
+        {"date": "2026-11-28", "num_known": 1, "machine": MACHINE, "models": {"RN50": facts}}
+    )
+    assert "| 200 | 12.3 | 0.5 | 1 - 2e-07 |" in page
+    assert "on 2 cores of Some CPU (AVX-512, VNNI)." in page
