@@ -30,6 +30,7 @@ from clip_rt.embedded import runtime_choice
 from clip_rt.embedded.memory import find_model_bytes
 from clip_rt.errors import (
     ClipRTError,
+    ServerError,
     ServerStartError,
     ServerTimeoutError,
     ServerUnavailableError,
@@ -293,8 +294,8 @@ def _check_parts() -> Finding:
 
 def _check_runtimes() -> Finding:
     found = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in runtime_choice.RUNTIMES
+        f"{shown} {importlib.metadata.version(name)}"
+        for name, shown in runtime_choice.RUNTIMES.items()
         if runtime_choice.installed(name)
     ]
     if found:
@@ -471,8 +472,10 @@ def _check_memory(
     transport: Transport, names: Sequence[str], name: str, deadline: Deadline, *, is_here: bool
 ) -> Finding:
     """Say what each tower holds, by the server or, of one on this machine, by its processes."""
-    statistics = transport.read_statistics(names, deadline)
-    found = {each: counted.memory_bytes for each, counted in statistics.items()}
+    found: dict[str, int] = {}
+    with contextlib.suppress(ServerError):  # Statistics may be restricted.
+        counted = transport.read_statistics(names, deadline)
+        found = {each: statistics.memory_bytes for each, statistics in counted.items()}
     if is_here and not any(found.values()):
         found = find_model_bytes(names)
     numbers = {f"{each}_bytes": float(num_bytes) for each, num_bytes in found.items() if num_bytes}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import clip_rt
 from benchmarks.contenders.implementation import installed
 from benchmarks.contenders.kit import Form, Kit
-from benchmarks.contenders.openai_server import OpenAIServer
+from benchmarks.contenders.openai_server import Modality, OpenAIServer
 
 START_LIMIT_S = 240.0
 TIMEOUT_S = 600.0
-LIMITS = {"image": 64, "text": 2048}
+LIMITS: Mapping[Modality, int] = {"image": 64, "text": 2048}
 """Of one request; of images, as many as fit into the body that it takes."""
 
 

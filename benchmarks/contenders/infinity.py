@@ -30,15 +30,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.contenders.implementation import UnfitError, count_cores
 from benchmarks.contenders.kit import Kit
-from benchmarks.contenders.openai_server import OpenAIServer
+from benchmarks.contenders.openai_server import Modality, OpenAIServer
 
 VARIABLE = "CLIP_RT_INFINITY"
 START_LIMIT_S = 180.0
-LIMITS = {"image": 32, "text": 2048}
+LIMITS: Mapping[Modality, int] = {"image": 32, "text": 2048}
 """The most that it takes in one request."""
 
 

@@ -81,16 +81,16 @@ def test_all_is_well_with_the_bundled_model_on_a_server_of_its_own(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["embedded", "in_process"])
-def test_what_models_hold_in_memory_is_said(capsys, server):
-    options = ("--repository", ROOT / "model_repository", "--server", server)
+@pytest.mark.parametrize("kind", ["embedded", "in_process"])
+def test_what_models_hold_in_memory_is_said(capsys, kind):
+    options = ("--repository", ROOT / "model_repository", "--server", kind)
     code, found = consult(capsys, *options)
     assert code == 0
     numbers = found["memory"]["numbers"]
     assert numbers.keys() == {"drawings_image_bytes", "drawings_text_bytes"}
     assert 2**20 < min(numbers.values()) < max(numbers.values()) < 2**30
     assert "drawings_text by" in found["execution"]["detail"]
-    if server == "in_process":
+    if kind == "in_process":
         assert found["memory"]["server"] == "in process"
         assert found["parts"]["detail"].startswith("models run in this process, by OpenVINO")
         assert "server" not in found
@@ -133,7 +133,7 @@ class TestServer:
         output = capsys.readouterr().out
         lines = output.splitlines()
         assert {line.split()[0] for line in lines} == {"ok", "warn"}
-        assert sum(f"{patients.url} " in line for line in lines) == 8
+        assert sum(f"{patients.url} " in line for line in lines) == 9
         (token,) = patients.headers.values()
         assert token not in output
 
