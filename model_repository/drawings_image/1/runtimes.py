@@ -6,9 +6,13 @@ NumPy and the standard library only, besides the runtime itself: an export copie
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +46,8 @@ RUNTIMES = ("auto", "onnxruntime", "openvino")
 take the model."""
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of all cores that a container may use in a period, and the period."""
+IDLE_UNLOAD_VARIABLE = "CLIP_RT_IDLE_UNLOAD_S"
+"""Seconds without a request after which a model's memory is given back until the next one."""
 TEXT_LENGTH_TOKENS = 16
 """Of the text that runtimes are timed on."""
 
@@ -106,6 +112,90 @@ def load(model: ModelFile) -> Encode:
         RuntimeRefusedError: it cannot be run where it was asked to.
     """
     _check_runtime(model)
+    idle_unload_s = _read_idle_unload_s()
+    if math.isinf(idle_unload_s):
+        return _load(model)
+    return _Idling(model, idle_unload_s)
+
+
+class _Idling:
+    """Embeds batches, and gives its memory back when it has not been asked for a while."""
+
+    def __init__(self, model: ModelFile, idle_unload_s: float) -> None:
+        self._model, self._idle_unload_s = model, idle_unload_s
+        self._lock = threading.Lock()
+        self._content = _name_content(model)
+        self._encode: Encode | None = None
+        self._used_s = time.monotonic()
+        with self._lock:
+            self._load()
+
+    def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        """Embed a batch, after loading the model again where that is needed.
+
+        Raises:
+            RuntimeRefusedError: its file was replaced meanwhile.
+        """
+        with self._lock:
+            encode = self._encode or self._load()
+            embeddings = encode(batch)
+            self._used_s = time.monotonic()
+            return embeddings
+
+    def _load(self) -> Encode:
+        model = self._model
+        if _name_content(model) != self._content:
+            # The other tower, or the client, may know the old one's embeddings.
+            raise RuntimeRefusedError(
+                f"{model.path} was replaced after {model.name} had been unloaded, which was idle "
+                "for too long. Start its server again."
+            )
+        self._encode = _load(model)
+        threading.Thread(target=self._unload_when_idle, name="idle unload", daemon=True).start()
+        return self._encode
+
+    def _unload_when_idle(self) -> None:
+        while (left_s := self._used_s + self._idle_unload_s - time.monotonic()) > 0:
+            time.sleep(left_s)
+            # Whatever runs then has set it anew when the lock is free.
+            with self._lock:
+                pass
+        with self._lock:
+            self._encode = None
+            gc.collect()
+            _trim_heap()
+        self._model.log(f"{self._model.name} was idle for {self._idle_unload_s:g} s: unloaded")
+
+
+def set_idle_unload_s(idle_unload_s: float) -> None:
+    """Have models that are loaded from now on, here or by a server started here, unload so."""
+    if not math.isinf(idle_unload_s):
+        os.environ[IDLE_UNLOAD_VARIABLE] = str(idle_unload_s)
+
+
+def _read_idle_unload_s() -> float:
+    said = os.environ.get(IDLE_UNLOAD_VARIABLE) or "inf"
+    with contextlib.suppress(ValueError):
+        if (idle_unload_s := float(said)) > 0:
+            return idle_unload_s
+    raise RuntimeRefusedError(
+        f"${IDLE_UNLOAD_VARIABLE} is {said[:40]!r}; it must be a number of seconds above 0."
+    )
+
+
+def _name_content(model: ModelFile) -> tuple[int, int, int]:
+    """Return what a replaced file does not have in common with the old one."""
+    facts = model.path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _trim_heap() -> None:
+    """Have malloc give back to the system what it keeps for later."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it.
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _load(model: ModelFile) -> Encode:
     runtime = model.parameters.get("runtime", "auto")
     on_processor = model.kind == "CPU" and "execution_providers" not in model.parameters
     if model.is_int8 or runtime == "openvino":
