@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from clip_rt.errors import ImageError as ImageError
     from clip_rt.errors import InferenceError as InferenceError
     from clip_rt.errors import InputError as InputError
+    from clip_rt.errors import JobMismatchError as JobMismatchError
+    from clip_rt.errors import JobRunningError as JobRunningError
     from clip_rt.errors import MessageTooLongError as MessageTooLongError
     from clip_rt.errors import ModelReplacedError as ModelReplacedError
     from clip_rt.errors import NonFiniteEmbeddingError as NonFiniteEmbeddingError

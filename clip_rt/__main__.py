@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 import clip_rt_commands
+from clip_rt.commands.embed import EmbedConfig
 from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt.errors import InputError
 from clip_rt.gateway.config import GatewayConfig
@@ -61,6 +62,16 @@ def gateway(config: Annotated[GatewayConfig, tyro.conf.arg(name="")]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     serve(config)
     return 0
+
+
+def embed(config: Annotated[EmbedConfig, tyro.conf.arg(name="")]) -> int:
+    """Embed any number of images or texts into files; the same command goes on after a kill."""
+    from clip_rt.commands.embed import embed
+
+    try:
+        return embed(config)
+    except KeyboardInterrupt:
+        return 130  # Asked twice.
 
 
 def reload(*, port: int = 8001, timeout_s: float = 90.0) -> int:
@@ -126,7 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     clip_rt_commands.print_any_text()
     with command():
         status: int = tyro.extras.subcommand_cli_from_dict(
-            {"serve": serve, "gateway": gateway, "reload": reload, "doctor": doctor},
+            {
+                "serve": serve,
+                "gateway": gateway,
+                "reload": reload,
+                "doctor": doctor,
+                "embed": embed,
+            },
             prog=clip_rt_commands.program("clip_rt"),
             description=__doc__,
             args=arguments,

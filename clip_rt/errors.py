@@ -6,7 +6,9 @@ ClipRTError
 │   ├── TextError                       a text that is not usable
 │   │   └── TextTooLongError            carries .num_tokens and .context_length
 │   ├── TemplateError                   a prompt template without exactly one {}
-│   └── UnknownModelError               carries .model and .known
+│   ├── UnknownModelError               carries .model and .known
+│   ├── JobMismatchError                a folder holds another bulk job; .expected and .found
+│   └── JobRunningError                 another process writes to the folder of a bulk job
 ├── ServerError                         the deployment can fix it; carries .url
 │   ├── ServerStartError                the embedded server cannot run; carries .log_tail
 │   ├── ServerUnavailableError          refused, unresolved, reset, shutting down
@@ -75,6 +77,19 @@ class UnknownModelError(InputError):
         super().__init__(message)
         self.model = model
         self.known = tuple(known)
+
+
+class JobMismatchError(InputError):
+    """A folder holds a bulk job of another model, other inputs or other settings."""
+
+    def __init__(self, message: str, *, expected: object, found: object) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
+
+
+class JobRunningError(InputError):
+    """Another process is at work on a bulk job; there is one at a time."""
 
 
 class ServerError(ClipRTError):

@@ -19,6 +19,7 @@ COMMANDS = {
     "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),
     "doctor": ("clip_rt", "check the installation and a server"),
+    "embed": ("clip_rt", "embed any number of images or texts into files"),
     "models": ("export.models", "list the models of a repository"),
     "export onnx": ("export.onnx", "weights to ONNX or INT8, gated by parity"),
     "export trt": ("export.trt", "weights to TensorRT engines, gated by parity"),

@@ -35,6 +35,7 @@ EXTRAS = {
     "benchmarks.report": "bench",
     "benchmarks.run": "server,export,int8,bench",
     "benchmarks.serving": "server,export,int8,gateway,bench",
+    "benchmarks.studies.bulk": "server,export,commands,train,bench",
     "benchmarks.studies.external_speed": "server,export,int8,open-clip,bench",
     "benchmarks.studies.families": "server,export,open-clip,transformers,bench",
     "benchmarks.studies.text_length": "export,bench,peers",

@@ -28,6 +28,8 @@ import tyro
 
 import clip_rt
 from clip_rt.async_client import AsyncClient
+from clip_rt.bulk import embed
+from clip_rt.ray import EmbedBatch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("clip_rt", "training", "export", "benchmarks")
@@ -119,6 +121,8 @@ CLIENTS = (clip_rt.Client, AsyncClient)
 SERVERS = (*CLIENTS, clip_rt.EmbeddedServer, clip_rt.serve)
 RAISED_BY: dict[str, tuple[Callable[..., object], ...]] = {
     "decoding": (*CLIENTS, clip_rt.preprocess),
+    "job": (embed,),
+    "ray": (EmbedBatch,),
     "images": (*CLIENTS, clip_rt.preprocess),
     "transform": (*CLIENTS, clip_rt.preprocess),
     "tokenizer": (*CLIENTS, clip_rt.tokenize),

@@ -132,6 +132,9 @@ def run_page(tmp_path, monkeypatch, capsys):
     picture = (ROOT / "examples/images/rocket.png").read_bytes()
     (tmp_path / "tests/cat.jpg").write_bytes(picture)
     (tmp_path / "photo.png").write_bytes(picture)
+    (tmp_path / "photos").mkdir()
+    for name in ("bicycle.png", "pizza.png", "rocket.png"):
+        (tmp_path / "photos" / name).write_bytes((ROOT / "examples/images" / name).read_bytes())
     monkeypatch.chdir(tmp_path)
 
     def run(page: Path) -> dict[str, object]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import heapq
+import itertools
+import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from clip_rt.errors import InputError
 
@@ -16,6 +22,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 """Of the files of a folder or shard that are taken for images; one named by itself may have any."""
 SHARD_SUFFIX = ".tar"
 STDIN = "-"
+MAX_SORTED = 100_000
+"""Names that are sorted in memory; more of them by way of temporary files."""
+MAX_CAPTION_BYTES = 64 * 1024
+"""Largest .txt or .json of a shard that is read for a caption."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,12 @@ class ImageFile:
     offset_bytes: int = 0
     size_bytes: int = -1
     """Where it is within the shard; -1 is all of the file."""
+    modified_ns: int = 0
+    """When the shard was last changed, as it was found; 0 for a file."""
+    caption: str | None = None
+    """Of the shard's .txt or .json of the same name."""
+    problem: str = ""
+    """Why no image could be found there: a shard or folder that cannot be read."""
 
     @property
     def name(self) -> str:
@@ -39,28 +55,57 @@ class ImageFile:
         """Return its content.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: it cannot be read, or its shard has changed since it was found.
         """
+        if self.problem:
+            raise OSError(self.problem)
         with self.path.open("rb") as file:
+            if self.modified_ns and os.fstat(file.fileno()).st_mtime_ns != self.modified_ns:
+                raise OSError(f"{self.path} has changed since its images were listed")
             file.seek(self.offset_bytes)
-            return file.read(self.size_bytes)
+            content = file.read(self.size_bytes)
+        if len(content) < self.size_bytes:
+            raise OSError(f"{self.path} ends within {self.member}")
+        return content
 
 
 def find_images(names: Iterable[str]) -> Iterator[ImageFile]:
     """Yield the images that names mean, in order, those of a folder or shard by name.
+
+    Memory does not grow with their number. A folder or shard below a name that cannot be read is
+    an image with a `problem`.
 
     Args:
         names: Of files; of folders, which are searched with all below them but what is hidden; of
             tar files; patterns such as `photos/**/*.jpg`; "-" reads one of these a line from stdin.
 
     Raises:
-        InputError: a name means nothing that is there, or a tar file cannot be read.
+        InputError: a name means nothing that is there.
     """
     for name in names:
         if name == STDIN:
             yield from find_images(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
         else:
             yield from _find_named(name)
+
+
+def sort_names(names: Iterable[str]) -> Iterator[str]:
+    """Read all of the names, and return them in order, with `MAX_SORTED` in memory at a time."""
+    source, files = iter(names), []
+    while len(run := sorted(itertools.islice(source, MAX_SORTED))) == MAX_SORTED:
+        # A name may hold any character, but for JSON.
+        file = tempfile.TemporaryFile("w+", encoding="ascii")  # noqa: SIM115 - until it is merged
+        file.writelines(f"{json.dumps(name)}\n" for name in run)
+        file.seek(0)
+        files.append(file)
+    return _merge(files, run) if files else iter(run)
+
+
+def _merge(files: Sequence[TextIO], run: Sequence[str]) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.enter_context(file)
+        yield from heapq.merge(*(map(json.loads, file) for file in files), run)
 
 
 def _find_named(name: str) -> Iterator[ImageFile]:
@@ -70,35 +115,91 @@ def _find_named(name: str) -> Iterator[ImageFile]:
     elif path.is_file():
         yield from _open_shard(path) if path.suffix.lower() == SHARD_SUFFIX else [ImageFile(path)]
     elif glob.has_magic(name):
-        found = sorted(glob.glob(name, recursive=True))
-        if not found:
-            raise InputError(f"nothing is named like {name[:200]!r}.")
-        for each in found:
+        is_any = False
+        for each in sort_names(glob.iglob(name, recursive=True)):
+            is_any = True
             yield from _find_named(each)
+        if not is_any:
+            raise InputError(f"nothing is named like {name[:200]!r}.")
     else:
         raise InputError(f"there is no file or folder {name[:200]!r}.")
 
 
 def _find_below(folder: Path) -> Iterator[ImageFile]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        for file in sorted(files):
-            path = Path(place, file)
-            suffix = path.suffix.lower()
-            if suffix == SHARD_SUFFIX:
-                yield from _open_shard(path)
-            elif suffix in SUFFIXES and not file.startswith("."):
-                yield ImageFile(path)
+    try:
+        with os.scandir(folder) as entries:
+            files = sort_names(each.name for each in entries if _is_wanted(each))
+        with os.scandir(folder) as entries:
+            folders = sort_names(
+                each.name
+                for each in entries
+                if each.name[0] != "." and each.is_dir(follow_symlinks=False)
+            )
+    except OSError as error:
+        yield ImageFile(folder, problem=f"cannot be searched: {error.strerror}")
+        return
+    for name in files:
+        path = folder / name
+        if name.lower().endswith(SHARD_SUFFIX):
+            yield from _open_shard(path)
+        else:
+            yield ImageFile(path)
+    for name in folders:
+        yield from _find_below(folder / name)
+
+
+def _is_wanted(entry: os.DirEntry[str]) -> bool:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    is_wanted = entry.name[0] != "." and (suffix in SUFFIXES or suffix == SHARD_SUFFIX)
+    return is_wanted and not entry.is_dir()
 
 
 def _open_shard(path: Path) -> Iterator[ImageFile]:
+    """Yield the images of a shard: those with the same name but for the suffix have one caption."""
+    images: list[ImageFile] = []
+    captions: dict[str, str] = {}
+    key = ""
     try:
         # Without compression, so that members can be read by themselves later.
         with tarfile.open(path, "r:") as shard:
+            modified_ns = path.stat().st_mtime_ns
             for member in shard:
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                    yield ImageFile(path, member.name, member.offset_data, member.size)
+                folder, _, file = member.name.rpartition("/")
+                name, _, suffix = file.partition(".")
+                suffix = "." + suffix.rpartition(".")[2].lower()
+                if f"{folder}/{name}" != key:
+                    yield from _captioned(images, captions)
+                    key, images, captions = f"{folder}/{name}", [], {}
+                if member.isfile() and suffix in SUFFIXES:
+                    images.append(
+                        ImageFile(path, member.name, member.offset_data, member.size, modified_ns)
+                    )
+                elif member.isfile() and suffix in (".txt", ".json"):
+                    captions[suffix] = _read_caption(shard, member)
                 # tarfile keeps what it has seen, which would be all of a large shard.
-                shard.members = []
+                shard.members = []  # type: ignore[attr-defined]
+        yield from _captioned(images, captions)
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a tar file: {error}.") from error
+        yield from _captioned(images, captions)
+        yield ImageFile(path, problem=f"cannot be read as a tar file to its end: {error}")
+
+
+def _captioned(images: Iterable[ImageFile], captions: dict[str, str]) -> Iterator[ImageFile]:
+    caption = captions.get(".txt") or captions.get(".json") or None
+    return (replace(image, caption=caption) for image in images)
+
+
+def _read_caption(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """Return the caption of a .txt, or of a .json that is an object with one; empty without."""
+    file = shard.extractfile(member)
+    if file is None or member.size > MAX_CAPTION_BYTES:
+        return ""
+    text = file.read().decode("utf-8", "replace")
+    if not member.name.lower().endswith(".json"):
+        return text.strip()
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    caption = document.get("caption") if isinstance(document, dict) else None
+    return caption.strip() if isinstance(caption, str) else ""

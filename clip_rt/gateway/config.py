@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,19 @@ from typing import Literal
 from clip_rt.errors import InputError
 
 TOKENS_VARIABLE = "CLIP_RT_TOKENS"
+
+
+def check_hosts(hosts: Iterable[str]) -> None:
+    """Refuse what images cannot be fetched from.
+
+    Raises:
+        InputError: one is no name of a host.
+    """
+    for host in hosts:
+        if not host or set("/:@") & set(host) or host.endswith("."):
+            raise InputError(
+                f"--image-host {host[:80]!r} is no name of a host; leave out scheme, port and path."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +98,7 @@ class GatewayConfig:
             if not getattr(self, name) > 0:
                 option, value = name.replace("_", "-"), getattr(self, name)
                 raise InputError(f"--{option} is {value}; it must be above 0.")
-        for host in self.image_host:
-            if not host or set("/:@") & set(host) or host.endswith("."):
-                raise InputError(
-                    f"--image-host {host[:80]!r} is no name of a host; leave out scheme, port and "
-                    "path."
-                )
+        check_hosts(self.image_host)
         if not 0 <= self.drain_s < math.inf:
             raise InputError(f"--drain-s is {self.drain_s}; it must be 0 or more.")
 

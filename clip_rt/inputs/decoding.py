@@ -153,7 +153,7 @@ def open_image(image: ImageInput, *, max_pixels: int, max_bytes: int) -> Image.I
     if isinstance(image, np.ndarray):
         return _from_array(image, max_pixels=max_pixels)
     if isinstance(image, (str, os.PathLike)):
-        image = _read_path(image, max_bytes=max_bytes)
+        image = read_path(image, max_bytes=max_bytes)
     if isinstance(image, BYTES_LIKE):
         _check_length(memoryview(image).nbytes, max_bytes=max_bytes)
         opened = _open_bytes(bytes(image), max_pixels=max_pixels)
@@ -322,7 +322,7 @@ def _read_stream(file: Any, *, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def _read_path(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
+def read_path(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     """Read a regular file of at most `max_bytes`; never waits for a pipe or a device."""
     try:
         # Before opening, because opening some devices does something; and after, because what

@@ -36,8 +36,9 @@ from PIL import Image
 import clip_rt
 from clip_rt.errors import InputError
 from clip_rt.gateway.config import GatewayConfig
-from clip_rt.gateway.pictures import ImageSource, _is_public
+from clip_rt.gateway.pictures import ImageSource
 from clip_rt.gateway.problems import ProblemError
+from clip_rt.inputs import fetching
 
 pytestmark = pytest.mark.slow
 
@@ -683,7 +684,7 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(pictures, monkeyp
         asyncio.run(fetch(f"{url}/image"))
     assert (refused.value.param, refused.value.code) == ("input[3]", "url_not_allowed")
     assert pictures.hosts == []
-    monkeypatch.setattr("clip_rt.gateway.pictures._is_public", lambda address: True)
+    monkeypatch.setattr("clip_rt.inputs.fetching.is_public", lambda address: True)
     assert asyncio.run(fetch(f"{url}/image")) == png("blue")
     assert pictures.hosts == [f"images.example:{pictures.server_port}"]
     for path, words in (("moved", "answers 302"), ("packed", "deflate"), ("large", "larger than")):
@@ -711,7 +712,7 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(pictures, monkeyp
     ],
 )
 def test_only_public_addresses_are_asked(address, is_public):
-    assert _is_public(ipaddress.ip_address(address)) == is_public
+    assert fetching.is_public(ipaddress.ip_address(address)) == is_public
 
 
 def bomb() -> bytes:
