@@ -7,6 +7,7 @@ tower is loaded when it is first asked for, once for all clients of this process
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import logging
@@ -35,6 +36,9 @@ from clip_rt.wire.transport import Transport
 
 NAME = "in process"
 """What this server calls itself."""
+
+MAX_END_S = 60.0
+"""Longest wait for a batch that is still under way when the process ends."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +102,9 @@ class _Worker:
         self._calls: queue.SimpleQueue[tuple[_Future, float, Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
-        threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
+        thread = threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True)
+        _calls_by_thread[thread] = self._calls
+        thread.start()
         weakref.finalize(self, self._calls.put, None)
 
     def submit(self, call: Callable[[], Any], timeout_s: float) -> _Future:
@@ -106,6 +112,30 @@ class _Worker:
         future = _Future()
         self._calls.put((future, time.monotonic() + timeout_s, call))
         return future
+
+
+_calls_by_thread: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _end_threads() -> None:
+    """At the end of the process, wait for what a runtime is doing.
+
+    Python stops daemon threads when they next ask for its lock; in the midst of a runtime's C++
+    that ends the process by SIGABRT, and its exit status is lost.
+    """
+    threads = dict(_calls_by_thread)
+    for calls in threads.values():
+        with contextlib.suppress(queue.Empty):
+            while (item := calls.get_nowait()) is not None:
+                item[0].cancel()
+        calls.put(None)
+    for thread in threads:
+        thread.join(MAX_END_S)
+
+
+atexit.register(_end_threads)
 
 
 def _work(calls: queue.SimpleQueue[tuple[_Future, float, Callable[[], Any]] | None]) -> None:

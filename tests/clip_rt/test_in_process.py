@@ -343,3 +343,20 @@ def test_a_model_with_a_tokenizer_of_its_own_hands_it_out(tmp_path):
     with pytest.raises(clip_rt.InferenceError, match="ends before"):
         transport.read_chunk("tiny_tokenizer_file", 2, Deadline.after(10.0))
     transport.close()
+
+
+@pytest.mark.slow
+def test_a_process_may_end_while_a_model_runs():
+    # Many distinct images, so that batches are under way from the first answer on.
+    program = f"""if True:
+        import sys, clip_rt, numpy as np
+        images = np.random.default_rng(0).integers(0, 256, (2048, 64, 64, 3), np.uint8)
+        client = clip_rt.Client(repository={str(ROOT / "model_repository")!r}, server="in_process")
+        parts = client.stream_images(images)
+        assert len(next(parts).embeddings)
+        sys.exit(7)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (7, "")
