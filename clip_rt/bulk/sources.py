@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clip_rt.errors import InputError
+from clip_rt.inputs.decoding import MAX_BYTES
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 """Of the files of a folder or shard that are taken for images; one named by itself may have any."""
@@ -68,25 +69,58 @@ class ImageFile:
             raise OSError(f"{self.path} ends within {self.member}")
         return content
 
+    def to_input(self) -> Path | bytes:
+        """Return what a client takes for it: a file's path, which it reads on its own threads.
+
+        Of a shard's member its content, as far as an image may be long.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if not self.member and not self.problem:
+            self.path.stat()  # Said here as a command says it, not as Python is told by a client.
+            return self.path
+        return replace(self, size_bytes=min(self.size_bytes, MAX_BYTES + 1)).read()
+
 
 def find_images(names: Iterable[str]) -> Iterator[ImageFile]:
     """Yield the images that names mean, in order, those of a folder or shard by name.
 
-    Memory does not grow with their number. A folder or shard below a name that cannot be read is
-    an image with a `problem`.
+    Memory does not grow with their number. What turns out not to be readable is an image with a
+    `problem`: a folder, a shard, a name on stdin that nothing has. It stops nothing.
 
     Args:
         names: Of files; of folders, which are searched with all below them but what is hidden; of
             tar files; patterns such as `photos/**/*.jpg`; "-" reads one of these a line from stdin.
 
     Raises:
-        InputError: a name means nothing that is there.
+        InputError: a name means nothing that is there; before anything is yielded.
     """
-    for name in names:
-        if name == STDIN:
-            yield from find_images(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
-        else:
+    checked = list(names)
+    for name in checked:
+        check_name(name)
+    for name in checked:
+        if name != STDIN:
             yield from _find_named(name)
+            continue
+        # As bytes, since names of files need not be in the encoding of text.
+        for line in sys.stdin.buffer:
+            if listed := os.fsdecode(line.rstrip(b"\r\n")):
+                yield from _find_named(listed)
+
+
+def check_name(name: str) -> None:
+    """Refuse what means nothing that is there.
+
+    Raises:
+        InputError: it does.
+    """
+    if name == STDIN or os.path.exists(name):
+        return
+    if not glob.has_magic(name):
+        raise InputError(f"there is no file or folder {name[:200]!r}.")
+    if next(glob.iglob(name, recursive=True), None) is None:
+        raise InputError(f"nothing is named like {name[:200]!r}.")
 
 
 def sort_names(names: Iterable[str]) -> Iterator[str]:
@@ -112,17 +146,19 @@ def _find_named(name: str) -> Iterator[ImageFile]:
     path = Path(name)
     if path.is_dir():
         yield from _find_below(path)
-    elif path.is_file():
-        yield from _open_shard(path) if path.suffix.lower() == SHARD_SUFFIX else [ImageFile(path)]
-    elif glob.has_magic(name):
+    elif path.is_file() and path.suffix.lower() == SHARD_SUFFIX:
+        yield from _open_shard(path)
+    elif os.path.exists(name) or not glob.has_magic(name):
+        yield ImageFile(path)
+    else:
         is_any = False
         for each in sort_names(glob.iglob(name, recursive=True)):
             is_any = True
-            yield from _find_named(each)
+            # `**` gives folders, and all that is in them beside.
+            if "**" not in name or not os.path.isdir(each):
+                yield from _find_named(each)
         if not is_any:
-            raise InputError(f"nothing is named like {name[:200]!r}.")
-    else:
-        raise InputError(f"there is no file or folder {name[:200]!r}.")
+            yield ImageFile(path, problem=f"nothing is named like {name[:200]!r}")
 
 
 def _find_below(folder: Path) -> Iterator[ImageFile]:
