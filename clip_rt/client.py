@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clip_rt import embedding, telemetry
 from clip_rt.cache.memory import PromptCache
-from clip_rt.classification import zero_shot
+from clip_rt.classification import open_set
 from clip_rt.classification.probe import Probe
 from clip_rt.classification.zero_shot import Scores
 from clip_rt.deadline import START_TIMEOUT_S, Deadline, check_timeout
@@ -377,6 +377,7 @@ class Client:
         labels: Iterable[str],
         *,
         templates: str | Iterable[str] | None = None,
+        none_of_these: bool = False,
         on_error: OnError = "raise",
         dimensions: int | None = None,
         timeout_s: float | None = None,
@@ -387,13 +388,19 @@ class Client:
             images: As for `encode_images`.
             labels: As for `class_embeddings`; at least one.
             templates: As for `class_embeddings`.
+            none_of_these: Add a last label, "none of these", for images that none of the others
+                fits. Where the model's score is a softmax, it has the probability of some broad
+                background labels, `classification.open_set.BACKGROUND`, which compete with yours.
+                Where it is a sigmoid, it has what the best label leaves to 1, and is the answer
+                where that is below 0.5; `Scores.above` does the same for any threshold.
             on_error: "raise" the first error, or "skip" images that cannot be used: the scores are
                 of the others, and name both.
             dimensions: As for `encode_images`, of images and classes.
             timeout_s: For this call; the client's own if None.
 
         Returns:
-            Probabilities and logits, (N, C) each, with the ranking of the labels.
+            Probabilities and logits, (N, C) each, with the ranking of the labels; C is one more
+            with `none_of_these`.
 
         Raises:
             ImageError, TextError, TemplateError, InputError: an argument cannot be used.
@@ -403,25 +410,28 @@ class Client:
         checked, found = prompts.check_labels(labels), prompts.find_templates(templates)
         if not checked:
             raise InputError("labels is empty; name at least one.")
+        if none_of_these:
+            open_set.check_labels(checked)
 
         kept = self._dimensions if dimensions is None else dimensions
 
         def work(model: Model, deadline: Deadline) -> Scores:
-            manifest = model.manifest
+            wanted = checked
+            if none_of_these:
+                wanted += open_set.background_of(model.manifest.score, checked)
             class_embeddings = self._embed_classes(
-                model, deadline, labels=checked, templates=found, dimensions=kept
+                model, deadline, labels=wanted, templates=found, dimensions=kept
             )
             encoded = self._embed_images(
                 model, deadline, images=images, on_error=on_error, dimensions=kept
             )
             with telemetry.stage("classify", len(encoded.indices)):
-                return zero_shot.classify(
-                    class_embeddings=class_embeddings,
-                    image_embeddings=encoded.embeddings,
-                    labels=checked,
-                    logit_scale=manifest.logit_scale,
-                    logit_bias=manifest.logit_bias,
-                    score=manifest.score,
+                return open_set.score_images(
+                    model.manifest,
+                    encoded.embeddings,
+                    class_embeddings,
+                    checked,
+                    none_of_these=none_of_these,
                 ).of_items(encoded.indices, encoded.failures)
 
         return self._session.call("zero_shot", timeout_s, work, images)

@@ -40,6 +40,9 @@ class Scores:
     """An error for each image that was left out; each carries its `index`."""
     score: Score = "softmax"
     """What made the probabilities, as the model was trained; `Manifest.score` says it."""
+    similarities: NDArray[np.float32] | None = None
+    """float32 (N, C): cosines of image and label, from -1 to 1. A label that
+    `zero_shot(none_of_these=True)` added has no column. None where a probe made the scores."""
 
     def of_items(self, indices: NDArray[np.intp], failures: tuple[ClipRTError, ...]) -> Scores:
         """Return them with whose they are."""
@@ -69,6 +72,53 @@ class Scores:
             [(self.labels[index], float(row[index])) for index in best]
             for row, best in zip(self.probabilities, order, strict=True)
         ]
+
+    def above(
+        self, threshold: float = 0.0, *, min_similarity: float = -1.0
+    ) -> list[list[tuple[str, float]]]:
+        """Return the labels that fit each image well enough; none of them may.
+
+        With sigmoid every probability is of its own label, so that any number of labels may fit an
+        image, and `threshold` is all that is needed. With softmax the labels share out 1 among
+        themselves: there `threshold` says how sure the choice among them is, and `min_similarity`
+        whether there is anything to choose. Which cosine is much differs from model to model; look
+        at `similarities` of images that your labels fit.
+
+        Args:
+            threshold: Probability that a label needs, from 0 to 1.
+            min_similarity: Cosine that a label needs, from -1 to 1; "none of these" needs none.
+
+        Returns:
+            For each image, (label, probability) pairs, the most probable first; may be empty.
+
+        Raises:
+            InputError: a number is out of range, or a probe made the scores, which has no cosines.
+        """
+        is_above = self.are_above(threshold, min_similarity)
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        return [
+            [(self.labels[index], float(row[index])) for index in ranked if kept[index]]
+            for row, ranked, kept in zip(self.probabilities, order, is_above, strict=True)
+        ]
+
+    def are_above(self, threshold: float, min_similarity: float) -> NDArray[np.bool_]:
+        """Return which labels `above` returns, bool (N, C).
+
+        Raises:
+            InputError: see `above`.
+        """
+        for name, limit, least in (
+            ("threshold", threshold, 0),
+            ("min_similarity", min_similarity, -1),
+        ):
+            if not least <= limit <= 1:
+                raise InputError(f"{name} is {limit!r:.40}; it must be from {least} to 1.")
+        is_above = self.probabilities >= threshold
+        if min_similarity > -1:
+            if self.similarities is None:
+                raise InputError("the scores are of a probe and have no similarities.")
+            is_above[:, : self.similarities.shape[1]] &= self.similarities >= min_similarity
+        return is_above
 
 
 def pool(prompt_embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
