@@ -11,7 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 import clip_rt_commands
+from clip_rt.commands.cache import cache
+from clip_rt.commands.classify import classify
 from clip_rt.commands.embed import EmbedConfig
+from clip_rt.commands.exit_codes import FAILED, INTERRUPTED, WRONG_OPTIONS
+from clip_rt.commands.rank import rank
 from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt.errors import InputError
 from clip_rt.gateway.config import GatewayConfig
@@ -128,27 +132,36 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         0 when it did what it should, 1 when `doctor` found a fault, 2 when an option's value is not
-        possible, 130 when Ctrl-C cut it short.
+        possible, 130 when Ctrl-C cut it short; `commands.exit_codes` has those of what asks a
+        model.
 
     Raises:
         SystemExit: with 1 where an error of ours ended it, with 2 where the options cannot be read;
             it is printed.
     """
     clip_rt_commands.print_any_text()
-    with command():
-        status: int = tyro.extras.subcommand_cli_from_dict(
-            {
-                "serve": serve,
-                "gateway": gateway,
-                "reload": reload,
-                "doctor": doctor,
-                "embed": embed,
-            },
-            prog=clip_rt_commands.program("clip_rt"),
-            description=__doc__,
-            args=arguments,
-            config=(tyro.conf.DisallowNone,),
-        )
+    given = sys.argv[1:] if arguments is None else arguments
+    is_server = given[:1] and given[0] in ("serve", "gateway", "reload", "doctor")
+    with command(input_error_status=FAILED if is_server else WRONG_OPTIONS):
+        try:
+            status: int = tyro.extras.subcommand_cli_from_dict(
+                {
+                    "classify": classify,
+                    "rank": rank,
+                    "embed": embed,
+                    "serve": serve,
+                    "gateway": gateway,
+                    "reload": reload,
+                    "doctor": doctor,
+                    "cache": cache,
+                },
+                prog=clip_rt_commands.program("clip_rt"),
+                description=__doc__,
+                args=given,
+                config=(tyro.conf.DisallowNone,),
+            )
+        except KeyboardInterrupt:
+            return INTERRUPTED
         return status
 
 

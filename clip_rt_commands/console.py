@@ -15,11 +15,15 @@ from typing import NoReturn
 import clip_rt_commands
 
 COMMANDS = {
+    "classify": ("clip_rt", "say which of some labels fits each image best"),
+    "rank": ("clip_rt", "order captions or answers by how well they fit an image"),
+    "cache": ("clip_rt", "show or clear the cache of label embeddings"),
     "serve": ("clip_rt", "run a Triton over a repository in the foreground"),
     "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),
     "doctor": ("clip_rt", "check the installation and a server"),
     "embed": ("clip_rt", "embed any number of images or texts into files"),
+    "completion": ("clip_rt_commands.completion", "let a shell complete commands and options"),
     "models": ("export.models", "list the models of a repository"),
     "export onnx": ("export.onnx", "weights to ONNX or INT8, gated by parity"),
     "export trt": ("export.trt", "weights to TensorRT engines, gated by parity"),

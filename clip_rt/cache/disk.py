@@ -67,6 +67,15 @@ class _Segment:
     status: os.stat_result
 
 
+@dataclass(frozen=True)
+class Contents:
+    """How much is in a folder."""
+
+    num_embeddings: int
+    num_segments: int
+    num_bytes: int
+
+
 class DiskCache:
     """Embeddings in a folder, the least recently used segments removed beyond `max_bytes`.
 
@@ -93,6 +102,19 @@ class DiskCache:
         except OSError as error:
             self._warn(error)
             return 0
+
+    def count(self) -> Contents:
+        """Return how much is there now, whoever wrote it; what is damaged counts no embedding."""
+        num_embeddings, segments = 0, []
+        try:
+            for segment in self._list():
+                segments.append(segment)
+                with contextlib.suppress(FileNotFoundError):
+                    num_embeddings += _count_rows(segment)
+        except OSError as error:
+            self._warn(error)
+        num_bytes = sum(segment.status.st_size for segment in segments)
+        return Contents(num_embeddings, len(segments), num_bytes)
 
     def read(
         self, namespace: str, labels: Sequence[str], dim: int
@@ -335,6 +357,19 @@ def _read_head(file: BinaryIO, segment: _Segment, dim: int) -> bytes | None:
         return None
     head: bytes = start + file.read(head_bytes - _START.size)
     return head if hashlib.sha256(head).hexdigest() == segment.head_sha256 else None
+
+
+def _count_rows(segment: _Segment) -> int:
+    """Return how many embeddings a segment says it has; 0 unless it has the size of so many."""
+    if not stat.S_ISREG(segment.status.st_mode):
+        return 0
+    with segment.path.open("rb") as file:
+        start = file.read(_START.size)
+    if len(start) < _START.size:
+        return 0
+    magic, num_rows, dim = _START.unpack(start)
+    size_bytes = _START.size + (2 * _HASH_BYTES + 4 * dim) * num_rows
+    return num_rows if (magic, size_bytes) == (_MAGIC, segment.status.st_size) else 0
 
 
 def _are_embeddings(rows: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,6 +33,9 @@ class ModelOptions:
     """What runs a repository: a Triton of this machine, this process, or the first there is."""
     timeout_s: float = 60.0
     """Longest wait for a part of the answers."""
+    cache_dir: Path | None = None
+    """Folder that keeps embeddings of labels for the next command. Without it: $CLIP_RT_CACHE_DIR,
+    else ~/.cache/clip_rt/labels."""
 
     def __post_init__(self) -> None:
         if self.url and self.repository is not None:
@@ -50,4 +54,16 @@ class ModelOptions:
             model=self.model,
             server=self.server,
             timeout_s=self.timeout_s,
+            cache_dir=find_cache_dir(self.cache_dir),
         )
+
+
+def find_cache_dir(given: Path | None) -> Path | None:
+    """Return the folder that keeps embeddings of labels; None where there is no home for one."""
+    from clip_rt.client import CACHE_VARIABLE
+    from clip_rt.embedded.runtime_choice import default_folder
+
+    if given is not None:
+        return given
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else default_folder("labels")

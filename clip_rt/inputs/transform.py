@@ -155,13 +155,13 @@ def prepare(
             square = _make_square(opened, side_px, resizing, turn=turn, box=box)
             return np.array(square, dtype=np.uint8)
     except ImageError as error:
-        message = f"{_describe(image, index)} {error}"
+        message = f"{describe(image, index)} {error}"
         raise ImageError(message, index=index) from error.__cause__
     # On damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, OverflowError, MemoryError, warnings made errors.
     except Exception as error:
         raise ImageError(
-            f"{_describe(image, index)} cannot be decoded: {_shorten(error)}. "
+            f"{describe(image, index)} cannot be decoded: {_shorten(error)}. "
             f"Check that it is complete, or save it again as {READABLE_FORMATS}.",
             index=index,
         ) from error
@@ -344,7 +344,8 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.astype(np.uint8))
 
 
-def _describe(image: object, index: int | None) -> str:
+def describe(image: object, index: int | None) -> str:
+    """Return what an `ImageError` about an image begins with."""
     position = "image" if index is None else f"image {index}"
     if isinstance(image, str):
         return f"{position} ({_shorten(repr(str(image)))})"
