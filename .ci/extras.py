@@ -33,7 +33,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
-from pages import BEFORE, FILE, Environment, documents, environments  # noqa: E402 - by the line above
+from pages import BEFORE, FILE, Environment, documents, environments, readme  # noqa: E402 - by the line above
 
 from clip_rt_commands.extras import extras_of  # noqa: E402
 
@@ -179,6 +179,11 @@ FROM_WHEELS = (
     Environment(
         "gateway,in-process",
         [f"python {TWELVE_LINES}.py | diff - {TWELVE_LINES}.txt", GATEWAY.strip()],
+    ),
+    # As printed, in an empty folder.
+    Environment(
+        "in-process,commands",
+        [line for each in readme(ROOT / "docs/command-line.md") for line in each.lines],
     ),
     Environment(
         "server",
