@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -191,6 +192,40 @@ class TestModels:
         done = run("models", "--repository", "nowhere")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "error: there is no folder nowhere; name one with --repository.\n"
+
+
+class TestClassify:
+    """Where the extra `commands` is not installed."""
+
+    ASKED = (
+        *("classify", str(ROOT / "docs/quickstart.png"), "--labels", "food,tools", "--top", "1"),
+        *("--repository", BUNDLED, "--server", "in_process"),
+    )
+
+    @pytest.fixture
+    def bare(self, run, tmp_path):
+        def bare(*options):
+            cache = str(tmp_path / "cache")
+            return run(*self.ASKED, *options, without={"rich", "pyarrow"}, CLIP_RT_CACHE_DIR=cache)
+
+        return bare
+
+    def test_writes_json_and_csv(self, bare):
+        done = bare("--csv")
+        assert (done.returncode, done.stderr) == (0, "")
+        header, line = done.stdout.splitlines()
+        assert header == "image,label,probability,similarity,error"
+        row = json.loads(bare("--json").stdout)
+        assert line == ",".join("" if value is None else str(value) for value in row.values())
+        assert row["label"] in ("food", "tools")
+
+    def test_says_what_parquet_needs(self, bare, tmp_path):
+        done = bare("--parquet", str(tmp_path / "out.parquet"))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(
+            "error: Parquet needs pyarrow: pip install 'clip-rt[commands]'"
+        )
+        assert not (tmp_path / "out.parquet").exists()
 
 
 class TestFoldersOfTheUsers:

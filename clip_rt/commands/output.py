@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,8 +71,11 @@ class OutputOptions:
             _write_table(rows, columns)
         elif self.csv:
             writer = csv.writer(sys.stdout, lineterminator="\n")
+            source = iter(rows)
+            # After the first row is there: an error before it leaves no header behind.
+            first = list(islice(source, 1))
             writer.writerow(columns)
-            for row in rows:
+            for row in chain(first, source):
                 writer.writerow([row[column] for column in columns])
                 sys.stdout.flush()
         elif self.parquet is not None:

@@ -79,6 +79,7 @@ class TestAnswers:
         assert (done.status, done.err) == (0, "")
         assert done.rows == of_client(client, PICTURES, none_of_these=none_of_these, top=9)
 
+    @pytest.mark.slow
     def test_of_a_whole_shard_are_those_of_the_client(self, capfd, client):
         shard = SAMPLES / "styles/openmoji.tar"
         done = ask(capfd, "classify", shard, *AMONG)
@@ -241,6 +242,7 @@ class TestOutput:
         assert (done.status, done.out) == (0, "")
         assert done.err == "warning: no images were found\n"
 
+    @pytest.mark.slow
     def test_memory_is_flat(self, client):
         num_read = num_answered = most_waiting = 0
 
@@ -299,17 +301,8 @@ class TestOptions:
         assert ask(capfd, "classify", PICTURES[0], "--label", "a").status == 2
 
     def test_a_server_that_is_not_there_is_an_error(self, capfd):
-        done = ask(
-            capfd,
-            "classify",
-            PICTURES[0],
-            "--labels",
-            "a",
-            "--url",
-            "127.0.0.1:1",
-            "--timeout-s",
-            "1",
-        )
+        nowhere = ("--url", "127.0.0.1:1", "--timeout-s", "1")
+        done = ask(capfd, "classify", PICTURES[0], "--labels", "a", "--csv", *nowhere)
         assert (done.status, done.out) == (1, "")
         assert "127.0.0.1:1" in done.err
 
