@@ -15,7 +15,7 @@ import httpx
 
 from clip_rt.bulk.listing import Item
 from clip_rt.errors import ImageError
-from clip_rt.inputs.decoding import open_image, read_path
+from clip_rt.inputs.decoding import check_length, open_image, read_path
 from clip_rt.inputs.fetching import FETCH_TIMEOUT_S, Fetcher, FetchError, is_url
 
 NUM_THREADS = 8
@@ -76,21 +76,20 @@ class Reader:
             yield window.popleft().result()
 
     def _read(self, item: Item) -> Content:
+        if item.problem:
+            return Content(item, problem=f"{item.problem}.")
         try:
             encoded = self._read_bytes(item)
-        except (ImageError, FetchError) as error:
-            return Content(item, problem=str(error))
-        # ValueError: a NUL in a name.
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            return Content(item, problem=f"cannot be read: {reason}.")
+        except (ImageError, OSError) as error:
+            return Content(item, problem=_describe(error))
         width, height = self._measure(encoded)
         return Content(item, encoded, hashlib.sha256(encoded).hexdigest(), width, height)
 
     def _read_bytes(self, item: Item) -> bytes:
         if is_url(item.path):
             return self._fetch(item.path)
-        if item.member or item.problem:
+        if item.member:
+            check_length(item.size_bytes, max_bytes=self._max_bytes)
             return item.file.read()
         return read_path(item.path, max_bytes=self._max_bytes)
 
@@ -111,6 +110,15 @@ class Reader:
         except FetchError as error:
             way_out = ". Allow its host with --image-host" if error.is_other_host else ""
             raise ImageError(f"{error}{way_out}.") from error
+
+
+def _describe(error: ImageError | OSError) -> str:
+    """Return the rest of a sentence that begins with the image."""
+    # What the client says of a path is for callers, who may have meant something else by it.
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    if isinstance(cause, OSError):
+        return f"cannot be read: {cause.strerror or cause}."
+    return str(error)
 
 
 class _Site:

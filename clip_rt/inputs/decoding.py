@@ -155,7 +155,7 @@ def open_image(image: ImageInput, *, max_pixels: int, max_bytes: int) -> Image.I
     if isinstance(image, (str, os.PathLike)):
         image = read_path(image, max_bytes=max_bytes)
     if isinstance(image, BYTES_LIKE):
-        _check_length(memoryview(image).nbytes, max_bytes=max_bytes)
+        check_length(memoryview(image).nbytes, max_bytes=max_bytes)
         opened = _open_bytes(bytes(image), max_pixels=max_pixels)
     elif isinstance(image, Image.Image):
         opened = image
@@ -282,7 +282,7 @@ def _open_file(file: Any, *, max_pixels: int, max_bytes: int) -> ImageFile.Image
     )
     if not encoded:
         raise ImageError(f"has nothing to read, empty or at its end.{rewind or ' Leave it out.'}")
-    _check_length(len(encoded), max_bytes=max_bytes)
+    check_length(len(encoded), max_bytes=max_bytes)
     try:
         return _open_bytes(encoded, max_pixels=max_pixels)
     except ImageError as error:
@@ -323,7 +323,11 @@ def _read_stream(file: Any, *, max_bytes: int) -> bytes:
 
 
 def read_path(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes`; never waits for a pipe or a device."""
+    """Read a regular file of at most `max_bytes`; never waits for a pipe or a device.
+
+    Raises:
+        ImageError: it is none, or cannot be read; the rest of a sentence that begins with its name.
+    """
     try:
         # Before opening, because opening some devices does something; and after, because what
         # the name stands for may have changed.
@@ -359,10 +363,15 @@ def _read_parts(file: Any, *, max_bytes: float) -> Iterator[Any]:
 def _check_file(status: os.stat_result, *, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("is no regular file but a folder, pipe or device. Pass an image file.")
-    _check_length(status.st_size, max_bytes=max_bytes)
+    check_length(status.st_size, max_bytes=max_bytes)
 
 
-def _check_length(length_bytes: int, *, max_bytes: int) -> None:
+def check_length(length_bytes: int, *, max_bytes: int) -> None:
+    """Refuse an encoded image that is too large.
+
+    Raises:
+        ImageError: it is; the rest of a sentence that begins with its name.
+    """
     if length_bytes > max_bytes:
         raise ImageError(
             f"has {length_bytes:,} bytes or more; at most {max_bytes:,} are read. "

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_files_that_go_or_come_do_not_move_the_others(client, tmp_path):
     assert (summary.num_embedded, summary.num_failed) == (19, 1)
     (error,) = bulk.Result(tmp_path / "out").errors()
     assert error["path"] == str(paths[12])
-    assert error["message"].startswith("cannot be read: No such file or directory")
+    assert error["message"] == "cannot be read: No such file or directory."
     names, _ = bulk.Result(tmp_path / "out").load()
     assert names == [str(path) for path in paths if path != paths[12]]
 
@@ -215,6 +216,27 @@ def test_captions_of_shards_are_kept(client, tmp_path):
     expected = client.encode_images([jpeg(number) for number in range(3)])
     np.testing.assert_allclose(partition.embeddings, expected, atol=1e-5)
     assert [row["path"] for row in result.errors()] == [f"{shard}/3.png"]
+
+
+def test_what_is_too_large_is_not_read_and_what_is_gone_is_named(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0.jpg").write_bytes(jpeg(0) + b"\0" * 10_000)
+    os.mkfifo(tmp_path / "pictures/pipe.jpg")
+    write_shard(tmp_path / "pictures/1.tar", {"1.jpg": jpeg(1) + b"\0" * 10_000, "2.jpg": jpeg(2)})
+    shard = write_shard(tmp_path / "pictures/3.tar", {"3.jpg": jpeg(3)})
+    shard.write_bytes(shard.read_bytes()[:600])
+    with clip_rt.Client(server="in_process", max_bytes=8000) as client:
+        bulk.embed(tmp_path / "pictures", tmp_path / "out", client)
+    found = {
+        Path(row["path"]).name: row["message"] for row in bulk.Result(tmp_path / "out").errors()
+    }
+    assert set(found) == {"0.jpg", "pipe.jpg", "1.jpg", "3.jpg", "3.tar"}
+    assert found["0.jpg"].endswith("at most 8,000 are read. Make it smaller or raise max_bytes=.")
+    assert found["1.jpg"].endswith("at most 8,000 are read. Make it smaller or raise max_bytes=.")
+    assert found["pipe.jpg"].startswith("is no regular file")
+    assert found["3.jpg"].endswith("3.tar ends within 3.jpg.")
+    assert found["3.tar"].startswith("cannot be read as a tar file to its end: ")
+    assert bulk.Result(tmp_path / "out").load()[0] == [str(tmp_path / "pictures/1.tar/2.jpg")]
 
 
 def test_texts_are_embedded_and_those_too_long_are_errors(client, tmp_path):
