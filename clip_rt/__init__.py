@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from clip_rt.errors import NonFiniteEmbeddingError as NonFiniteEmbeddingError
     from clip_rt.errors import ParityError as ParityError
     from clip_rt.errors import ProtocolError as ProtocolError
+    from clip_rt.errors import SearchIndexError as SearchIndexError
+    from clip_rt.errors import SearchIndexLockedError as SearchIndexLockedError
     from clip_rt.errors import ServerError as ServerError
     from clip_rt.errors import ServerOverloadedError as ServerOverloadedError
     from clip_rt.errors import ServerStartError as ServerStartError

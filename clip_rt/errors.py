@@ -24,6 +24,8 @@ ClipRTError
 ├── TrainingError                       a training run cannot go on
 ├── ExportError                         a model cannot be compiled here
 ├── ParityError                         an exported model drifts from its reference; carries .report
+├── SearchIndexError                    an index of images is missing, damaged or not ours to read
+│   └── SearchIndexLockedError          another process is writing to it
 └── ClientClosedError                   the client was used after close()
 """
 
@@ -204,6 +206,16 @@ class ParityError(ClipRTError):
     def __init__(self, message: str, *, report: Mapping[str, object]) -> None:
         super().__init__(message)
         self.report = report
+
+
+class SearchIndexError(ClipRTError):
+    """An index of images is not there, is damaged, or was written by a later version."""
+
+
+class SearchIndexLockedError(SearchIndexError):
+    """Another process is writing to the index; reading it goes on meanwhile."""
+
+    retryable = True
 
 
 class ClientClosedError(ClipRTError):

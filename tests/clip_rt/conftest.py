@@ -10,6 +10,7 @@ import tiny_repository
 from owners import Owner
 
 import clip_rt
+from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer, acquire_server
 
 
@@ -36,6 +37,13 @@ def client(
 ) -> Iterator[clip_rt.Client]:
     """A client of the embedded server, and one whose process runs the models itself."""
     with clip_rt.Client(repository=repository, server=request.param) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def drawings_client() -> Iterator[clip_rt.Client]:
+    """A client of the bundled model, which this process runs itself."""
+    with clip_rt.Client(repository=find_model_repository(), server="in_process") as client:
         yield client
 
 

@@ -48,7 +48,11 @@ def test_builtin_parents_are_kept():
 
 def test_only_passing_faults_are_retryable():
     retryable = {name for name, each in find_classes().items() if each.retryable}
-    assert retryable == {"ServerUnavailableError", "ServerOverloadedError"}
+    assert retryable == {
+        "SearchIndexLockedError",
+        "ServerUnavailableError",
+        "ServerOverloadedError",
+    }
 
 
 def test_public_names_are_complete_sorted_and_there():

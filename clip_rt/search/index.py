@@ -1,0 +1,642 @@
+"""An index of images on disk: opened, brought up to date, asked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_rt.errors import ContractError, InputError, SearchIndexError
+from clip_rt.search import codes
+from clip_rt.search.catalogue import EVERYWHERE, Catalogue, Generation, Where, is_below
+from clip_rt.search.identity import Identity, Verdict
+from clip_rt.search.locking import WriterLock
+from clip_rt.search.nearest import EXACT_ROWS, FIRST_HITS, WIDER, Nearest, best
+from clip_rt.search.query import Query
+from clip_rt.search.results import Hit
+from clip_rt.search.vectors import VectorFile
+
+if TYPE_CHECKING:
+    from clip_rt.client import Client
+    from clip_rt.search.update import OnBad, OnProgress, Report
+    from clip_rt.wire.manifest import Manifest
+
+FOLDER_VARIABLE = "CLIP_RT_INDEX"
+DATABASE, LOCK = "index.sqlite", "lock"
+MAX_UNUSED_SHARE, MIN_UNUSED = 0.25, 1000
+"""When so many rows belong to no file any more, they are removed; until then a file that comes back
+is not embedded again."""
+DUPLICATE_COSINE = 0.95
+_PART, _MAX_TRIES = 65_536, 3
+_FILE = re.compile(r"(?:vectors|codes)-(\d+)\b.*")
+
+
+def default_folder() -> Path:
+    """Return where the index is that nobody names: one for each user.
+
+    That is $CLIP_RT_INDEX, or `clip_rt/index` in $XDG_DATA_HOME or, where that is unset or
+    relative, in ~/.local/share. Not in the user's cache: making it again may take hours.
+    """
+    if given := os.environ.get(FOLDER_VARIABLE):
+        return Path(given)
+    data = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
+    return base / "clip_rt" / "index"
+
+
+class Index:
+    """Images of some folders with their embeddings, searched by text and by image.
+
+    Made by `open`; thread-safe; `close` it, or use it in a `with` statement. Any number of
+    processes may read an index while one writes to it, and a process that is killed leaves it as it
+    was at its last commit, some seconds before. Threads take turns: one that searches while another
+    updates opens an index of its own. An index is of one model; `accept` and `migrate`
+    are the ways to another.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue) -> None:
+        self.folder = folder
+        """Where it lies."""
+        self._catalogue = catalogue
+        self._lock = threading.RLock()
+        self._nearest: Nearest | None = None
+        self._writers = 0
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str] | None = None, *, create: bool = False) -> Index:
+        """Open an index.
+
+        Args:
+            folder: Where it lies; `default_folder()` if None.
+            create: Make an empty one where there is none.
+
+        Raises:
+            SearchIndexError: there is none, it is damaged, or of a later version.
+            SearchIndexLockedError: another process is making it.
+            OSError: the folder cannot be made.
+        """
+        path = default_folder() if folder is None else Path(folder)
+        if create:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if create and not (path / DATABASE).exists():
+                # Two may want to make it.
+                stack.enter_context(contextlib.closing(WriterLock(path / LOCK)))
+            return cls(path, Catalogue(path / DATABASE, create=create))
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Closing twice is harmless."""
+        with self._lock:
+            self._drop_nearest()
+            self._catalogue.close()
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders and files that it is of, absolute, in order."""
+        with self._lock:
+            return self._catalogue.folders()
+
+    def count(self) -> dict[str, int]:
+        """Return how many `files` there are, how many of them `bad`, and distinct `images`."""
+        with self._lock:
+            return self._catalogue.count()
+
+    def bad_files(self) -> list[tuple[str, str]]:
+        """Return path and reason of each file that has no embedding, by path."""
+        with self._lock:
+            return self._catalogue.bad_files()
+
+    # Writing
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep other processes from writing; `update` and the like do so by themselves.
+
+        Raises:
+            SearchIndexLockedError: another process, or another `Index` of this one, is writing.
+        """
+        with self._lock:
+            if self._writers:
+                yield
+                return
+            with contextlib.closing(WriterLock(self.folder / LOCK)):
+                self._writers += 1
+                try:
+                    self._remove_leftovers()
+                    yield
+                finally:
+                    self._writers -= 1
+
+    def update(
+        self,
+        client: Client,
+        folders: Iterable[str | os.PathLike[str]] | None = None,
+        *,
+        on_progress: OnProgress = lambda report: None,
+        on_bad: OnBad = lambda path, reason: None,
+    ) -> Report:
+        """Bring the index up to date with what folders hold now.
+
+        Files whose size or time of change differ from before are read, and embedded if no file
+        with their content was. Images that cannot be used are noted, and not tried again before
+        they change. Files that are gone are forgotten, their embeddings only later: one that comes
+        back, or was moved, is not embedded again.
+
+        Args:
+            client: Of the model that the index is of; the first one that comes.
+            folders: Folders, image files and .tar shards; those given before if None. Hidden files
+                are left out. What is within one that was given before, and is gone, is forgotten.
+            on_progress: Called now and then.
+            on_bad: Called for each file that cannot be used.
+
+        Returns:
+            What was done.
+
+        Raises:
+            InputError: a folder is not there; or a shard cannot be read.
+            ContractError: the index is of another model.
+            SearchIndexLockedError: another process is writing.
+            ServerError: see `Client.encode_images`; what was done before it is kept.
+        """
+        from clip_rt.search.files import find_files
+        from clip_rt.search.update import Embedding, Report
+
+        report = Report()
+        with self.writing():
+            catalogue = self._catalogue
+            manifest = client.manifest
+            names = self.folders if folders is None else [os.path.abspath(each) for each in folders]
+            if not names:
+                raise InputError(
+                    f"the index {self.folder} is of no folder yet; name one: clip-rt index FOLDER."
+                )
+            there = [each for each in names if os.path.exists(each)]
+            self._check_gone(set(names) - set(there))
+            generation, model = self._begin_update(manifest)
+            catalogue.begin_scan()
+            part = []
+            for file in find_files(there):
+                part.append(file)
+                if len(part) == 4096:
+                    catalogue.add_found(part)
+                    report.num_found += len(part)
+                    part = []
+                    on_progress(report)
+            catalogue.add_found(part)
+            with catalogue.transaction():
+                for each in there:
+                    catalogue.add_folder(each)
+                report.num_removed = sum(
+                    catalogue.remove_files(each, but_found=True) for each in names
+                )
+            report.num_found, report.num_to_read = catalogue.count_found()
+            on_progress(report)
+            if report.num_to_read:
+                embedding = Embedding(
+                    catalogue=catalogue,
+                    vectors=self._vectors(generation),
+                    generation=generation.id,
+                    model=model,
+                    num_rows=generation.num_rows,
+                    manifest=manifest,
+                    report=report,
+                    on_progress=on_progress,
+                    on_bad=on_bad,
+                )
+                embedding.run(client, embedding.changed_files())
+            self._tidy()
+        return report
+
+    def forget(self, folder: str | os.PathLike[str]) -> int:
+        """Take a folder out of the index, with all below it.
+
+        Returns:
+            How many files are forgotten.
+
+        Raises:
+            InputError: the index has neither the folder nor a file in it.
+            SearchIndexLockedError: another process is writing.
+        """
+        path = os.path.abspath(folder)
+        with self.writing(), self._catalogue.transaction():
+            was_known = self._catalogue.remove_folder(path)
+            num = self._catalogue.remove_files(path)
+            if not was_known and not num:
+                known = ", ".join(self._catalogue.folders()) or "nothing"
+                raise InputError(f"the index has nothing of {path}; it is of {known}.")
+        return num
+
+    def accept(self, report: str | os.PathLike[str]) -> Verdict:
+        """Go on with another model, as `export.compare` has found that it may.
+
+        The report must compare the model that the index is of, as A, with the one to come, as B,
+        and say that both may fill one index. B may then search, and update: new images get B's
+        vectors. Where the vectors are of two models by then, a third one needs a report for each.
+
+        Args:
+            report: What `python -m export.compare A B --report PATH` wrote.
+
+        Raises:
+            InputError: it is no such report.
+            ContractError: it is about another model, or says that the two do not mix.
+            SearchIndexLockedError: another process is writing.
+        """
+        verdict = Verdict.read(Path(report))
+        verdict.check()
+        with self.writing():
+            catalogue, current = self._catalogue, self._current()
+            known = catalogue.find_model(verdict.a)
+            if known is None or known not in catalogue.models_in_use(current.id):
+                name, identity = catalogue.describe_model(current.model)
+                raise ContractError(
+                    f"{report} compares with another model than the index is of, {name!r}: "
+                    f"{identity.describe_difference(verdict.a)}. Compare with that one as A.",
+                    expected=identity.values,
+                    found=verdict.a.values,
+                )
+            with catalogue.transaction():
+                asking = catalogue.add_model(verdict.b_name, verdict.b)
+                catalogue.add_verdict(known, asking, verdict)
+        return verdict
+
+    def migrate(
+        self,
+        client: Client,
+        *,
+        on_progress: OnProgress = lambda report: None,
+        on_bad: OnBad = lambda path, reason: None,
+    ) -> Report:
+        """Embed all images again, with another model, and then update.
+
+        The new vectors are written beside the old, which are searched until all are there; one
+        transaction then changes over. If it is interrupted, calling again with the same model goes
+        on; with another, it begins anew.
+
+        Args:
+            client: Of the model to come.
+            on_progress: Called now and then.
+            on_bad: As for `update`.
+
+        Returns:
+            What was done in all.
+
+        Raises:
+            InputError: a folder of the index is not there now.
+            ServerError, SearchIndexLockedError: see `update`.
+        """
+        from clip_rt.search.update import Embedding, Report
+
+        with self.writing():
+            catalogue, current = self._catalogue, self._current()
+            self._check_gone({each for each in self.folders if not os.path.exists(each)})
+            manifest = client.manifest
+            identity = Identity.of(manifest)
+            with catalogue.transaction():
+                model = catalogue.add_model(manifest.model, identity)
+            report = Report()
+            if catalogue.models_in_use(current.id) != [model]:
+                beside = self._begin_beside(model)
+                report.num_found = catalogue.count()["images"]
+                report.num_to_read = catalogue.count_missing(beside.id)
+                embedding = Embedding(
+                    catalogue=catalogue,
+                    vectors=self._vectors(beside),
+                    generation=beside.id,
+                    model=model,
+                    num_rows=beside.num_rows,
+                    manifest=manifest,
+                    report=report,
+                    on_progress=on_progress,
+                    on_bad=on_bad,
+                )
+                embedding.run(client, embedding.contents_again())
+                with catalogue.transaction():
+                    catalogue.make_current(beside.id)
+                self._drop_nearest()
+                self._remove_leftovers()
+            elif (given_up := catalogue.generation(is_current=False)) is not None:
+                # Of a migration to another model.
+                with catalogue.transaction():
+                    catalogue.drop_generation(given_up.id)
+            done = self.update(client, on_progress=on_progress, on_bad=on_bad)
+        done.num_embedded += report.num_embedded
+        done.num_bad += report.num_bad
+        return done
+
+    def _begin_update(self, manifest: Manifest) -> tuple[Generation, int]:
+        """Return the current generation and the number of a model that may add to it."""
+        catalogue, identity = self._catalogue, Identity.of(manifest)
+        if catalogue.generation(is_current=True) is None:
+            with catalogue.transaction():
+                model = catalogue.add_model(manifest.model, identity)
+                catalogue.add_generation(catalogue.next_generation(), model, is_current=True)
+        current = self._current()
+        self._check_asking(current, manifest.model, identity)
+        model = catalogue.find_model(identity) or current.model
+        return current, model
+
+    def _begin_beside(self, model: int) -> Generation:
+        """Return the generation that is written beside the current one, begun or gone on with."""
+        catalogue = self._catalogue
+        beside = catalogue.generation(is_current=False)
+        if beside is not None and beside.model != model:
+            with catalogue.transaction():
+                catalogue.drop_generation(beside.id)
+            self._remove_leftovers()
+            beside = None
+        if beside is None:
+            with catalogue.transaction():
+                catalogue.add_generation(catalogue.next_generation(), model, is_current=False)
+            beside = catalogue.generation(is_current=False)
+        assert beside is not None
+        return beside
+
+    def _check_gone(self, names: set[str]) -> None:
+        """Refuse names of what is not there, unless it was part of a folder of the index."""
+        known = self.folders
+        for name in sorted(names):
+            if not any(is_below(name, folder) and os.path.exists(folder) for folder in known):
+                way_out = (
+                    f" To take it out of the index: clip-rt index --forget {name}"
+                    if name in known
+                    else ""
+                )
+                raise InputError(f"there is no folder or file {name!r:.200}.{way_out}")
+
+    def _tidy(self) -> None:
+        """Remove rows that nobody uses when they are many, and make the codes that are missing."""
+        current = self._current()
+        num_unused = current.num_rows - self._catalogue.count_used(current.id)
+        is_worth_it = num_unused > max(MIN_UNUSED, MAX_UNUSED_SHARE * current.num_rows)
+        if is_worth_it and self._catalogue.generation(is_current=False) is None:
+            self._compact(current)
+            current = self._current()
+        if current.num_rows > EXACT_ROWS and codes.is_available():
+            made = codes.Codes(self.folder, current.id)
+            with contextlib.closing(made):
+                made.extend(self._vectors(current).read(current.num_rows))
+            self._drop_nearest()
+
+    def _compact(self, current: Generation) -> None:
+        """Write the rows that are used into the next generation, and change over."""
+        catalogue = self._catalogue
+        number = catalogue.next_generation()
+        target = self._file(number, current.identity)
+        used = catalogue.used_rows(current.id)
+        rows = self._vectors(current).read(current.num_rows)
+        for start in range(0, len(used), _PART):
+            part = [row for _, row in used[start : start + _PART]]
+            target.write(start, rows[part])
+        with catalogue.transaction():
+            catalogue.add_generation(number, current.model, is_current=False)
+            for model in catalogue.models_in_use(current.id):
+                catalogue.use_model(number, model)
+            catalogue.put_embeddings(number, [content for content, _ in used], 0)
+            catalogue.remove_unused_contents()
+            catalogue.make_current(number)
+        self._drop_nearest()
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Remove files of generations that there are no more."""
+        kept = set(self._catalogue.generations())
+        for path in self.folder.iterdir():
+            match = _FILE.fullmatch(path.name)
+            if match and (int(match[1]) not in kept or path.name.endswith(".writing")):
+                with contextlib.suppress(OSError):  # Open, on Windows: next time.
+                    path.unlink()
+
+    # Reading
+
+    def query(
+        self,
+        client: Client,
+        query: str | Query,
+        *,
+        top: int = 10,
+        where: Where = EVERYWHERE,
+    ) -> list[Hit]:
+        """Return the images that are nearest to a query, best first.
+
+        Args:
+            client: Of the model that the index is of.
+            query: What is wanted, and what is not; a string as `Query.parse` reads it.
+            top: How many at most.
+            where: Which files to search among.
+
+        Raises:
+            InputError: the query cannot be used.
+            ContractError: the index is of another model.
+            SearchIndexError: the index is damaged.
+            ServerError: see `Client.encode_images`.
+        """
+        asked = Query.parse(query) if isinstance(query, str) else query
+        vector, manifest = asked.embed(client)
+        return self.find(vector, manifest, top=top, where=where)
+
+    def find(
+        self,
+        vector: NDArray[np.float32],
+        manifest: Manifest,
+        *,
+        top: int = 10,
+        where: Where = EVERYWHERE,
+    ) -> list[Hit]:
+        """Return the images that are nearest to an embedding, best first.
+
+        All images are compared where there are `nearest.EXACT_ROWS` or fewer; beyond, the answer is
+        approximate: what is near by its code is compared.
+
+        Args:
+            vector: float32 (D,), of length 1.
+            manifest: Of the model that made it.
+            top: How many at most.
+            where: Which files to search among.
+
+        Raises:
+            InputError: top is below 1, or the vector has another length.
+            ContractError: the index is of another model.
+            SearchIndexError: the index is damaged.
+        """
+        if type(top) is not int or top < 1:
+            raise InputError(f"top is {top!r:.40}; it must be a whole number from 1.")
+        # Again where another process changed over, and removed the file that was to be read.
+        for _ in range(_MAX_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return self._find(vector, manifest, top, where)
+        raise SearchIndexError(
+            f"the vectors of the index {self.folder} are missing. Restore them from a backup, or "
+            "remove the folder and make the index anew with clip-rt index."
+        )
+
+    def _find(
+        self, vector: NDArray[np.float32], manifest: Manifest, top: int, where: Where
+    ) -> list[Hit]:
+        with self._reading() as current:
+            self._check_asking(current, manifest.model, Identity.of(manifest))
+            if vector.shape != (current.identity.embedding_dim,):
+                raise InputError(
+                    f"the vector has the shape {vector.shape}; embeddings of {manifest.model!r} "
+                    f"have ({current.identity.embedding_dim},)."
+                )
+            nearest = self._use_nearest(current)
+            rows, scores = nearest.rank(np.ascontiguousarray(vector, np.float32))
+            num = max(FIRST_HITS, 2 * top)
+            while True:
+                hits = self._look_up(current, rows, scores, num, top, where)
+                if len(hits) >= top or num >= len(rows):
+                    break
+                num *= WIDER
+                if num >= len(rows) / WIDER:
+                    # So few satisfy that they are looked up first.
+                    rows = np.array(self._catalogue.find_rows(current.id, where), np.int64)
+                    scores = nearest.rank_rows(vector, rows)
+                    num = len(rows)
+            return hits
+
+    def _look_up(
+        self,
+        current: Generation,
+        rows: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        num: int,
+        top: int,
+        where: Where,
+    ) -> list[Hit]:
+        """Return the best of the first `num` rows whose files satisfy."""
+        order = best(scores, num)
+        found: list[Hit] = []
+        # In steps: of many rows that satisfy, the first are enough.
+        step = max(FIRST_HITS, 2 * top)
+        for start in range(0, len(order), step):
+            part = order[start : start + step]
+            score_by_row = {int(rows[each]): float(scores[each]) for each in part}
+            hits = self._catalogue.find_hits(current.id, score_by_row, where)
+            found += [hits[row] for row in score_by_row if row in hits]
+            if len(found) >= top:
+                break
+        return found[:top]
+
+    def duplicates(
+        self,
+        *,
+        threshold: float = DUPLICATE_COSINE,
+        where: Where = EVERYWHERE,
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> list[list[Hit]]:
+        """Return groups of images that are nearly the same, the largest first.
+
+        A group is its first image, with those whose cosine with it is `threshold` or more; files of
+        the same content are one image with `copies`, which is a group by itself. All pairs are
+        compared, in memory of N x D float32.
+
+        Args:
+            threshold: Smallest cosine, from -1 to 1.
+            where: Which files to compare.
+            on_progress: Called with how many images are done, and how many there are.
+
+        Returns:
+            The score of each image is its cosine with the first of its group.
+
+        Raises:
+            InputError: the threshold is no cosine.
+            SearchIndexError: the index is damaged.
+        """
+        from clip_rt.search.duplicates import group
+
+        if not -1 <= threshold <= 1:
+            raise InputError(f"threshold is {threshold!r:.40}; a cosine is between -1 and 1.")
+        with self._reading() as current:
+            rows = np.array(self._catalogue.find_rows(current.id, where), np.int64)
+            vectors = self._vectors(current).read(current.num_rows)[rows]
+            firsts = group(vectors, threshold, on_progress)
+            members: dict[int, list[int]] = {}
+            for position, first in enumerate(firsts.tolist()):
+                members.setdefault(first, []).append(position)
+            with_copies = set(self._catalogue.find_copies(current.id))
+            groups = []
+            for first, positions in members.items():
+                if len(positions) == 1 and int(rows[first]) not in with_copies:
+                    continue
+                scores = vectors[positions] @ vectors[first]
+                score_by_row = dict(zip(rows[positions].tolist(), scores.tolist(), strict=True))
+                hits = self._catalogue.find_hits(current.id, score_by_row, where)
+                groups.append([hits[row] for row in score_by_row if row in hits])
+        kept = [each for each in groups if len(each) > 1 or (each and each[0].copies)]
+        return sorted(kept, key=lambda each: (-_count_files(each), each[0].path))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Generation]:
+        """Read one state of the index, whatever another process writes meanwhile."""
+        with self._lock, self._catalogue.snapshot():
+            yield self._current()
+
+    def _current(self) -> Generation:
+        current = self._catalogue.generation(is_current=True)
+        if current is None:
+            raise SearchIndexError(
+                f"the index {self.folder} is empty. Fill it with clip-rt index FOLDER."
+            )
+        return current
+
+    def _check_asking(self, current: Generation, name: str, identity: Identity) -> None:
+        """Refuse a model whose vectors cannot be compared with those of a generation.
+
+        Raises:
+            ContractError: says in what they differ, and what to do.
+        """
+        catalogue = self._catalogue
+        asking = catalogue.find_model(identity)
+        for model in catalogue.models_in_use(current.id):
+            if asking is not None and catalogue.has_verdict(model, asking):
+                continue
+            known, theirs = catalogue.describe_model(model)
+            raise ContractError(
+                f"the index {self.folder} has vectors of {known!r}, and {name!r} is another model: "
+                f"{theirs.describe_difference(identity)}. Ask with that one; or embed all images "
+                "again, with clip-rt index --migrate; or let python -m export.compare say whether "
+                "both may fill one index, and pass its report to clip-rt index --accept-compare.",
+                expected=theirs.values,
+                found=identity.values,
+            )
+
+    def _use_nearest(self, current: Generation) -> Nearest:
+        nearest = self._nearest
+        is_same = (
+            nearest is not None
+            and nearest.generation == current.id
+            and len(nearest.vectors) == current.num_rows
+        )
+        if nearest is None or not is_same:
+            self._drop_nearest()
+            vectors = self._vectors(current).read(current.num_rows)
+            self._nearest = nearest = Nearest(self.folder, current.id, vectors)
+        return nearest
+
+    def _drop_nearest(self) -> None:
+        if self._nearest is not None:
+            self._nearest.close()
+            self._nearest = None
+
+    def _vectors(self, generation: Generation) -> VectorFile:
+        return self._file(generation.id, generation.identity)
+
+    def _file(self, number: int, identity: Identity) -> VectorFile:
+        return VectorFile(self.folder / f"vectors-{number}.f32", identity.embedding_dim)
+
+
+def _count_files(group: list[Hit]) -> int:
+    return sum(1 + len(each.copies) for each in group)
