@@ -15,7 +15,9 @@ from clip_rt.commands.cache import cache
 from clip_rt.commands.classify import classify
 from clip_rt.commands.embed import EmbedConfig
 from clip_rt.commands.exit_codes import FAILED, INTERRUPTED, WRONG_OPTIONS
+from clip_rt.commands.index import index
 from clip_rt.commands.rank import rank
+from clip_rt.commands.search import search
 from clip_rt.deadline import START_TIMEOUT_S
 from clip_rt.errors import InputError
 from clip_rt.gateway.config import GatewayConfig
@@ -148,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
                 {
                     "classify": classify,
                     "rank": rank,
+                    "index": index,
+                    "search": search,
                     "embed": embed,
                     "serve": serve,
                     "gateway": gateway,

@@ -18,6 +18,8 @@ COMMANDS = {
     "classify": ("clip_rt", "say which of some labels fits each image best"),
     "rank": ("clip_rt", "order captions or answers by how well they fit an image"),
     "cache": ("clip_rt", "show or clear the cache of label embeddings"),
+    "index": ("clip_rt", "embed the images of folders, and keep up with them"),
+    "search": ("clip_rt", "find images by words or by an image; near-duplicates"),
     "serve": ("clip_rt", "run a Triton over a repository in the foreground"),
     "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),

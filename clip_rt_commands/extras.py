@@ -38,8 +38,12 @@ EXTRAS = {
     "benchmarks.studies.bulk": "server,export,commands,train,bench",
     "benchmarks.studies.external_speed": "server,export,int8,open-clip,bench",
     "benchmarks.studies.families": "server,export,open-clip,transformers,bench",
+    "benchmarks.studies.index_update": "search,bench",
+    "benchmarks.studies.search_quality": "server,search,train,bench",
+    "benchmarks.studies.search_start": "server,search,bench",
     "benchmarks.studies.text_length": "export,bench,peers",
     "benchmarks.studies.training_step": "train,bench,peers",
+    "benchmarks.studies.vector_stores": "search,bench",
     "export": "export",
     "export.compare": "server,export",
     "export.models": "",
@@ -48,11 +52,11 @@ EXTRAS = {
 """Extras of pyproject.toml by command, or by the package of commands it is in."""
 
 SLOW_MODULES = frozenset(
-    "braceexpand httpx huggingface_hub jinja2 markupsafe matplotlib modelopt nncf onnx onnx_ir "
-    "onnxruntime onnxscript open_clip openvino prometheus_client psutil pydantic resvg_py "
-    "safetensors scipy rich sentencepiece skimage sklearn tensorboard tensorrt tensorrt_rtx timm "
-    "tomli torch "
-    "torchvision tqdm transformers webdataset".split()
+    "braceexpand duckdb faiss httpx huggingface_hub jinja2 lancedb markupsafe matplotlib modelopt "
+    "nncf onnx onnx_ir onnxruntime onnxscript open_clip openvino prometheus_client psutil pyarrow "
+    "pydantic resvg_py safetensors scipy rich sentencepiece skimage sklearn sqlite_vec tensorboard "
+    "tensorrt tensorrt_rtx timm tomli torch torchvision tqdm transformers usearch "
+    "webdataset".split()
 )
 """What no text of `--help` depends on: everything but the client's own."""
 

@@ -35,7 +35,11 @@ DISTRIBUTIONS = {
 """Where a module's distribution has another name."""
 OPTIONAL = {
     "export": {"modelopt", "nncf", "openvino", "tensorrt", "tensorrt_rtx"},
-    "benchmarks": {"sentencepiece", "tensorrt", "tensorrt_rtx"},
+    "benchmarks": {
+        *("sentencepiece", "tensorrt", "tensorrt_rtx"),
+        # Engines that benchmarks.studies.vector_stores compares, where they are.
+        *("duckdb", "faiss", "lancedb", "pyarrow", "sqlite_vec", "usearch"),
+    },
     # Models of other libraries, which export.onnx takes.
     "training": {"timm", "transformers"},
 }

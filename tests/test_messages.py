@@ -34,6 +34,7 @@ from clip_rt.ray import EmbedBatch
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("clip_rt", "training", "export", "benchmarks")
 FOREIGN = {
+    "CREATE VIRTUAL TABLE": {"distance_metric="},
     "docker run": {"--shm-size", "--rm", "--gpus"},
     "hf download": {"--revision", "--include", "--local-dir"},
     "torchrun": {"--nproc-per-node"},

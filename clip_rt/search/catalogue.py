@@ -344,7 +344,7 @@ class Catalogue:
             "SELECT id FROM generations WHERE id != ?", (generation,)
         ).fetchall():
             self.drop_generation(other)
-        self.db.execute("UPDATE generations SET is_current = 1 WHERE id = ?", (generation,))
+        self.db.execute("UPDATE generations SET (is_current) = (1) WHERE id = ?", (generation,))
         without_vector = (
             "error IS NULL AND id NOT IN (SELECT content FROM embeddings WHERE generation = ?)"
         )
@@ -398,10 +398,8 @@ class Catalogue:
     ) -> None:
         """Note what a file holds now."""
         self.db.execute(
-            f"INSERT INTO files (path, size_bytes, mtime_ns, content, error) "
-            f"VALUES ({_PATH}, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET "
-            "size_bytes = excluded.size_bytes, mtime_ns = excluded.mtime_ns, "
-            "content = excluded.content, error = excluded.error",
+            "INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, content, error) "
+            f"VALUES ({_PATH}, ?, ?, ?, ?)",
             (os.fsencode(path), size_bytes, mtime_ns, content, error),
         )
 
@@ -500,7 +498,7 @@ class Catalogue:
             ],
         )
         self.db.execute(
-            "UPDATE generations SET num_rows = ? WHERE id = ?",
+            "UPDATE generations SET (num_rows) = (?) WHERE id = ?",
             (first_row + len(contents), generation),
         )
 
