@@ -74,10 +74,7 @@ def embed(config: Annotated[EmbedConfig, tyro.conf.arg(name="")]) -> int:
     """Embed any number of images or texts into files; the same command goes on after a kill."""
     from clip_rt.commands.embed import embed
 
-    try:
-        return embed(config)
-    except KeyboardInterrupt:
-        return 130  # Asked twice.
+    return embed(config)
 
 
 def reload(*, port: int = 8001, timeout_s: float = 90.0) -> int:

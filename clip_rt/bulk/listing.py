@@ -18,7 +18,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_rt.bulk.sources import STDIN, ImageFile, find_images, sort_names
+from clip_rt.bulk.sources import (
+    STDIN,
+    ImageFile,
+    check_name,
+    find_named,
+    read_listed,
+    sort_names,
+)
 from clip_rt.bulk.tables import is_table, read_columns
 from clip_rt.errors import InputError
 from clip_rt.inputs.fetching import is_url
@@ -114,7 +121,7 @@ def find_image_items(
                     each.caption,
                     each.problem,
                 )
-                for number, each in enumerate(find_images([name]), index)
+                for number, each in enumerate(find_named(name), index)
             )
         for item in items:
             yield item
@@ -219,11 +226,16 @@ class Listing:
             first += num_rows
 
 
-def _expand(inputs: Iterable[str]) -> Iterator[str]:
-    """Yield the names that are on stdin for "-", and those of tables for a pattern of tables."""
+def _expand(inputs: Iterable[str], *, is_listed: bool = False) -> Iterator[str]:
+    """Yield the names that are on stdin for "-", and those of tables for a pattern of tables.
+
+    Raises:
+        InputError: a name means nothing that is there, unless it is of a list: then it is an item
+            that cannot be read.
+    """
     for name in inputs:
-        if name == STDIN:
-            yield from _expand(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+        if name == STDIN and not is_listed:
+            yield from _expand(read_listed(), is_listed=True)
         elif is_table(name) and not Path(name).is_file():
             is_any = False
             for each in sort_names(glob.iglob(name, recursive=True)):
@@ -232,6 +244,8 @@ def _expand(inputs: Iterable[str]) -> Iterator[str]:
             if not is_any:
                 raise InputError(f"there is no table {name[:200]!r}.")
         else:
+            if not (is_listed or is_url(name)):
+                check_name(name)
             yield name
 
 
@@ -254,7 +268,7 @@ def _read_texts(name: str, text_column: str) -> Iterator[str]:
         texts = (text for (text,) in read_columns(Path(name), (text_column,)))
         yield from filter(None, texts)
     elif name == STDIN:
-        yield from _lines(sys.stdin)
+        yield from _lines(line.decode("utf-8", "replace") for line in sys.stdin.buffer)
     else:
         try:
             with open(name, encoding="utf-8-sig", errors="replace") as file:

@@ -101,12 +101,18 @@ def find_images(names: Iterable[str]) -> Iterator[ImageFile]:
         check_name(name)
     for name in checked:
         if name != STDIN:
-            yield from _find_named(name)
+            yield from find_named(name)
             continue
-        # As bytes, since names of files need not be in the encoding of text.
-        for line in sys.stdin.buffer:
-            if listed := os.fsdecode(line.rstrip(b"\r\n")):
-                yield from _find_named(listed)
+        for listed in read_listed():
+            yield from find_named(listed)
+
+
+def read_listed() -> Iterator[str]:
+    """Yield the names on stdin, one a line."""
+    # As bytes, since names of files need not be in the encoding of text.
+    for line in sys.stdin.buffer:
+        if listed := os.fsdecode(line.rstrip(b"\r\n")):
+            yield listed
 
 
 def check_name(name: str) -> None:
@@ -142,7 +148,8 @@ def _merge(files: Sequence[TextIO], run: Sequence[str]) -> Iterator[str]:
         yield from heapq.merge(*(map(json.loads, file) for file in files), run)
 
 
-def _find_named(name: str) -> Iterator[ImageFile]:
+def find_named(name: str) -> Iterator[ImageFile]:
+    """Yield the images that a name means, or one with a `problem` where nothing has it."""
     path = Path(name)
     if path.is_dir():
         yield from _find_below(path)
@@ -156,7 +163,7 @@ def _find_named(name: str) -> Iterator[ImageFile]:
             is_any = True
             # `**` gives folders, and all that is in them beside.
             if "**" not in name or not os.path.isdir(each):
-                yield from _find_named(each)
+                yield from find_named(each)
         if not is_any:
             yield ImageFile(path, problem=f"nothing is named like {name[:200]!r}")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from clip_rt.commands.connect import ModelOptions
+from clip_rt.commands.exit_codes import SOME_BAD
 from clip_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def embed(config: EmbedConfig) -> int:
     """Do it.
 
     Returns:
-        0 when all is done; 130 or 143 when SIGINT or SIGTERM ended it, with what was done in the
-        folder.
+        0 when all is done, 3 when some items could not be embedded; 130 or 143 when SIGINT or
+        SIGTERM ended it, with what was done in the folder.
     """
     from clip_rt import bulk
 
@@ -122,7 +123,9 @@ def embed(config: EmbedConfig) -> int:
     if not summary.is_complete:
         words += "; stopped, the same command goes on"
     sys.stderr.write(words + "\n")
-    return 0 if summary.is_complete else 128 + caught.number
+    if not summary.is_complete:
+        return 128 + caught.number
+    return SOME_BAD if summary.num_failed else 0
 
 
 class _Signals(threading.Event):

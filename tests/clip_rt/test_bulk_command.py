@@ -63,7 +63,7 @@ def test_what_is_missing_is_one_sentence(tmp_path):
         "    from clip_rt.__main__ import main\n"
         f"    main(['embed', {str(tmp_path)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: bulk embedding needs pyarrow: pip install 'clip-rt[commands]'.\n"
     done = run_without(
         "    from clip_rt.ray import embed_dataset\n"

@@ -479,8 +479,8 @@ def test_urls_of_allowed_hosts_are_fetched_and_no_others(client, tmp_path, monke
 
 
 def test_names_on_stdin_are_not_needed_again(client, many, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{many}\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{many}\n".encode())))
     stopped = bulk.embed("-", tmp_path, client, should_stop=_after(MANY + 3 + 20))
     assert not stopped.is_complete
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert bulk.embed("-", tmp_path, client).num_embedded == MANY

@@ -23,7 +23,11 @@ def touch(folder: Path, *names: str) -> None:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
+        path.write_bytes(name.encode(errors="replace"))
+
+
+def stdin(text: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(os.fsencode(text)), "ascii")
 
 
 def names_of(folder: Path, *inputs: str) -> list[str]:
@@ -53,10 +57,12 @@ def test_a_pattern_means_what_is_there(tmp_path):
 
 def test_names_come_from_stdin(tmp_path, monkeypatch):
     touch(tmp_path, "a.jpg", "with space.jpg")
-    monkeypatch.setattr(
-        "sys.stdin", io.StringIO(f"{tmp_path}/with space.jpg\n\n{tmp_path}/a.jpg\n")
-    )
+    monkeypatch.setattr("sys.stdin", stdin(f"{tmp_path}/with space.jpg\n\n{tmp_path}/a.jpg\n"))
     assert names_of(tmp_path, "-") == ["with space.jpg", "a.jpg"]
+    # Names of files need not be UTF-8.
+    touch(tmp_path, "\udcff.jpg")
+    monkeypatch.setattr("sys.stdin", stdin(f"{tmp_path}/\udcff.jpg\n"))
+    assert find("-")[0].file.read() == b"?.jpg"
 
 
 def test_more_names_than_are_kept_in_memory_are_in_order(monkeypatch):
@@ -170,12 +176,12 @@ def test_inputs_of_all_kinds_are_numbered_through(tmp_path, monkeypatch):
     touch(tmp_path, "a.jpg", "b/c.jpg")
     (tmp_path / "1.csv").write_text("image\nx.jpg\ny.jpg\n")
     (tmp_path / "2.csv").write_text("image\nz.jpg\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/b\nhttp://h/u.jpg\n"))
+    monkeypatch.setattr("sys.stdin", stdin(f"{tmp_path}/b\nhttp://h/u.jpg\n{tmp_path}/gone\n"))
     found = find(tmp_path / "a.jpg", tmp_path / "*.csv", "-")
     assert [each.name.removeprefix(f"{tmp_path}/") for each in found] == [
-        *("a.jpg", "x.jpg", "y.jpg", "z.jpg", "b/c.jpg", "http://h/u.jpg")
+        *("a.jpg", "x.jpg", "y.jpg", "z.jpg", "b/c.jpg", "http://h/u.jpg", "gone")
     ]
-    assert [each.index for each in found] == list(range(6))
+    assert [each.index for each in found] == list(range(7))
     with pytest.raises(InputError, match="there is no table"):
         find(tmp_path / "gone.csv")
 
@@ -183,11 +189,11 @@ def test_inputs_of_all_kinds_are_numbered_through(tmp_path, monkeypatch):
 def test_texts_come_from_lines_tables_and_stdin(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one\r\n\n  \ntwo words\n", "utf-8")
     (tmp_path / "b.csv").write_text("text\nthree\n\n", "utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO("four\n"))
+    monkeypatch.setattr("sys.stdin", stdin("four\n"))
     inputs = [str(tmp_path / "a.txt"), str(tmp_path / "b.csv"), "-"]
     found = [each.name for each in find_text_items(inputs, text_column="text")]
     assert found == ["one", "two words", "three", "four"]
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="there is no file or folder"):
         list(find_text_items([str(tmp_path / "gone.txt")], text_column="text"))
 
 
