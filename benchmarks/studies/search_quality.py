@@ -4,7 +4,7 @@
 
 Each held-out style is written to files, indexed and searched as a user's folder would be. A search
 for a name is right where a drawing of that name is among the first hits. What `-word` does is
-measured on names that share a word: `hand -raised` should find the hands that are not raised.
+measured on names that share a word: `moon -face` should find the moons that have no face.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.record import save
-from benchmarks.studies.vector_store_engines import (
-    ENGINES,
+from benchmarks.studies.vector_store_engine import (
     NUM_HITS,
     NUM_TAGS,
     Engine,
@@ -39,6 +38,7 @@ from benchmarks.studies.vector_store_engines import (
     clear,
     in_batches,
 )
+from benchmarks.studies.vector_store_engines import ENGINES
 from clip_rt.errors import InputError
 from clip_rt_commands import program
 from clip_rt_commands.errors import command

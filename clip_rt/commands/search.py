@@ -19,9 +19,9 @@ from clip_rt.commands.sheet import Caption
 from clip_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from clip_rt.search.catalogue import Where
     from clip_rt.search.query import Query
     from clip_rt.search.results import Hit
+    from clip_rt.search.where import Where
 
 NUM_DIGITS = 6
 COLUMNS = (
@@ -116,7 +116,7 @@ class SearchConfig:
         Raises:
             InputError: a date or a size is none.
         """
-        from clip_rt.search.catalogue import Where
+        from clip_rt.search.where import Where
 
         return Where(
             paths=self.path,

@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clip_rt.search.catalogue import Where as Where
     from clip_rt.search.index import Index as Index
     from clip_rt.search.index import default_folder as default_folder
     from clip_rt.search.query import Query as Query
     from clip_rt.search.results import Hit as Hit
     from clip_rt.search.update import Report as Report
+    from clip_rt.search.where import Where as Where
 
 _MODULE_BY_NAME = {
     "Hit": "results",
     "Index": "index",
     "Query": "query",
     "Report": "update",
-    "Where": "catalogue",
+    "Where": "where",
     "default_folder": "index",
 }
 

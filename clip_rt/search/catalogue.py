@@ -10,7 +10,6 @@ another name is not embedded again.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import sqlite3
@@ -18,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_rt.errors import InputError, SearchIndexError
+from clip_rt.errors import SearchIndexError
 from clip_rt.search.identity import Identity, Verdict
 from clip_rt.search.results import Hit
+from clip_rt.search.scan import bounds_below
+from clip_rt.search.where import PATH, Where
 
 FORMAT = 1
 """`user_version` of the database."""
@@ -76,104 +77,6 @@ CREATE TABLE embeddings (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX embeddings_by_row ON embeddings (generation, row, content);
 """
-_TO_READ = (
-    "temp.found LEFT JOIN files ON files.path = found.path WHERE (files.id IS NULL "
-    "OR files.size_bytes != found.size_bytes OR files.mtime_ns != found.mtime_ns "
-    "OR files.content IS NULL)"
-)
-# Paths are bytes on disk and need not be UTF-8: SQLite is given the bytes, and told they are text.
-_PATH = "CAST(? AS TEXT)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which files a search is among; all of what is given must hold.
-
-    Raises:
-        InputError: a bound is no bound.
-    """
-
-    paths: tuple[str, ...] = ()
-    """Patterns, one of which must fit, with `*`, `?` and `[...]` as in a shell, where `*` goes over
-    slashes too; one that does not begin with a slash may begin at any folder. A name without these
-    is a file, or a folder with all below it."""
-    after: datetime.datetime | None = None
-    """Changed at that time or later; in local time where it has no zone."""
-    before: datetime.datetime | None = None
-    """Changed earlier than that."""
-    min_bytes: int | None = None
-    max_bytes: int | None = None
-    """Bounds of the file's size, both allowed themselves."""
-    min_side_px: int | None = None
-    """Shortest side of the image."""
-
-    def __post_init__(self) -> None:
-        for name in ("min_bytes", "max_bytes", "min_side_px"):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and value >= 0):
-                raise InputError(f"{name} is {value!r:.40}; it must be a whole number from 0.")
-        if any(not each for each in self.paths):
-            raise InputError("a pattern of paths is empty; leave it out.")
-
-    def to_sql(self) -> tuple[str, list[object]]:
-        """Return a condition on `files` and `contents`, and its parameters."""
-        conditions, values = ["1"], list[object]()
-
-        def add(condition: str, *parameters: object) -> None:
-            conditions.append(condition)
-            values.extend(parameters)
-
-        if self.paths:
-            patterns = [pattern for path in self.paths for pattern in _to_globs(path)]
-            fits = " OR ".join([f"files.path GLOB {_PATH}"] * len(patterns))
-            add(f"({fits})", *map(os.fsencode, patterns))
-        if self.after is not None:
-            add("files.mtime_ns >= ?", _to_ns(self.after))
-        if self.before is not None:
-            add("files.mtime_ns < ?", _to_ns(self.before))
-        if self.min_bytes is not None:
-            add("files.size_bytes >= ?", self.min_bytes)
-        if self.max_bytes is not None:
-            add("files.size_bytes <= ?", self.max_bytes)
-        if self.min_side_px is not None:
-            add("min(contents.width_px, contents.height_px) >= ?", self.min_side_px)
-        return " AND ".join(conditions), values
-
-
-EVERYWHERE = Where()
-
-
-def _to_globs(path: str) -> Iterator[str]:
-    """Yield GLOBs of absolute paths for a pattern."""
-    has_magic = any(each in path for each in "*?[")
-    if not has_magic and (path in (".", "..") or path.startswith(("./", "../"))):
-        path = os.path.abspath(path)
-    path = path.rstrip("/") or "/"
-    pattern = path if os.path.isabs(path) else f"*/{path}"
-    yield pattern
-    if not has_magic:
-        yield pattern.rstrip("/") + "/*"
-
-
-def _to_ns(moment: datetime.datetime) -> int:
-    # Without a zone it is local time, as in a file manager.
-    return int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file, or a member of a shard, as a scan found it."""
-
-    path: str
-    """What it is called in the index."""
-    size_bytes: int
-    mtime_ns: int
-    file: str
-    """That holds it."""
-    member: str = ""
-    offset_bytes: int = 0
-    problem: str = ""
-    """Why it cannot be read: of a shard or folder, in place of what it holds."""
 
 
 @dataclass(frozen=True)
@@ -363,15 +266,13 @@ class Catalogue:
     def add_folder(self, path: str) -> None:
         """Note a folder; those within it need no place of their own."""
         low, high = bounds_below(path)
-        self.db.execute(
-            f"DELETE FROM folders WHERE path >= {_PATH} AND path < {_PATH}", (low, high)
-        )
+        self.db.execute(f"DELETE FROM folders WHERE path >= {PATH} AND path < {PATH}", (low, high))
         if not any(each == path or is_below(path, each) for each in self.folders()):
-            self.db.execute(f"INSERT INTO folders VALUES ({_PATH})", (os.fsencode(path),))
+            self.db.execute(f"INSERT INTO folders VALUES ({PATH})", (os.fsencode(path),))
 
     def remove_folder(self, path: str) -> bool:
         """Forget a folder; return whether it was known."""
-        sql = f"DELETE FROM folders WHERE path = {_PATH}"
+        sql = f"DELETE FROM folders WHERE path = {PATH}"
         return self.db.execute(sql, (os.fsencode(path),)).rowcount > 0
 
     def remove_files(self, path: str, *, but_found: bool = False) -> int:
@@ -388,8 +289,7 @@ class Catalogue:
         )
         low, high = bounds_below(path)
         return self.db.execute(
-            "DELETE FROM files WHERE "
-            f"(path = {_PATH} OR (path >= {_PATH} AND path < {_PATH})) {kept}",
+            f"DELETE FROM files WHERE (path = {PATH} OR (path >= {PATH} AND path < {PATH})) {kept}",
             (os.fsencode(path), low, high),
         ).rowcount
 
@@ -399,72 +299,9 @@ class Catalogue:
         """Note what a file holds now."""
         self.db.execute(
             "INSERT OR REPLACE INTO files (path, size_bytes, mtime_ns, content, error) "
-            f"VALUES ({_PATH}, ?, ?, ?, ?)",
+            f"VALUES ({PATH}, ?, ?, ?, ?)",
             (os.fsencode(path), size_bytes, mtime_ns, content, error),
         )
-
-    # What a scan finds
-
-    def begin_scan(self) -> None:
-        """Forget what the last one found."""
-        self.db.execute("DROP TABLE IF EXISTS temp.found")
-        self.db.execute(
-            "CREATE TEMP TABLE found (id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, "
-            "size_bytes INTEGER, mtime_ns INTEGER, file TEXT, member TEXT, offset_bytes INTEGER, "
-            "problem TEXT)"
-        )
-
-    def add_found(self, files: Sequence[Found]) -> None:
-        """Note files that are there now."""
-        self.db.execute("BEGIN")
-        self.db.executemany(
-            "INSERT OR IGNORE INTO temp.found "
-            "(path, size_bytes, mtime_ns, file, member, offset_bytes, problem) "
-            f"VALUES ({_PATH}, ?, ?, {_PATH}, {_PATH}, ?, {_PATH})",
-            [
-                (
-                    os.fsencode(each.path),
-                    each.size_bytes,
-                    each.mtime_ns,
-                    os.fsencode(each.file),
-                    os.fsencode(each.member),
-                    each.offset_bytes,
-                    os.fsencode(each.problem),
-                )
-                for each in files
-            ],
-        )
-        for each in files:
-            if each.problem:
-                # What cannot be looked into may hold all that it held.
-                low, high = bounds_below(each.path)
-                self.db.execute(
-                    "INSERT OR IGNORE INTO temp.found (path, size_bytes, mtime_ns) "
-                    "SELECT path, size_bytes, mtime_ns FROM files "
-                    f"WHERE content IS NOT NULL AND path >= {_PATH} AND path < {_PATH}",
-                    (low, high),
-                )
-        self.db.execute("COMMIT")
-
-    def count_found(self) -> tuple[int, int]:
-        """Return how many files the scan found, and how many of them are to be read."""
-        return self._one("SELECT count(*) FROM temp.found"), self._one(
-            f"SELECT count(*) FROM {_TO_READ}"
-        )
-
-    def found_to_read(self, after: int, limit: int) -> list[tuple[int, Found]]:
-        """Return files that are new or changed, or could not be read, by their number.
-
-        Args:
-            after: Number of the last one that was seen.
-            limit: How many at most.
-        """
-        found = self.db.execute(
-            "SELECT found.id, found.path, found.size_bytes, found.mtime_ns, file, member, "
-            f"offset_bytes, problem FROM {_TO_READ} AND found.id > ? ORDER BY found.id LIMIT ?",
-            (after, limit),
-        )
-        return [(number, Found(*values)) for number, *values in found]
 
     # Contents and vectors
 
@@ -623,12 +460,6 @@ class Catalogue:
             "LEFT JOIN contents ON contents.id = files.content WHERE reason IS NOT NULL "
             "ORDER BY path"
         ).fetchall()
-
-
-def bounds_below(folder: str) -> tuple[bytes, bytes]:
-    """Return bounds of the paths below a folder: the first of them and the first that is not."""
-    begin = folder if folder.endswith(os.sep) else folder + os.sep
-    return os.fsencode(begin), os.fsencode(begin[:-1] + chr(ord(begin[-1]) + 1))
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clip_rt.bulk.sources import ImageFile, find_images
-from clip_rt.search.catalogue import Found
+from clip_rt.search.scan import Found
 
 
 def find_files(names: Iterable[str]) -> Iterator[Found]:

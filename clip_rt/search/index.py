@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_rt.errors import ContractError, InputError, SearchIndexError
-from clip_rt.search import codes
-from clip_rt.search.catalogue import EVERYWHERE, Catalogue, Generation, Where, is_below
+from clip_rt.search.catalogue import Catalogue, Generation, is_below
 from clip_rt.search.identity import Identity, Verdict
 from clip_rt.search.locking import WriterLock
-from clip_rt.search.nearest import EXACT_ROWS, FIRST_HITS, WIDER, Nearest, best
 from clip_rt.search.query import Query
 from clip_rt.search.results import Hit
-from clip_rt.search.vectors import VectorFile
+from clip_rt.search.scan import Scan
+from clip_rt.search.store import Store
+from clip_rt.search.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
     from clip_rt.client import Client
@@ -30,12 +29,8 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "CLIP_RT_INDEX"
 DATABASE, LOCK = "index.sqlite", "lock"
-MAX_UNUSED_SHARE, MIN_UNUSED = 0.25, 1000
-"""When so many rows belong to no file any more, they are removed; until then a file that comes back
-is not embedded again."""
 DUPLICATE_COSINE = 0.95
-_PART, _MAX_TRIES = 65_536, 3
-_FILE = re.compile(r"(?:vectors|codes)-(\d+)\b.*")
+_MAX_TRIES = 3
 
 
 def default_folder() -> Path:
@@ -65,8 +60,8 @@ class Index:
         self.folder = folder
         """Where it lies."""
         self._catalogue = catalogue
+        self._store = Store(folder, catalogue)
         self._lock = threading.RLock()
-        self._nearest: Nearest | None = None
         self._writers = 0
 
     @classmethod
@@ -100,8 +95,7 @@ class Index:
     def close(self) -> None:
         """Let go of the files. Closing twice is harmless."""
         with self._lock:
-            self._drop_nearest()
-            self._catalogue.close()
+            self._store.close()
 
     @property
     def folders(self) -> list[str]:
@@ -135,7 +129,7 @@ class Index:
             with contextlib.closing(WriterLock(self.folder / LOCK)):
                 self._writers += 1
                 try:
-                    self._remove_leftovers()
+                    self._store.remove_leftovers()
                     yield
                 finally:
                     self._writers -= 1
@@ -186,28 +180,29 @@ class Index:
             there = [each for each in names if os.path.exists(each)]
             self._check_gone(set(names) - set(there))
             generation, model = self._begin_update(manifest)
-            catalogue.begin_scan()
+            scan = Scan(catalogue.db)
+            scan.begin()
             part = []
             for file in find_files(there):
                 part.append(file)
                 if len(part) == 4096:
-                    catalogue.add_found(part)
+                    scan.add(part)
                     report.num_found += len(part)
                     part = []
                     on_progress(report)
-            catalogue.add_found(part)
+            scan.add(part)
             with catalogue.transaction():
                 for each in there:
                     catalogue.add_folder(each)
                 report.num_removed = sum(
                     catalogue.remove_files(each, but_found=True) for each in names
                 )
-            report.num_found, report.num_to_read = catalogue.count_found()
+            report.num_found, report.num_to_read = scan.count()
             on_progress(report)
             if report.num_to_read:
                 embedding = Embedding(
                     catalogue=catalogue,
-                    vectors=self._vectors(generation),
+                    vectors=self._store.vectors(generation),
                     generation=generation.id,
                     model=model,
                     num_rows=generation.num_rows,
@@ -216,8 +211,8 @@ class Index:
                     on_progress=on_progress,
                     on_bad=on_bad,
                 )
-                embedding.run(client, embedding.changed_files())
-            self._tidy()
+                embedding.run(client, embedding.changed_files(scan))
+            self._store.tidy()
         return report
 
     def forget(self, folder: str | os.PathLike[str]) -> int:
@@ -257,7 +252,7 @@ class Index:
         verdict = Verdict.read(Path(report))
         verdict.check()
         with self.writing():
-            catalogue, current = self._catalogue, self._current()
+            catalogue, current = self._catalogue, self._store.current()
             known = catalogue.find_model(verdict.a)
             if known is None or known not in catalogue.models_in_use(current.id):
                 name, identity = catalogue.describe_model(current.model)
@@ -300,7 +295,7 @@ class Index:
         from clip_rt.search.update import Embedding, Report
 
         with self.writing():
-            catalogue, current = self._catalogue, self._current()
+            catalogue, current = self._catalogue, self._store.current()
             self._check_gone({each for each in self.folders if not os.path.exists(each)})
             manifest = client.manifest
             identity = Identity.of(manifest)
@@ -308,12 +303,12 @@ class Index:
                 model = catalogue.add_model(manifest.model, identity)
             report = Report()
             if catalogue.models_in_use(current.id) != [model]:
-                beside = self._begin_beside(model)
+                beside = self._store.begin_beside(model)
                 report.num_found = catalogue.count()["images"]
                 report.num_to_read = catalogue.count_missing(beside.id)
                 embedding = Embedding(
                     catalogue=catalogue,
-                    vectors=self._vectors(beside),
+                    vectors=self._store.vectors(beside),
                     generation=beside.id,
                     model=model,
                     num_rows=beside.num_rows,
@@ -325,8 +320,8 @@ class Index:
                 embedding.run(client, embedding.contents_again())
                 with catalogue.transaction():
                     catalogue.make_current(beside.id)
-                self._drop_nearest()
-                self._remove_leftovers()
+                self._store.drop_nearest()
+                self._store.remove_leftovers()
             elif (given_up := catalogue.generation(is_current=False)) is not None:
                 # Of a migration to another model.
                 with catalogue.transaction():
@@ -343,26 +338,10 @@ class Index:
             with catalogue.transaction():
                 model = catalogue.add_model(manifest.model, identity)
                 catalogue.add_generation(catalogue.next_generation(), model, is_current=True)
-        current = self._current()
-        self._check_asking(current, manifest.model, identity)
+        current = self._store.current()
+        self._store.check_asking(current, manifest.model, identity)
         model = catalogue.find_model(identity) or current.model
         return current, model
-
-    def _begin_beside(self, model: int) -> Generation:
-        """Return the generation that is written beside the current one, begun or gone on with."""
-        catalogue = self._catalogue
-        beside = catalogue.generation(is_current=False)
-        if beside is not None and beside.model != model:
-            with catalogue.transaction():
-                catalogue.drop_generation(beside.id)
-            self._remove_leftovers()
-            beside = None
-        if beside is None:
-            with catalogue.transaction():
-                catalogue.add_generation(catalogue.next_generation(), model, is_current=False)
-            beside = catalogue.generation(is_current=False)
-        assert beside is not None
-        return beside
 
     def _check_gone(self, names: set[str]) -> None:
         """Refuse names of what is not there, unless it was part of a folder of the index."""
@@ -375,49 +354,6 @@ class Index:
                     else ""
                 )
                 raise InputError(f"there is no folder or file {name!r:.200}.{way_out}")
-
-    def _tidy(self) -> None:
-        """Remove rows that nobody uses when they are many, and make the codes that are missing."""
-        current = self._current()
-        num_unused = current.num_rows - self._catalogue.count_used(current.id)
-        is_worth_it = num_unused > max(MIN_UNUSED, MAX_UNUSED_SHARE * current.num_rows)
-        if is_worth_it and self._catalogue.generation(is_current=False) is None:
-            self._compact(current)
-            current = self._current()
-        if current.num_rows > EXACT_ROWS and codes.is_available():
-            made = codes.Codes(self.folder, current.id)
-            with contextlib.closing(made):
-                made.extend(self._vectors(current).read(current.num_rows))
-            self._drop_nearest()
-
-    def _compact(self, current: Generation) -> None:
-        """Write the rows that are used into the next generation, and change over."""
-        catalogue = self._catalogue
-        number = catalogue.next_generation()
-        target = self._file(number, current.identity)
-        used = catalogue.used_rows(current.id)
-        rows = self._vectors(current).read(current.num_rows)
-        for start in range(0, len(used), _PART):
-            part = [row for _, row in used[start : start + _PART]]
-            target.write(start, rows[part])
-        with catalogue.transaction():
-            catalogue.add_generation(number, current.model, is_current=False)
-            for model in catalogue.models_in_use(current.id):
-                catalogue.use_model(number, model)
-            catalogue.put_embeddings(number, [content for content, _ in used], 0)
-            catalogue.remove_unused_contents()
-            catalogue.make_current(number)
-        self._drop_nearest()
-        self._remove_leftovers()
-
-    def _remove_leftovers(self) -> None:
-        """Remove files of generations that there are no more."""
-        kept = set(self._catalogue.generations())
-        for path in self.folder.iterdir():
-            match = _FILE.fullmatch(path.name)
-            if match and (int(match[1]) not in kept or path.name.endswith(".writing")):
-                with contextlib.suppress(OSError):  # Open, on Windows: next time.
-                    path.unlink()
 
     # Reading
 
@@ -475,60 +411,12 @@ class Index:
             raise InputError(f"top is {top!r:.40}; it must be a whole number from 1.")
         # Again where another process changed over, and removed the file that was to be read.
         for _ in range(_MAX_TRIES):
-            with contextlib.suppress(FileNotFoundError):
-                return self._find(vector, manifest, top, where)
+            with contextlib.suppress(FileNotFoundError), self._lock:
+                return self._store.find(vector, manifest, top, where)
         raise SearchIndexError(
             f"the vectors of the index {self.folder} are missing. Restore them from a backup, or "
             "remove the folder and make the index anew with clip-rt index."
         )
-
-    def _find(
-        self, vector: NDArray[np.float32], manifest: Manifest, top: int, where: Where
-    ) -> list[Hit]:
-        with self._reading() as current:
-            self._check_asking(current, manifest.model, Identity.of(manifest))
-            if vector.shape != (current.identity.embedding_dim,):
-                raise InputError(
-                    f"the vector has the shape {vector.shape}; embeddings of {manifest.model!r} "
-                    f"have ({current.identity.embedding_dim},)."
-                )
-            nearest = self._use_nearest(current)
-            rows, scores = nearest.rank(np.ascontiguousarray(vector, np.float32))
-            num = max(FIRST_HITS, 2 * top)
-            while True:
-                hits = self._look_up(current, rows, scores, num, top, where)
-                if len(hits) >= top or num >= len(rows):
-                    break
-                num *= WIDER
-                if num >= len(rows) / WIDER:
-                    # So few satisfy that they are looked up first.
-                    rows = np.array(self._catalogue.find_rows(current.id, where), np.int64)
-                    scores = nearest.rank_rows(vector, rows)
-                    num = len(rows)
-            return hits
-
-    def _look_up(
-        self,
-        current: Generation,
-        rows: NDArray[np.int64],
-        scores: NDArray[np.float32],
-        num: int,
-        top: int,
-        where: Where,
-    ) -> list[Hit]:
-        """Return the best of the first `num` rows whose files satisfy."""
-        order = best(scores, num)
-        found: list[Hit] = []
-        # In steps: of many rows that satisfy, the first are enough.
-        step = max(FIRST_HITS, 2 * top)
-        for start in range(0, len(order), step):
-            part = order[start : start + step]
-            score_by_row = {int(rows[each]): float(scores[each]) for each in part}
-            hits = self._catalogue.find_hits(current.id, score_by_row, where)
-            found += [hits[row] for row in score_by_row if row in hits]
-            if len(found) >= top:
-                break
-        return found[:top]
 
     def duplicates(
         self,
@@ -561,7 +449,7 @@ class Index:
             raise InputError(f"threshold is {threshold!r:.40}; a cosine is between -1 and 1.")
         with self._reading() as current:
             rows = np.array(self._catalogue.find_rows(current.id, where), np.int64)
-            vectors = self._vectors(current).read(current.num_rows)[rows]
+            vectors = self._store.vectors(current).read(current.num_rows)[rows]
             firsts = group(vectors, threshold, on_progress)
             members: dict[int, list[int]] = {}
             for position, first in enumerate(firsts.tolist()):
@@ -582,60 +470,7 @@ class Index:
     def _reading(self) -> Iterator[Generation]:
         """Read one state of the index, whatever another process writes meanwhile."""
         with self._lock, self._catalogue.snapshot():
-            yield self._current()
-
-    def _current(self) -> Generation:
-        current = self._catalogue.generation(is_current=True)
-        if current is None:
-            raise SearchIndexError(
-                f"the index {self.folder} is empty. Fill it with clip-rt index FOLDER."
-            )
-        return current
-
-    def _check_asking(self, current: Generation, name: str, identity: Identity) -> None:
-        """Refuse a model whose vectors cannot be compared with those of a generation.
-
-        Raises:
-            ContractError: says in what they differ, and what to do.
-        """
-        catalogue = self._catalogue
-        asking = catalogue.find_model(identity)
-        for model in catalogue.models_in_use(current.id):
-            if asking is not None and catalogue.has_verdict(model, asking):
-                continue
-            known, theirs = catalogue.describe_model(model)
-            raise ContractError(
-                f"the index {self.folder} has vectors of {known!r}, and {name!r} is another model: "
-                f"{theirs.describe_difference(identity)}. Ask with that one; or embed all images "
-                "again, with clip-rt index --migrate; or let python -m export.compare say whether "
-                "both may fill one index, and pass its report to clip-rt index --accept-compare.",
-                expected=theirs.values,
-                found=identity.values,
-            )
-
-    def _use_nearest(self, current: Generation) -> Nearest:
-        nearest = self._nearest
-        is_same = (
-            nearest is not None
-            and nearest.generation == current.id
-            and len(nearest.vectors) == current.num_rows
-        )
-        if nearest is None or not is_same:
-            self._drop_nearest()
-            vectors = self._vectors(current).read(current.num_rows)
-            self._nearest = nearest = Nearest(self.folder, current.id, vectors)
-        return nearest
-
-    def _drop_nearest(self) -> None:
-        if self._nearest is not None:
-            self._nearest.close()
-            self._nearest = None
-
-    def _vectors(self, generation: Generation) -> VectorFile:
-        return self._file(generation.id, generation.identity)
-
-    def _file(self, number: int, identity: Identity) -> VectorFile:
-        return VectorFile(self.folder / f"vectors-{number}.f32", identity.embedding_dim)
+            yield self._store.current()
 
 
 def _count_files(group: list[Hit]) -> int:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from clip_rt.errors import ClipRTError, ImageError, ModelReplacedError
 from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, open_image
-from clip_rt.search.catalogue import Catalogue, Found
+from clip_rt.search.catalogue import Catalogue
 from clip_rt.search.files import FilesByPath, to_image
+from clip_rt.search.scan import Found, Scan
 from clip_rt.search.vectors import VectorFile
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ class Embedding:
             raise
         self._keep()
 
-    def changed_files(self) -> Iterator[bytes]:
+    def changed_files(self, scan: Scan) -> Iterator[bytes]:
         """Yield the content of each file that the scan found to be new or changed, if it is new."""
-        for file, read in _read_ahead(self._found()):
+        for file, read in _read_ahead(_found(scan)):
             self.report.num_read += 1
             self._keep_now_and_then()
             if not isinstance(read, _Content):
@@ -195,12 +196,6 @@ class Embedding:
             wanted = self._wanted.pop(file.path)
             if isinstance(read, _Content) and read.sha256 == wanted:
                 yield self._begin(_Pending(read, []))
-
-    def _found(self) -> Iterator[Found]:
-        after = 0
-        while page := self.catalogue.found_to_read(after, _PAGE):
-            yield from (file for _, file in page)
-            after = page[-1][0]
 
     def _missing(self) -> Iterator[Found]:
         after = 0
@@ -281,6 +276,13 @@ class Embedding:
         self.num_rows += len(good)
         for each in back:
             self._by_hash.pop(each.content.sha256, None)
+
+
+def _found(scan: Scan) -> Iterator[Found]:
+    after = 0
+    while page := scan.to_read(after, _PAGE):
+        yield from (file for _, file in page)
+        after = page[-1][0]
 
 
 def _put(catalogue: Catalogue, pending: _Pending) -> int:

@@ -256,36 +256,39 @@ def url_of_drawings():
         server.wait(60)
 
 
-LIMIT_S = 0.6
+MAX_RATIO = 5.0
+"""Of the processor time of a search to that of importing NumPy and gRPC, which it cannot do
+without; `benchmarks.studies.search_start` has seconds, on a machine that does nothing else."""
+CPU_OF = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_first_answer_is_quick_where_the_model_is_warm(indexed, url_of_drawings, tmp_path):
-    """Processor time of the whole process: the machine may be busy otherwise."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    asked = command("search", "a face", "--url", url_of_drawings, "--json")
-    program = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], capture_output=True, check=True)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(used.ru_utime + used.ru_stime, len(done.stdout.splitlines()))\n"
-    )
-    used_s = []
-    for _ in range(4):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *asked],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        seconds, num_hits = done.stdout.split()
-        assert num_hits == "10"
-        used_s.append(float(seconds))
-    assert min(used_s[1:]) < LIMIT_S
+    ways = {
+        "search": command("search", "a face", "--url", url_of_drawings, "--json"),
+        "imports": [sys.executable, "-c", "import numpy, grpc"],
+    }
+    used_s: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(5):
+        for name, asked in ways.items():
+            done = subprocess.run(
+                [sys.executable, "-c", CPU_OF, *asked],
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            )
+            used_s[name].append(float(done.stdout))
+    # The first of each may compile bytecode.
+    assert min(used_s["search"][1:]) < MAX_RATIO * min(used_s["imports"][1:]), used_s
 
 
 def test_search_loads_nothing_that_it_does_not_need(indexed, url_of_drawings, tmp_path):

@@ -22,7 +22,7 @@ NUM = 300
 
 PROGRAM = """
 import sys
-import clip_rt, clip_rt.search.update as update, clip_rt.search.index as places
+import clip_rt, clip_rt.search.update as update, clip_rt.search.store as places
 from clip_rt.search import Index
 update.COMMIT_ITEMS = update.COMMIT_S = 0
 places.MIN_UNUSED = 10

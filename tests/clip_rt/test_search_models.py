@@ -223,7 +223,7 @@ def test_searches_go_on_while_another_thread_writes(index, photos, drawings_clie
         for round_ in range(4):
             write_drawings(photos / f"more{round_}", 5, every=20 + round_)
             index.update(drawings_client)
-            index._compact(index._current())
+            index._store.compact(index._store.current())
     finally:
         stop.set()
         thread.join(60)

@@ -241,7 +241,7 @@ def test_part_of_a_folder_may_go(index, photos, drawings_client):
 
 
 def test_unused_rows_are_removed_when_they_are_many(index, photos, drawings_client, monkeypatch):
-    monkeypatch.setattr("clip_rt.search.index.MIN_UNUSED", 3)
+    monkeypatch.setattr("clip_rt.search.store.MIN_UNUSED", 3)
     for path in (photos / "0").iterdir():
         path.unlink()
     index.update(drawings_client)
@@ -298,3 +298,30 @@ def test_two_writers_are_refused_and_readers_are_not(index, drawings_client):
                 other.update(drawings_client)
             assert len(other.query(drawings_client, "a face")) == 10
         assert read(other.update(drawings_client)) == {}
+
+
+def test_beyond_an_exact_search_the_same_images_are_found(tmp_path, drawings_client, monkeypatch):
+    pytest.importorskip("faiss")
+    write_drawings(tmp_path / "photos", 60)
+    with Index.open(tmp_path / "index", create=True) as index:
+        index.update(drawings_client, [tmp_path / "photos"])
+
+        def search() -> list[list[str]]:
+            return [
+                [hit.path for hit in index.query(drawings_client, "a face", top=top, where=where)]
+                for top in (1, 5, 20, 100)
+                for where in (Where(), Where(paths=("3",)), Where(paths=("nowhere",)))
+            ]
+
+        exact = search()
+        assert [len(each) for each in exact] == [1, 1, 0, 5, 5, 0, 20, 10, 0, 60, 10, 0]
+        monkeypatch.setattr("clip_rt.search.nearest.EXACT_ROWS", 50)
+        monkeypatch.setattr("clip_rt.search.store.EXACT_ROWS", 50)
+        (tmp_path / "photos/0/003.png").unlink()
+        index.update(drawings_client)
+        assert [path.name for path in index.folder.glob("codes-*")] == ["codes-1-0.faiss"]
+        gone = str(tmp_path / "photos/0/003.png")
+        found = search()
+        assert found[3] == [path for path in exact[9] if path != gone][:5]
+        assert found[9] == [path for path in exact[9] if path != gone]
+        assert found[1::3] == exact[1::3]
