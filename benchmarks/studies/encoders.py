@@ -13,7 +13,7 @@ lies on the hub gets a small one, and one whose text tower is described there fi
 in a local folder in the hub's layout.
 
 One row of each tower is timed by turns with ViT-B-32's: what is written is how many times as long
-it takes, which another machine, or a busy one, changes less than milliseconds.
+it takes, which another machine changes less than milliseconds. Have nothing else run meanwhile.
 """
 
 from __future__ import annotations

@@ -113,13 +113,13 @@ FP32 embeddings and the exported graph's, of both towers, over all batches and t
 FP16 a cosine below 0.9995 is refused; ONNX Runtime ran it on a processor, which computes FP16 in
 FP32 and rounds in between. `python -m benchmarks.studies.encoders` writes this table, and goes on
 where it was stopped.
-
+"""
+_TIMES = """
 "image" and "text" say how many times as long as `ViT-B-32` a model takes for one image, and for one
 short text, in FP32 by OpenVINO, by turns on {cpu}.
-
-| model | side, px | tokens | text length | tokenizer | parameters, M | image | text | FP32 | FP16 |
-|---|---:|---:|---|---|---:|---:|---:|---:|---:|
 """
+_NUMBERS = ("side, px", "tokens", "parameters, M", "image", "text", "FP32", "FP16")
+"""Columns that are aligned to the right."""
 
 
 def newest(folder: Path) -> Path:
@@ -141,47 +141,51 @@ def render(result: dict[str, Any]) -> str:
         num_exported=len(measured),
         num_known=result["num_known"],
         date=result["date"],
-        cpu=_describe_processor(result["machine"]),
     )
+    has_times = any("times_yardstick" in found for found in measured.values())
+    if has_times:
+        table += _TIMES.format(cpu=_describe_processor(result["machine"]))
     order = sorted(
         measured,
         key=lambda name: (FAMILIES.index(find_family(name)), measured[name]["parameters"], name),
     )
-    rows = [_row(name, measured[name]) for name in order]
+    rows = [_row(name, measured[name], has_times=has_times) for name in order]
+    columns = list(rows[0])
+    rules = ("---:" if each in _NUMBERS else "---" for each in columns)
+    lines_of_table = [f"| {' | '.join(columns)} |\n", f"|{'|'.join(rules)}|\n"]
+    lines_of_table += [f"| {' | '.join(row.values())} |\n" for row in rows]
     failed = [
         f"- `{name}`: {found.get('failed') or found['left_out']}\n"
         for name, found in sorted(models.items())
         if "fp32" not in found
     ]
     left = "\nNot exported:\n\n" + "".join(failed) if failed else ""
-    return _HEAD + "".join(lines) + table + "".join(rows) + left
+    return _HEAD + "".join(lines) + table + "\n" + "".join(lines_of_table) + left
 
 
 def _describe_processor(facts: dict[str, Any]) -> str:
     return f"{facts['usable_cores']} cores of {facts['cpu']}" + in_brackets(facts["cpu_flags"], {})
 
 
-def _row(name: str, found: dict[str, Any]) -> str:
-    length = "as long as it is" if found["any_length"] else "always the same"
-    times = found.get("times_yardstick", {})
-    cells = (
-        f"`{name}`",
-        found["side_px"],
-        found["context_length"],
-        length,
-        "OpenAI's" if found["tokenizer"] == "openai" else "tokenizer.json",
-        f"{found['parameters'] / 1e6:.0f}",
-        *(f"{each:.1f}" if (each := times.get(tower)) else "" for tower in ("image", "text")),
-        _worst(found.get("fp32")),
-        _worst(found.get("fp16")) if "fp16" in found else found.get("failed", ""),
-    )
-    return f"| {' | '.join(map(str, cells))} |\n"
+def _row(name: str, found: dict[str, Any], *, has_times: bool) -> dict[str, str]:
+    """Return the cells of a model by their columns."""
+    row = {
+        "model": f"`{name}`",
+        "side, px": str(found["side_px"]),
+        "tokens": str(found["context_length"]),
+        "text length": "as long as it is" if found["any_length"] else "always the same",
+        "tokenizer": "OpenAI's" if found["tokenizer"] == "openai" else "tokenizer.json",
+        "parameters, M": f"{found['parameters'] / 1e6:.0f}",
+    }
+    if has_times:
+        times = found.get("times_yardstick", {})
+        row |= {each: f"{times[each]:.1f}" if each in times else "" for each in ("image", "text")}
+    fp16 = _worst(found["fp16"]) if "fp16" in found else found.get("failed", "")
+    return row | {"FP32": _worst(found["fp32"]), "FP16": fp16}
 
 
-def _worst(gate: dict[str, Any] | None) -> str:
+def _worst(gate: dict[str, Any]) -> str:
     """Return how far from 1 the lowest cosine is, as it is easier to read."""
-    if gate is None:
-        return ""
     distance = max(1 - min(gate["image"], gate["text"]), 0.0)
     shown = f"1 - {distance:.0e}"
     return shown if gate["passed"] else f"refused: {shown}"
