@@ -64,6 +64,16 @@ def describe_bar(bar: Bar) -> dict[str, Any]:
     }
 
 
+def _shorten(argument: str) -> str:
+    """Return an argument without the folders of this machine: relative, or a name."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return f"{option}{equals}{shown}"
+
+
 def describe_result(command: Sequence[str], packages: Sequence[str]) -> dict[str, Any]:
     """Return what every result begins with: when, by which code, where, and with what.
 
@@ -73,7 +83,7 @@ def describe_result(command: Sequence[str], packages: Sequence[str]) -> dict[str
     """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": shlex.join([*command, *sys.argv[1:]]),
+        "command": shlex.join([*command, *map(_shorten, sys.argv[1:])]),
         "commit": commit(),
         "machine": describe(),
         "versions": versions(*packages),

@@ -24,7 +24,7 @@ from clip_rt.search.where import EVERYWHERE, Where
 
 if TYPE_CHECKING:
     from clip_rt.client import Client
-    from clip_rt.search.update import OnBad, OnProgress, Report
+    from clip_rt.search.update import Embedding, OnBad, OnProgress, Report
     from clip_rt.wire.manifest import Manifest
 
 FOLDER_VARIABLE = "CLIP_RT_INDEX"
@@ -166,7 +166,7 @@ class Index:
             ServerError: see `Client.encode_images`; what was done before it is kept.
         """
         from clip_rt.search.files import find_files
-        from clip_rt.search.update import Embedding, Report
+        from clip_rt.search.update import Report
 
         report = Report()
         with self.writing():
@@ -200,20 +200,36 @@ class Index:
             report.num_found, report.num_to_read = scan.count()
             on_progress(report)
             if report.num_to_read:
-                embedding = Embedding(
-                    catalogue=catalogue,
-                    vectors=self._store.vectors(generation),
-                    generation=generation.id,
-                    model=model,
-                    num_rows=generation.num_rows,
-                    manifest=manifest,
-                    report=report,
-                    on_progress=on_progress,
-                    on_bad=on_bad,
+                embedding = self._embedding(
+                    generation, model, manifest, report, on_progress, on_bad
                 )
                 embedding.run(client, embedding.changed_files(scan))
             self._store.tidy()
         return report
+
+    def _embedding(
+        self,
+        generation: Generation,
+        model: int,
+        manifest: Manifest,
+        report: Report,
+        on_progress: OnProgress,
+        on_bad: OnBad,
+    ) -> Embedding:
+        """Return what embeds images into a generation."""
+        from clip_rt.search.update import Embedding
+
+        return Embedding(
+            catalogue=self._catalogue,
+            vectors=self._store.vectors(generation),
+            generation=generation.id,
+            model=model,
+            num_rows=generation.num_rows,
+            manifest=manifest,
+            report=report,
+            on_progress=on_progress,
+            on_bad=on_bad,
+        )
 
     def forget(self, folder: str | os.PathLike[str]) -> int:
         """Take a folder out of the index, with all below it.
@@ -292,7 +308,7 @@ class Index:
             InputError: a folder of the index is not there now.
             ServerError, SearchIndexLockedError: see `update`.
         """
-        from clip_rt.search.update import Embedding, Report
+        from clip_rt.search.update import Report
 
         with self.writing():
             catalogue, current = self._catalogue, self._store.current()
@@ -306,17 +322,7 @@ class Index:
                 beside = self._store.begin_beside(model)
                 report.num_found = catalogue.count()["images"]
                 report.num_to_read = catalogue.count_missing(beside.id)
-                embedding = Embedding(
-                    catalogue=catalogue,
-                    vectors=self._store.vectors(beside),
-                    generation=beside.id,
-                    model=model,
-                    num_rows=beside.num_rows,
-                    manifest=manifest,
-                    report=report,
-                    on_progress=on_progress,
-                    on_bad=on_bad,
-                )
+                embedding = self._embedding(beside, model, manifest, report, on_progress, on_bad)
                 embedding.run(client, embedding.contents_again())
                 with catalogue.transaction():
                     catalogue.make_current(beside.id)

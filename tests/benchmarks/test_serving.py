@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import get_args
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from benchmarks import photos
+from benchmarks import photos, record
 from benchmarks.findings import Bar
 from benchmarks.record import describe_bar
 from benchmarks.serving import bench
@@ -148,3 +149,10 @@ def test_pictures_are_distinct_and_come_back_the_same() -> None:
     with Image.open(io.BytesIO(files[0])) as image:
         assert (image.size, image.mode, image.format) == (size, "RGB", "JPEG")
     assert photos.photo((1500, 20), 1).size == (1500, 20)
+
+
+def test_a_result_names_no_folder_of_the_machine(monkeypatch):
+    arguments = ["--out", str(record.ROOT / "results/a.json"), "--cache=/home/me/kit", "--x", "1/2"]
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    command = record.describe_result(["python"], ())["command"]
+    assert command == "python --out results/a.json --cache=kit --x 1/2"

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import tiny_repository
 from owners import Owner
+from search_pictures import write_drawings
 
 import clip_rt
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.embedded.server import EmbeddedServer, acquire_server
+from clip_rt.search import Index
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,20 @@ def drawings_client() -> Iterator[clip_rt.Client]:
     """A client of the bundled model, which this process runs itself."""
     with clip_rt.Client(repository=find_model_repository(), server="in_process") as client:
         yield client
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of different drawings, to be searched."""
+    write_drawings(tmp_path / "photos", 12)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def index(photos: Path, tmp_path: Path, drawings_client: clip_rt.Client) -> Iterator[Index]:
+    with Index.open(tmp_path / "index", create=True) as index:
+        index.update(drawings_client, [photos])
+        yield index
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import tiny_repository
@@ -15,19 +14,6 @@ import clip_rt
 from clip_rt.search import Index
 from clip_rt.search.identity import Identity
 from clip_rt.wire.manifest import Manifest
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    write_drawings(tmp_path / "photos", 12)
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def index(photos, tmp_path, drawings_client):
-    with Index.open(tmp_path / "index", create=True) as index:
-        index.update(drawings_client, [photos])
-        yield index
 
 
 @pytest.fixture

@@ -30,19 +30,6 @@ def made(drawings_client, tmp_path_factory):
     return folder, {name: path.relative_to(folder) for name, path in paths.items()}
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    write_drawings(tmp_path / "photos", 12)
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def index(photos, tmp_path, drawings_client):
-    with Index.open(tmp_path / "index", create=True) as index:
-        index.update(drawings_client, [photos])
-        yield index
-
-
 def read(report: Report) -> dict[str, int]:
     """What was done, without what is the same everywhere."""
     done = {name: num for name, num in asdict(report).items() if num}
