@@ -316,6 +316,7 @@ class Walk:
                 **{name: text for name, text in os.environ.items() if name not in hidden},
                 "PATH": f"{binaries}:{os.environ['PATH']}",
                 "XDG_CACHE_HOME": str(self._folder / "cache"),
+                "XDG_DATA_HOME": str(self._folder / "data"),
                 # Outlives an environment: compiling what torch imports takes ten seconds. Python
                 # reads none of it without its source, of the same path, time and size.
                 "PYTHONPYCACHEPREFIX": str(self._folder / "bytecode"),

@@ -184,7 +184,8 @@ class _Updates:
                 f"--watch needs {error.name}: pip install 'clip-rt[search]'."
             ) from error
 
-        folders = list(self._config.folders) or self._index.folders
+        # One that is not there now, as of a disk that is not mounted, is said by each full update.
+        folders = list(self._config.folders) or list(filter(os.path.exists, self._index.folders))
         # The watch begins before the first update, so that no change falls between the two.
         changes = watchfiles.watch(
             *folders,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from clip_rt.search.identity import Identity, Verdict
 from clip_rt.search.locking import WriterLock
 from clip_rt.search.query import Query
 from clip_rt.search.results import Hit
-from clip_rt.search.scan import Scan
+from clip_rt.search.scan import Found, Scan
 from clip_rt.search.store import Store
 from clip_rt.search.where import EVERYWHERE, Where
 
@@ -153,6 +154,8 @@ class Index:
             client: Of the model that the index is of; the first one that comes.
             folders: Folders, image files and .tar shards; those given before if None. Hidden files
                 are left out. What is within one that was given before, and is gone, is forgotten.
+                If one of those given before is not there, as of a disk that is not mounted, it is
+                noted as bad, and what it held is kept.
             on_progress: Called now and then.
             on_bad: Called for each file that cannot be used.
 
@@ -160,7 +163,8 @@ class Index:
             What was done.
 
         Raises:
-            InputError: a folder is not there; or a shard cannot be read.
+            InputError: a folder that was named is not there, or none of those given before is; or
+                a shard cannot be read.
             ContractError: the index is of another model.
             SearchIndexLockedError: another process is writing.
             ServerError: see `Client.encode_images`; what was done before it is kept.
@@ -178,7 +182,9 @@ class Index:
                     f"the index {self.folder} is of no folder yet; name one: clip-rt index FOLDER."
                 )
             there = [each for each in names if os.path.exists(each)]
-            self._check_gone(set(names) - set(there))
+            absent = sorted(set(names) - set(there))
+            if folders is not None or not there:
+                self._check_gone(absent)
             generation, model = self._begin_update(manifest)
             scan = Scan(catalogue.db)
             scan.begin()
@@ -191,6 +197,8 @@ class Index:
                     part = []
                     on_progress(report)
             scan.add(part)
+            if folders is None:
+                scan.add([Found(each, -1, 0, each, problem=_not_there(each)) for each in absent])
             with catalogue.transaction():
                 for each in there:
                     catalogue.add_folder(each)
@@ -312,7 +320,7 @@ class Index:
 
         with self.writing():
             catalogue, current = self._catalogue, self._store.current()
-            self._check_gone({each for each in self.folders if not os.path.exists(each)})
+            self._check_gone(each for each in self.folders if not os.path.exists(each))
             manifest = client.manifest
             identity = Identity.of(manifest)
             with catalogue.transaction():
@@ -349,17 +357,16 @@ class Index:
         model = catalogue.find_model(identity) or current.model
         return current, model
 
-    def _check_gone(self, names: set[str]) -> None:
+    def _check_gone(self, names: Iterable[str]) -> None:
         """Refuse names of what is not there, unless it was part of a folder of the index."""
         known = self.folders
-        for name in sorted(names):
+        for name in names:
             if not any(is_below(name, folder) and os.path.exists(folder) for folder in known):
-                way_out = (
-                    f" To take it out of the index: clip-rt index --forget {name}"
+                raise InputError(
+                    _not_there(name)
                     if name in known
-                    else ""
+                    else f"there is no folder or file {name!r:.200}."
                 )
-                raise InputError(f"there is no folder or file {name!r:.200}.{way_out}")
 
     # Reading
 
@@ -477,6 +484,14 @@ class Index:
         """Read one state of the index, whatever another process writes meanwhile."""
         with self._lock, self._catalogue.snapshot():
             yield self._store.current()
+
+
+def _not_there(folder: str) -> str:
+    """Say that a folder of the index is not there, and the way out."""
+    return (
+        f"there is no folder or file {folder!r:.200}. To take it out of the index: "
+        f"clip-rt index --forget {shlex.quote(folder)}"
+    )
 
 
 def _count_files(group: list[Hit]) -> int:

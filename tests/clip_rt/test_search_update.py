@@ -220,6 +220,27 @@ def test_a_folder_that_is_gone_is_no_empty_folder(index, photos, drawings_client
     assert read(index.update(drawings_client)) == {}
 
 
+def test_one_folder_that_is_gone_leaves_the_others(index, photos, drawings_client, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(photos / "0", other)
+    index.update(drawings_client, [other])
+    num = index.count()["files"]
+    photos.rename(photos.with_name("unplugged"))
+    write_drawings(other / "more", 1)
+    said = []
+    done = index.update(drawings_client, on_bad=lambda path, reason: said.append((path, reason)))
+    assert (done.num_embedded + done.num_known, done.num_bad) == (1, 1)
+    ((path, reason),) = said
+    assert path == str(photos)
+    assert f"--forget {photos}" in reason
+    # What the disk holds is found although it is not there; the folder is noted among the bad.
+    assert index.count()["files"] - len(index.bad_files()) == num + 1
+    photos.with_name("unplugged").rename(photos)
+    assert index.update(drawings_client).num_bad == 0
+    assert index.bad_files() == []
+    assert index.count()["files"] == num + 1
+
+
 def test_part_of_a_folder_may_go(index, photos, drawings_client):
     shutil.rmtree(photos / "1")
     assert read(index.update(drawings_client, [photos / "1"])) == {"num_removed": 2}
