@@ -38,7 +38,7 @@ def make_script(shell: str) -> str:
     for name, (module, line) in COMMANDS.items():
         group, _, member = name.partition(" ")
         if module == "clip_rt":
-            known[name] = getattr(client, name)
+            known[name] = client.load(name)
         elif member:
             groups.setdefault(group, {})[member] = _make_stand_in(line)
         else:

@@ -143,23 +143,26 @@ def options_of(command: str) -> frozenset[str]:
     """Return the options of a command, each with its dashes."""
     module = importlib.import_module(command)
     found: set[str] = set()
+    if command == "clip_rt.__main__":
+        # Commands in modules of their own, by name.
+        return frozenset().union(*(_options_of(module.load(each)) for each in module.COMMANDS))
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
         if name == "tyro.cli":
-            found |= _tyro_options(module, node.args[0])
+            found |= _options_of(getattr(module, ast.unparse(node.args[0])))
         elif name == "tyro.extras.subcommand_cli_from_dict":
             assert isinstance(node.args[0], ast.Dict)
             for each in node.args[0].values:
-                found |= _tyro_options(module, each)
+                found |= _options_of(getattr(module, ast.unparse(each)))
     return frozenset(found)
 
 
-def _tyro_options(module: object, node: ast.expr) -> set[str]:
+def _options_of(command: Callable[..., object]) -> set[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        parser = tyro.extras.get_parser(getattr(module, ast.unparse(node)))
+        parser = tyro.extras.get_parser(command)
     return set(parser._option_string_actions)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -86,8 +86,8 @@ class EmbedConfig:
         return int(number), int(of)
 
 
-def embed(config: EmbedConfig) -> int:
-    """Do it.
+def embed(config: Annotated[EmbedConfig, tyro.conf.arg(name="")]) -> int:
+    """Embed any number of images or texts into files; the same command goes on after a kill.
 
     Returns:
         0 when all is done, 3 when some items could not be embedded; 130 or 143 when SIGINT or
