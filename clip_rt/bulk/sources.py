@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import heapq
+import io
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from clip_rt.errors import InputError
 from clip_rt.inputs.decoding import MAX_BYTES
@@ -109,8 +110,13 @@ def find_images(names: Iterable[str]) -> Iterator[ImageFile]:
 
 def read_listed() -> Iterator[str]:
     """Yield the names on stdin, one a line."""
-    # As bytes, since names of files need not be in the encoding of text.
-    for line in sys.stdin.buffer:
+    # As bytes, since names of files need not be in the encoding of text. Not by sys.stdin itself: a
+    # daemon thread may be at work on it when Python ends, which then waits for the lock of that.
+    try:
+        stdin: BinaryIO = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    except io.UnsupportedOperation:  # Something else stands in for it.
+        stdin = sys.stdin.buffer
+    for line in stdin:
         if listed := os.fsdecode(line.rstrip(b"\r\n")):
             yield listed
 

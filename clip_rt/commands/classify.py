@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from clip_rt.commands.bursts import in_bursts
 from clip_rt.commands.connect import ModelOptions
 from clip_rt.commands.exit_codes import SOME_BAD
 from clip_rt.commands.labels import LabelOptions, Templates, embed_labels
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clip_rt.bulk.sources import ImageFile
     from clip_rt.classification.zero_shot import Scores
     from clip_rt.client import Client
+    from clip_rt.requests.results import Encoded
 
 NUM_DIGITS = 6
 """Of a number that is written; float32 has hardly more."""
@@ -136,8 +138,8 @@ def _answer(
     images: Iterator[ImageFile],
 ) -> Iterator[Answer]:
     """Yield what came of each image, in order; memory stays flat."""
+    from clip_rt.bulk.sources import STDIN
     from clip_rt.classification import open_set
-    from clip_rt.inputs import transform
 
     manifest = client.manifest
     wanted = labels
@@ -145,6 +147,36 @@ def _answer(
         open_set.check_labels(labels)
         wanted += open_set.background_of(manifest.score, labels)
     class_embeddings = embed_labels(client, wanted, templates)
+    # Whoever writes names to stdin one by one waits for the answer to each.
+    bursts = in_bursts(images) if STDIN in config.images else iter([images])
+    for burst in bursts:
+        with closing(_embed(client, burst)) as parts:
+            for part, answered in parts:
+                if client.manifest.fingerprint != manifest.fingerprint:
+                    raise ModelReplacedError(
+                        "the server took other weights after the labels were embedded. Start "
+                        "again.",
+                        expected=manifest.fingerprint,
+                        found=client.manifest.fingerprint,
+                    )
+                scores = open_set.score_images(
+                    manifest,
+                    part.embeddings,
+                    class_embeddings,
+                    labels,
+                    none_of_these=config.none_of_these,
+                )
+                guesses = iter(_guess(scores, config))
+                for image, error in answered:
+                    yield Answer(image, () if error else next(guesses), error)
+
+
+def _embed(
+    client: Client, images: Iterator[ImageFile]
+) -> Generator[tuple[Encoded, list[tuple[ImageFile, str | None]]], None, None]:
+    """Yield the embeddings of the next images, and of each whether it has one or the reason."""
+    from clip_rt.inputs import transform
+
     waiting: deque[tuple[ImageFile, Path | bytes, str]] = deque()
 
     def read() -> Iterator[Path | bytes]:
@@ -162,30 +194,19 @@ def _answer(
     num_done = 0
     with closing(client.stream_images(read(), on_error="skip")) as parts:
         for part in parts:
-            if num_done == 0 and client.manifest.fingerprint != manifest.fingerprint:
-                raise ModelReplacedError(
-                    "the server took other weights after the labels were embedded. Start again.",
-                    expected=manifest.fingerprint,
-                    found=client.manifest.fingerprint,
-                )
-            scores = open_set.score_images(
-                manifest,
-                part.embeddings,
-                class_embeddings,
-                labels,
-                none_of_these=config.none_of_these,
-            )
-            best = dict(zip(part.indices.tolist(), _guess(scores, config), strict=True))
+            is_embedded = set(part.indices.tolist())
             failures = iter(part.failures)
-            for index in range(num_done, num_done + len(best) + len(part.failures)):
+            answered: list[tuple[ImageFile, str | None]] = []
+            for index in range(num_done, num_done + len(is_embedded) + len(part.failures)):
                 image, content, error = waiting.popleft()
-                if index in best:
-                    yield Answer(image, best[index])
+                if index in is_embedded:
+                    answered.append((image, None))
                 else:
                     prefix = transform.describe(content, index) + " "
                     failure = str(next(failures)).removeprefix(prefix)
-                    yield Answer(image, error=error or failure)
-            num_done += len(best) + len(part.failures)
+                    answered.append((image, error or failure))
+            num_done += len(answered)
+            yield part, answered
 
 
 def _guess(scores: Scores, config: ClassifyConfig) -> list[list[Guess]]:
