@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from clip_rt.planning.work import Precision as Precision
+
 Kind = Literal["runtime", "served", "gateway", "peer"]
 """An engine called directly; the whole path from client to engine; HTTP in front of that; what
 people use instead."""
-Precision = Literal["fp32", "fp16", "int8"]
 CallKind = Literal["pixels", "jpegs", "texts", "classifier", "zero_shot"]
 """What goes into a call.
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": ("clip_rt", "run a Triton over a repository in the foreground"),
     "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),
+    "plan": ("clip_rt", "how many of which machine a load needs, and the cost"),
     "doctor": ("clip_rt", "check the installation and a server"),
     "embed": ("clip_rt", "embed any number of images or texts into files"),
     "completion": ("clip_rt_commands.completion", "let a shell complete commands and options"),

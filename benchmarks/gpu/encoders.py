@@ -5,8 +5,8 @@ time is that of CUDA events around calls on inputs that lie there already; the w
 one call from pinned memory of the host to embeddings there.
 
 A share of the GEMM rate is operations over time over the rate measured for large square matrices.
-Operations are those of `benchmarks.limits`, which a contender does: where the last block computes
-only the position that is read, as ours does, the others of that block do not count.
+Operations are those of `clip_rt.planning.work`, which a contender does: where the last block
+computes only the position that is read, as ours does, the others of that block do not count.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from benchmarks.gpu.runtimes import (
     with_fused_attention,
 )
 from benchmarks.gpu.surroundings import ONNX_RUNTIME, OPEN_CLIP, TRANSFORMERS, watch_power
-from benchmarks.limits import flop_per_image, flop_per_text
 from benchmarks.timing import ratio, time_each
+from clip_rt.planning.work import flop_per_image, flop_per_text
 from clip_rt.specs import ModelSpec, Tower
 from export import probes
 from export.graphs import Graph, ImageGraph, TextGraph

@@ -3,9 +3,9 @@
 Ours is `training.update.make_update`, all of it. open_clip's is that of `open_clip_train`. Both get
 one batch in pinned memory with texts of all lengths up to the context, so that nothing is cut.
 
-MFU is three times the operations of a forward pass of both towers, as `benchmarks.limits` counts
-them without pruning, over the time of a step and the measured BF16 GEMM rate. What cached gradients
-compute a second time does not count.
+MFU is three times the operations of a forward pass of both towers, as `clip_rt.planning.work`
+counts them without pruning, over the time of a step and the measured BF16 GEMM rate. What cached
+gradients compute a second time does not count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.gpu.bench import Bench, noting, spread
 from benchmarks.gpu.peers import make_open_clip
 from benchmarks.gpu.resumed import kill_and_resume
 from benchmarks.gpu.surroundings import OPEN_CLIP
-from benchmarks.limits import flop_per_image, flop_per_text
 from benchmarks.timing import ratio
+from clip_rt.planning.work import flop_per_image, flop_per_text
 from clip_rt.specs import END_OF_TEXT, START_OF_TEXT, ModelSpec
 from training import parallel
 from training.config import TrainConfig

@@ -43,6 +43,7 @@ from benchmarks.serving.images import (
     measure_threads,
 )
 from benchmarks.serving.in_process import measure_in_process
+from benchmarks.serving.knee import measure_knee
 from clip_rt.client import CACHE_VARIABLE
 from clip_rt.errors import InputError
 from clip_rt_commands import program
@@ -59,6 +60,7 @@ PARTS: Mapping[str, Callable[[Bench], tuple[Found, list[Bar]]]] = {
     "merging": measure_merging,
     "in_process": measure_in_process,
     "overload": measure_overload,
+    "knee": measure_knee,
 }
 
 

@@ -23,7 +23,7 @@ from benchmarks import contenders
 from benchmarks.contenders.implementation import TEMPLATES, prompts_of
 from benchmarks.contenders.process import ContenderError
 from benchmarks.findings import Duration, Row
-from benchmarks.limits import flop_per_image, flop_per_text, share_of_limit, weight_bytes
+from benchmarks.limits import share_of_limit
 from benchmarks.machine import cache_bytes
 from benchmarks.suites.bench import Bench, Taken, row_cosines
 from benchmarks.suites.cases import NUM_CLASSES, Case, classifier_case, count_tokens
@@ -39,6 +39,7 @@ from benchmarks.timing import (
     scaled,
     take_turns,
 )
+from clip_rt.planning.work import flop_per_image, flop_per_text, weight_bytes
 from clip_rt.specs import ModelSpec, Tower
 
 NUM_MEMORY_CALLS = 51

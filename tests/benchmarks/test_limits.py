@@ -7,14 +7,8 @@ from tiny_clip import RESNET, VIT
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.findings import Interval
-from benchmarks.limits import (
-    BYTES,
-    flop_per_image,
-    flop_per_text,
-    limit_s,
-    share_of_limit,
-    weight_bytes,
-)
+from benchmarks.limits import limit_s, share_of_limit
+from clip_rt.planning.work import BYTES, flop_per_image, flop_per_text, weight_bytes
 from clip_rt.specs import MODELS, ModelSpec
 from export.graphs import ImageGraph, TextGraph
 from training.model import CLIP
