@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import tiny_clip as tiny
 from exported import Exported, export_towers
 from PIL import Image
 
+from clip_rt.__main__ import main as clip_rt_main
 from clip_rt.embedded.server import acquire_server
 from clip_rt.errors import InputError
 from export import compare, drift
@@ -333,3 +335,38 @@ def test_a_damaged_image_is_named(models, photos, tmp_path):
     config = CompareConfig(a="shop:1", b="shop:2", repository=models, samples=(bad.parent,))
     with pytest.raises(InputError, match=r"red/7\.png"):
         compare.compare(config)
+
+
+@served
+def test_a_verdict_lets_another_version_go_on_with_an_index(models, photos, tmp_path, capfd):
+    """As docs/search.md prints it: compare, `index --accept-compare`, search."""
+    mine = tmp_path / "models"
+    shutil.copytree(models, mine)
+    report = tmp_path / "change.json"
+    index = ["--index", str(tmp_path / "index"), "--model", "shop"]
+    index += ["--repository", str(mine), "--server", "in_process"]
+
+    def clip_rt(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = clip_rt_main([*map(str, arguments), *index])
+        except SystemExit as end:
+            status = end.code
+        return (status, *capfd.readouterr())
+
+    compared = ["shop:2", "shop:1", "--repository", str(mine), "--samples", str(photos)]
+    assert main([*compared, "--report", str(report)]) == 0
+    assert clip_rt("index", photos)[0] == 0
+    _, before, _ = clip_rt("search", photos / "red/1.png", "--json")
+    switch_version(mine, "shop", 1)
+    status, _, said = clip_rt("search", "red", "--json")
+    assert status == 1
+    assert "--accept-compare" in said
+    (photos_more := tmp_path / "more").mkdir()
+    Image.new("RGB", (40, 40), "red").save(photos_more / "new.png")
+    status, _, said = clip_rt("index", photos_more, "--accept-compare", report)
+    assert (status, "may go on with the index" in said) == (0, True)
+    status, after, _ = clip_rt("search", photos / "red/1.png", "--json")
+    assert status == 0
+    paths = [[json.loads(line)["path"] for line in each.splitlines()] for each in (before, after)]
+    assert paths[0][:5] == paths[1][:5]
+    assert paths[0][0] == str(photos / "red/1.png")
