@@ -22,8 +22,8 @@ from clip_rt.bulk.reading import Content, Reader
 from clip_rt.client import Client
 from clip_rt.embedding import find_dimensions
 from clip_rt.errors import InputError
-from clip_rt.gateway.config import check_hosts
 from clip_rt.inputs.fetching import is_url
+from clip_rt.inputs.hosts import check_hosts
 from clip_rt.inputs.items import check_whole_number
 from clip_rt.requests.results import Encoded
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from clip_rt.errors import InputError
+from clip_rt.inputs.hosts import check_hosts
 
 TOKENS_VARIABLE = "CLIP_RT_TOKENS"
-
-
-def check_hosts(hosts: Iterable[str]) -> None:
-    """Refuse what images cannot be fetched from.
-
-    Raises:
-        InputError: one is no name of a host.
-    """
-    for host in hosts:
-        if not host or set("/:@") & set(host) or host.endswith("."):
-            raise InputError(
-                f"--image-host {host[:80]!r} is no name of a host; leave out scheme, port and path."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
