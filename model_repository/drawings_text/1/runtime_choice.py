@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -101,11 +99,16 @@ def time_by_turns(
             before_s = clock()
             ways[name]()
             times_s[name].append(clock() - before_s)
+    # Only here: every command imports this module for its folders.
+    import statistics
+
     return {name: statistics.median(times) for name, times in times_s.items()}
 
 
 def installed(runtime: str) -> str:
     """Return the version of a runtime's package, empty where there is none; imports nothing."""
+    import importlib.metadata
+
     for package in PACKAGES[runtime]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
