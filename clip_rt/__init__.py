@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from clip_rt.errors import ModelReplacedError as ModelReplacedError
     from clip_rt.errors import NonFiniteEmbeddingError as NonFiniteEmbeddingError
     from clip_rt.errors import ParityError as ParityError
+    from clip_rt.errors import PolicyError as PolicyError
     from clip_rt.errors import ProtocolError as ProtocolError
     from clip_rt.errors import SearchIndexError as SearchIndexError
     from clip_rt.errors import SearchIndexLockedError as SearchIndexLockedError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from clip_rt.errors import UnknownModelError as UnknownModelError
     from clip_rt.inputs.images import preprocess as preprocess
     from clip_rt.inputs.tokenizer import tokenize as tokenize
+    from clip_rt.moderation.policy import Policy as Policy
     from clip_rt.requests.results import Encoded as Encoded
     from clip_rt.specs import MODELS as MODELS
     from clip_rt.specs import ModelSpec as ModelSpec
@@ -70,6 +72,7 @@ _MODULE_BY_NAME = {
     "MODELS": "specs",
     "Manifest": "wire.manifest",
     "ModelSpec": "specs",
+    "Policy": "moderation.policy",
     "Probe": "classification.probe",
     "Scores": "classification.zero_shot",
     "TLS": "wire.channel",

@@ -6,6 +6,7 @@ ClipRTError
 │   ├── TextError                       a text that is not usable
 │   │   └── TextTooLongError            carries .num_tokens and .context_length
 │   ├── TemplateError                   a prompt template without exactly one {}
+│   ├── PolicyError                     a moderation policy that cannot be used; carries .field
 │   ├── UnknownModelError               carries .model and .known
 │   ├── JobMismatchError                a folder holds another bulk job; .expected and .found
 │   └── JobRunningError                 another process writes to the folder of a bulk job
@@ -70,6 +71,14 @@ class TextTooLongError(TextError):
 
 class TemplateError(InputError):
     """A prompt template does not hold exactly one `{}`, or no template has that name."""
+
+
+class PolicyError(InputError):
+    """A moderation policy cannot be read, written or used; `field` says where, or is empty."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownModelError(InputError):

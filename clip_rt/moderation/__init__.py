@@ -1,0 +1,1 @@
+"""Decisions on images by a policy: allow, review or block, and why."""
