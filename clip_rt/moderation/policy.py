@@ -125,6 +125,8 @@ class Label:
     """What the threshold of `action` was chosen for."""
     calibration: Calibration | None = None
     """Of a policy of independent labels; None before it is fitted."""
+    bias: float = 0.0
+    """Of a softmax: added to the logit of the label, after the temperature."""
     measured: Measured | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +134,7 @@ class Label:
         if not self.prompts:
             object.__setattr__(self, "prompts", (self.name,))
         _check_texts("prompts", self.prompts)
+        _check_number("bias", self.bias, -1e6, 1e6)
         for name, actions in (
             ("review_threshold", ("review", "block")),
             ("block_threshold", ("block",)),
@@ -208,6 +211,8 @@ class Policy:
     fitted."""
     none_of_these: bool = False
     """Whether broad background labels compete with the labels of a softmax."""
+    none_bias: float = 0.0
+    """Added to the logit of each of them, after the temperature."""
     model: str | None = None
     """Name of the model it was fitted with; None before."""
     fingerprint: str | None = None
@@ -236,9 +241,10 @@ class Policy:
                 raise PolicyError(f"templates[{index}]: {error}", field="templates") from error
         if self.temperature is not None:
             _check_number("temperature", self.temperature, 1e-6, 1e6)
+        _check_number("none_bias", self.none_bias, -1e6, 1e6)
         if self.kind == "independent":
-            for name, default in (("temperature", None), ("none_of_these", False)):
-                if (value := getattr(self, name)) != default:
+            for name in ("temperature", "none_of_these", "none_bias"):
+                if value := getattr(self, name):
                     raise _refuse(name, value, "only a policy of kind 'softmax' has it.")
         if (self.model is None) != (self.fingerprint is None):
             raise _refuse("fingerprint", self.fingerprint, "it goes with model; name both or none.")
@@ -257,6 +263,8 @@ class Policy:
                 label.calibration,
                 "only a policy of kind 'independent' has it; a softmax has a temperature.",
             )
+        if self.kind == "independent" and label.bias:
+            raise _refuse(f"{field}.bias", label.bias, "only a policy of kind 'softmax' has it.")
 
     @property
     def is_calibrated(self) -> bool:

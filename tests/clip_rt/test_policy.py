@@ -66,9 +66,10 @@ FITTED = Policy(
 SOFTMAX = Policy(
     name="kinds",
     kind="softmax",
-    labels=(Label(name="cat"), Label(name="other", action="allow")),
+    labels=(Label(name="cat", bias=-0.5), Label(name="other", action="allow")),
     temperature=1.7,
     none_of_these=True,
+    none_bias=2.25,
     model="drawings",
     fingerprint="ad7d",
 )
@@ -210,6 +211,9 @@ class TestHostileFiles:
             ("temperature", 1.5, "temperature"),
             ("none_of_these", True, "none_of_these"),
             ("none_of_these", 1, "none_of_these"),
+            ("none_bias", 0.5, "none_bias"),
+            ("labels.1.bias", 0.5, "labels[1].bias"),
+            ("labels.1.bias", None, "labels[1].bias"),
             ("model", None, "fingerprint"),
             ("fingerprint", None, "fingerprint"),
             ("data.sha256", "0" * 63, "data.sha256"),
