@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
@@ -14,18 +13,18 @@ import tyro
 from clip_rt.commands.bursts import in_bursts
 from clip_rt.commands.connect import ModelOptions
 from clip_rt.commands.exit_codes import SOME_BAD
+from clip_rt.commands.files import embed_files
 from clip_rt.commands.labels import LabelOptions, Templates, embed_labels
 from clip_rt.commands.output import OutputOptions, Row
 from clip_rt.commands.pictures import PictureOptions
 from clip_rt.commands.progress import Progress
 from clip_rt.commands.sheet import Caption
-from clip_rt.errors import InputError, ModelReplacedError
+from clip_rt.errors import InputError
 
 if TYPE_CHECKING:
     from clip_rt.bulk.sources import ImageFile
     from clip_rt.classification.zero_shot import Scores
     from clip_rt.client import Client
-    from clip_rt.requests.results import Encoded
 
 NUM_DIGITS = 6
 """Of a number that is written; float32 has hardly more."""
@@ -149,64 +148,17 @@ def _answer(
     class_embeddings = embed_labels(client, wanted, templates)
     # Whoever writes names to stdin one by one waits for the answer to each.
     bursts = in_bursts(images) if STDIN in config.images else iter([images])
-    for burst in bursts:
-        with closing(_embed(client, burst)) as parts:
-            for part, answered in parts:
-                if client.manifest.fingerprint != manifest.fingerprint:
-                    raise ModelReplacedError(
-                        "the server took other weights after the labels were embedded. Start "
-                        "again.",
-                        expected=manifest.fingerprint,
-                        found=client.manifest.fingerprint,
-                    )
-                scores = open_set.score_images(
-                    manifest,
-                    part.embeddings,
-                    class_embeddings,
-                    labels,
-                    none_of_these=config.none_of_these,
-                )
-                guesses = iter(_guess(scores, config))
-                for image, error in answered:
-                    yield Answer(image, () if error else next(guesses), error)
-
-
-def _embed(
-    client: Client, images: Iterator[ImageFile]
-) -> Generator[tuple[Encoded, list[tuple[ImageFile, str | None]]], None, None]:
-    """Yield the embeddings of the next images, and of each whether it has one or the reason."""
-    from clip_rt.inputs import transform
-
-    waiting: deque[tuple[ImageFile, Path | bytes, str]] = deque()
-
-    def read() -> Iterator[Path | bytes]:
-        for image in images:
-            content: Path | bytes = b""
-            error = ""
-            try:
-                content = image.to_input()
-            except OSError as reason:
-                error = reason.strerror or str(reason)
-            # Of bytes, that they are bytes is all that is asked later.
-            waiting.append((image, content if isinstance(content, Path) else b"", error))
-            yield content
-
-    num_done = 0
-    with closing(client.stream_images(read(), on_error="skip")) as parts:
-        for part in parts:
-            is_embedded = set(part.indices.tolist())
-            failures = iter(part.failures)
-            answered: list[tuple[ImageFile, str | None]] = []
-            for index in range(num_done, num_done + len(is_embedded) + len(part.failures)):
-                image, content, error = waiting.popleft()
-                if index in is_embedded:
-                    answered.append((image, None))
-                else:
-                    prefix = transform.describe(content, index) + " "
-                    failure = str(next(failures)).removeprefix(prefix)
-                    answered.append((image, error or failure))
-            num_done += len(answered)
-            yield part, answered
+    for part in chain.from_iterable(embed_files(client, manifest, burst) for burst in bursts):
+        scores = open_set.score_images(
+            manifest,
+            part.embeddings,
+            class_embeddings,
+            labels,
+            none_of_these=config.none_of_these,
+        )
+        guesses = iter(_guess(scores, config))
+        for image, error in part.images:
+            yield Answer(image, () if error else next(guesses), error)
 
 
 def _guess(scores: Scores, config: ClassifyConfig) -> list[list[Guess]]:

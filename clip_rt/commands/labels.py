@@ -46,17 +46,7 @@ class LabelOptions:
         Raises:
             InputError: there is none, or the file cannot be read.
         """
-        if self.labels_file is None:
-            return split_labels(self.labels or "", "--labels")
-        try:
-            # With or without the mark that some editors put first.
-            lines = self.labels_file.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--labels-file cannot be read: {error}.") from error
-        labels = tuple(filter(None, map(str.strip, lines)))
-        if not labels:
-            raise InputError(f"--labels-file {self.labels_file} holds no label.")
-        return labels
+        return read_labels(self.labels, self.labels_file)
 
     def find_templates(self) -> Templates:
         """Return the templates as a client takes them.
@@ -64,12 +54,40 @@ class LabelOptions:
         Raises:
             TemplateError: no set has that name, or a text has not exactly one `{}`.
         """
-        from clip_rt.inputs.prompts import SLOT, find_templates
+        return read_templates(self.templates)
 
-        is_set = len(self.templates) == 1 and SLOT not in self.templates[0]
-        templates = self.templates[0] if is_set else self.templates or None
-        find_templates(templates)
-        return templates
+
+def read_labels(labels: str | None, labels_file: Path | None) -> tuple[str, ...]:
+    """Return the labels of --labels, or of --labels-file, in order.
+
+    Raises:
+        InputError: there is none, or the file cannot be read.
+    """
+    if labels_file is None:
+        return split_labels(labels or "", "--labels")
+    try:
+        # With or without the mark that some editors put first.
+        lines = labels_file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labels-file cannot be read: {error}.") from error
+    found = tuple(filter(None, map(str.strip, lines)))
+    if not found:
+        raise InputError(f"--labels-file {labels_file} holds no label.")
+    return found
+
+
+def read_templates(given: tuple[str, ...]) -> Templates:
+    """Return the templates of --templates as a client takes them.
+
+    Raises:
+        TemplateError: no set has that name, or a text has not exactly one `{}`.
+    """
+    from clip_rt.inputs.prompts import SLOT, find_templates
+
+    is_set = len(given) == 1 and SLOT not in given[0]
+    templates = given[0] if is_set else given or None
+    find_templates(templates)
+    return templates
 
 
 def split_labels(text: str, option: str) -> tuple[str, ...]:
