@@ -135,6 +135,7 @@ WHEEL_LIMIT_BYTES = 3_000_000
 IN_WHEEL = (
     "clip_rt/__init__.py",
     "clip_rt/py.typed",
+    "clip_rt/moderation/starters/weapons.json",
     "clip_rt_commands/console.py",
     "clip_rt_commands.pth",
     "export/onnx.py",

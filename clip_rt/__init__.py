@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from clip_rt.errors import UnknownModelError as UnknownModelError
     from clip_rt.inputs.images import preprocess as preprocess
     from clip_rt.inputs.tokenizer import tokenize as tokenize
+    from clip_rt.moderation.decisions import Moderation as Moderation
     from clip_rt.moderation.policy import Policy as Policy
     from clip_rt.requests.results import Encoded as Encoded
     from clip_rt.specs import MODELS as MODELS
@@ -72,6 +73,7 @@ _MODULE_BY_NAME = {
     "MODELS": "specs",
     "Manifest": "wire.manifest",
     "ModelSpec": "specs",
+    "Moderation": "moderation.decisions",
     "Policy": "moderation.policy",
     "Probe": "classification.probe",
     "Scores": "classification.zero_shot",

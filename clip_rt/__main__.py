@@ -23,6 +23,9 @@ COMMANDS = {
     "reload": "clip_rt.commands.serve",
     "doctor": "clip_rt.commands.doctor",
     "cache": "clip_rt.commands.cache",
+    "moderate": "clip_rt.commands.moderate",
+    "calibrate": "clip_rt.commands.calibrate",
+    "fairness": "clip_rt.commands.fairness",
     "plan": "clip_rt.commands.plan",
 }
 """The module of each command, where a function has its name."""

@@ -118,6 +118,8 @@ class AsyncClient:
     """As `Client.zero_shot`."""
     classify = _awaited(Client.classify)
     """As `Client.classify`."""
+    moderate = _awaited(Client.moderate)
+    """As `Client.moderate`."""
     reload = _awaited(Client.reload)
     """As `Client.reload`."""
 

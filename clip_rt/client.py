@@ -27,6 +27,9 @@ from clip_rt.inputs import prompts, tokenizer
 from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, Decode
 from clip_rt.inputs.images import Images
 from clip_rt.inputs.items import OnError, check_on_error, check_whole_number
+from clip_rt.moderation import decisions
+from clip_rt.moderation.decisions import Moderation
+from clip_rt.moderation.policy import Policy
 from clip_rt.requests.connection import Model
 from clip_rt.requests.results import Encoded
 from clip_rt.session import ServerKind, Session, Target
@@ -471,6 +474,53 @@ class Client:
                 )
 
         return self._session.call("classify", timeout_s, work, images)
+
+    def moderate(
+        self,
+        images: Images,
+        policy: Policy,
+        *,
+        allow_uncalibrated: bool = False,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Moderation:
+        """Decide whether images are allowed, reviewed or blocked, by a policy.
+
+        Args:
+            images: As for `encode_images`.
+            policy: What `Policy.load` read, from `clip-rt calibrate`.
+            allow_uncalibrated: Go on with a policy that was not fitted: nothing is known of how
+                often it is right.
+            on_error: As for `zero_shot`.
+            timeout_s: For this call; the client's own if None.
+
+        Returns:
+            A decision on each image, with its reasons: label, probability, threshold.
+
+        Raises:
+            PolicyError: the policy is not calibrated.
+            ContractError: the policy was fitted with other weights than the server has.
+            ImageError: an image cannot be used; carries its index.
+            ServerError, UnknownModelError, ClientClosedError: see `encode_images`.
+        """
+        check_on_error(on_error)
+        if not isinstance(policy, Policy):
+            raise InputError(f"policy is a {type(policy).__name__}; read one with Policy.load().")
+
+        def work(model: Model, deadline: Deadline) -> Moderation:
+            manifest = model.manifest
+            decisions.check_policy(policy, manifest, allow_uncalibrated=allow_uncalibrated)
+            texts = decisions.list_texts(policy, manifest.score)
+            text_embeddings = self._embed_classes(
+                model, deadline, labels=texts, templates=policy.templates
+            )
+            encoded = self._embed_images(model, deadline, images=images, on_error=on_error)
+            with telemetry.stage("classify", len(encoded.indices)):
+                return decisions.decide(
+                    policy, manifest, encoded.embeddings, text_embeddings
+                ).of_items(encoded.indices, encoded.failures)
+
+        return self._session.call("moderate", timeout_s, work, images)
 
     def server_seconds(self) -> dict[str, float]:
         """Return what the server has spent on all its clients since it started.

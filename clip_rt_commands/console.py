@@ -17,6 +17,9 @@ import clip_rt_commands
 COMMANDS = {
     "classify": ("clip_rt", "say which of some labels fits each image best"),
     "rank": ("clip_rt", "order captions or answers by how well they fit an image"),
+    "moderate": ("clip_rt", "allow, review or block images by a policy"),
+    "calibrate": ("clip_rt", "fit a policy on labelled images"),
+    "fairness": ("clip_rt", "compare how often groups of images are given labels"),
     "cache": ("clip_rt", "show or clear the cache of label embeddings"),
     "index": ("clip_rt", "embed the images of folders, and keep up with them"),
     "search": ("clip_rt", "find images by words or by an image; near-duplicates"),

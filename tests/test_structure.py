@@ -40,8 +40,8 @@ def test_imports_go_one_way(package: str) -> None:
 
 def test_the_client_imports_nothing_heavy() -> None:
     for path in modules("clip_rt"):
-        # What runs models imports a runtime when it loads one.
-        if path.name != "runtimes.py":
+        # What runs models imports a runtime when it loads one; what draws is an extra of its own.
+        if path.name not in ("runtimes.py", "plots.py"):
             assert not imported(path) & HEAVY, path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def is_table(name: str) -> bool:
 def read_columns(
     path: Path, columns: Sequence[str], *, optional: Sequence[str] = ()
 ) -> Iterator[tuple[str | None, ...]]:
-    """Yield the cells of some columns, row by row; None where there is nothing.
+    """Yield the cells of some columns, row by row; None where there is nothing, lists as JSON.
 
     Args:
         path: .csv or .tsv in UTF-8 with a line of column names, or .parquet.
@@ -67,13 +68,20 @@ def _read_parquet(
                 for each in (*columns, *optional)
             ]
             for row in zip(*cells, strict=True):
-                yield tuple(None if each in (None, "") else str(each) for each in row)
+                yield tuple(map(_make_text, row))
+
+
+def _make_text(cell: object) -> str | None:
+    if isinstance(cell, list):
+        return json.dumps(cell)
+    return None if cell is None or cell == "" else str(cell)
 
 
 def _check_columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> None:
     for each in wanted:
         if each not in there:
             raise InputError(
-                f"{path} has no column {each!r}; it has {', '.join(map(repr, there))[:200]}. Name "
-                "the one that is meant with --image-column or --text-column."
+                f"{path} has no column {each!r}; it has {', '.join(map(repr, there))[:200]}. "
+                "Name the one that is meant with --image-column, --label-column, --group or "
+                "--text-column."
             )

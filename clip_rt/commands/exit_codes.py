@@ -6,5 +6,7 @@ WRONG_OPTIONS = 2
 """An option, or what it names, cannot be used."""
 SOME_BAD = 3
 """It came to its end, and some items could not be used."""
+FLAGGED = 4
+"""It came to its end, and an image has the action that it was told to fail on."""
 INTERRUPTED = 130
 """Ctrl-C cut it short."""

@@ -1,0 +1,1 @@
+"""Policies fitted on labelled images, and what they are worth; rates of labels by group."""
