@@ -17,7 +17,7 @@ from PIL import Image
 
 import clip_rt
 from clip_rt.moderation.decisions import SEVERITY
-from clip_rt.moderation.policy import Calibration, Label, Policy
+from clip_rt.moderation.policy import Calibration, Label, Policy, list_starters
 
 FETCHED = re.compile(r"(?:src|href)=(?![\"']?data:)|@import|url\(")
 """What a browser would load."""
@@ -144,6 +144,11 @@ class TestModerate:
         assert done.status == 0
         assert "warning: the policy 'weapons' is not calibrated" in done.err
         assert {row["action"] for row in done.rows} <= {"allow", "review"}
+
+    @pytest.mark.parametrize("command", ["moderate", "calibrate", "fairness"])
+    def test_names_every_starter_in_its_help(self, capfd, command):
+        text = ask(capfd, command, "--help").out
+        assert [each for each in list_starters() if each not in text] == []
 
     def test_refuses_a_policy_of_another_model(self, capfd, policy):
         replace(Policy.load(policy), fingerprint="f" * 64).save(policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,11 @@ class TestFiles:
         assert policy.labels[0].prompts == ("cat",)
         assert policy.kind == "independent"
         assert not policy.is_calibrated
+
+    def test_of_the_page_can_be_read(self):
+        text = (Path(__file__).resolve().parents[2] / "docs/moderation.md").read_text("utf-8")
+        policy = Policy.from_json(re.search(r"^```\n(\{.*?)^```", text, re.DOTALL | re.M)[1])
+        assert [label.name for label in policy.labels] == ["shoe", "hat"]
 
     @given(
         st.builds(
