@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from clip_rt.commands.bursts import in_bursts
 from clip_rt.commands.connect import ModelOptions
 from clip_rt.commands.exit_codes import SOME_BAD
-from clip_rt.commands.files import embed_files
+from clip_rt.commands.files import embed_named
 from clip_rt.commands.labels import LabelOptions, Templates, embed_labels
 from clip_rt.commands.output import OutputOptions, Row
 from clip_rt.commands.pictures import PictureOptions
@@ -111,7 +109,7 @@ def classify(config: Annotated[ClassifyConfig, tyro.conf.arg(name="")]) -> int:
     is_table = config.output.is_table
 
     def rows() -> Generator[Row, None, None]:
-        for answer in _answer(client, config, labels, templates, find_images(config.images)):
+        for answer in _answer(client, config, labels, templates):
             progress.advance(1, answer.error is not None)
             gallery.add(answer.image.name, answer.image.to_input, _caption(answer))
             yield _show_row(answer) if is_table else _make_row(answer, num_shown)
@@ -134,10 +132,8 @@ def _answer(
     config: ClassifyConfig,
     labels: tuple[str, ...],
     templates: Templates,
-    images: Iterator[ImageFile],
 ) -> Iterator[Answer]:
     """Yield what came of each image, in order; memory stays flat."""
-    from clip_rt.bulk.sources import STDIN
     from clip_rt.classification import open_set
 
     manifest = client.manifest
@@ -146,9 +142,7 @@ def _answer(
         open_set.check_labels(labels)
         wanted += open_set.background_of(manifest.score, labels)
     class_embeddings = embed_labels(client, wanted, templates)
-    # Whoever writes names to stdin one by one waits for the answer to each.
-    bursts = in_bursts(images) if STDIN in config.images else iter([images])
-    for part in chain.from_iterable(embed_files(client, manifest, burst) for burst in bursts):
+    for part in embed_named(client, manifest, config.images):
         scores = open_set.score_images(
             manifest,
             part.embeddings,

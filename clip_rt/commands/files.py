@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rt.commands.bursts import in_bursts
 from clip_rt.commands.output import show
 from clip_rt.errors import ModelReplacedError
 
@@ -31,6 +32,18 @@ class Part:
     """Each with the reason why it could not be used, or None."""
     embeddings: NDArray[np.float32]
     """float32 (M, D): of those that could, in order."""
+
+
+def embed_named(client: Client, manifest: Manifest, names: Sequence[str]) -> Iterator[Part]:
+    """Yield what came of the images that names mean, as `find_images` has it; see `embed_files`.
+
+    Whoever writes names to stdin one by one has the answer to each before the next.
+    """
+    from clip_rt.bulk.sources import STDIN, find_images
+
+    images = find_images(names)
+    for burst in in_bursts(images) if STDIN in names else [images]:
+        yield from embed_files(client, manifest, burst)
 
 
 def embed_files(client: Client, manifest: Manifest, images: Iterator[ImageFile]) -> Iterator[Part]:

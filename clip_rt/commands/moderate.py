@@ -13,7 +13,7 @@ import tyro
 
 from clip_rt.commands.connect import ModelOptions
 from clip_rt.commands.exit_codes import FLAGGED, SOME_BAD
-from clip_rt.commands.files import embed_files
+from clip_rt.commands.files import embed_named
 from clip_rt.commands.labels import embed_labels
 from clip_rt.commands.output import OutputOptions, Row
 from clip_rt.commands.pictures import PictureOptions
@@ -94,7 +94,7 @@ def moderate(config: Annotated[ModerateConfig, tyro.conf.arg(name="")]) -> int:
     counts: Counter[str] = Counter()
 
     def rows() -> Generator[Row, None, None]:
-        for answer in _answer(client, config, policy, find_images(config.images)):
+        for answer in _answer(client, config, policy):
             progress.advance(1, answer.error is not None)
             if answer.decision is not None:
                 counts[answer.decision.action] += 1
@@ -122,9 +122,7 @@ def moderate(config: Annotated[ModerateConfig, tyro.conf.arg(name="")]) -> int:
     return SOME_BAD if progress.num_bad else 0
 
 
-def _answer(
-    client: Client, config: ModerateConfig, policy: Policy, images: Iterator[ImageFile]
-) -> Iterator[Answer]:
+def _answer(client: Client, config: ModerateConfig, policy: Policy) -> Iterator[Answer]:
     """Yield what came of each image, in order; memory stays flat."""
     from clip_rt.moderation import decisions
 
@@ -139,7 +137,7 @@ def _answer(
         sys.stderr.write(f"warning: label {label!r} has no threshold that was shown: {shortfall}\n")
     texts = decisions.list_texts(policy, manifest.score)
     text_embeddings = embed_labels(client, texts, policy.templates)
-    for part in embed_files(client, manifest, images):
+    for part in embed_named(client, manifest, config.images):
         moderation = decisions.decide(policy, manifest, part.embeddings, text_embeddings)
         found = iter(moderation.decisions)
         for image, error in part.images:

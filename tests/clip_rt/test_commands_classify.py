@@ -18,11 +18,7 @@ from asking import BUNDLED, LABELS, MODEL, PICTURES, ROOT, SAMPLES, ask
 
 import clip_rt
 from clip_rt.bulk.sources import ImageFile, find_images
-from clip_rt.commands import classify as command
-from clip_rt.commands.connect import ModelOptions
-from clip_rt.commands.labels import LabelOptions
-from clip_rt.commands.output import OutputOptions
-from clip_rt.commands.pictures import PictureOptions
+from clip_rt.commands.files import embed_files
 
 AMONG = ("--labels", ",".join(LABELS), *MODEL)
 
@@ -252,15 +248,8 @@ class TestOutput:
                 num_read += 1
                 yield image
 
-        config = command.ClassifyConfig(
-            images=("-",),
-            labels=LabelOptions(labels="a"),
-            pictures=PictureOptions(),
-            output=OutputOptions(),
-            model=ModelOptions(),
-        )
-        for _ in command._answer(client, config, LABELS, None, images()):
-            num_answered += 1
+        for part in embed_files(client, client.manifest, images()):
+            num_answered += len(part.images)
             most_waiting = max(most_waiting, num_read - num_answered)
         assert num_answered > 1900
         assert most_waiting < 500
