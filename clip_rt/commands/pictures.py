@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clip_rt.commands.page import Page
-from clip_rt.commands.sheet import SUFFIXES, THUMBNAIL_PX, Caption, Sheet
+from clip_rt.commands.sheet import SUFFIXES, Caption, Sheet
 from clip_rt.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from clip_rt.inputs.thumbnails import make_thumbnail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,26 +74,3 @@ class Gallery:
         for each in (self._sheet, self._page):
             if each is not None:
                 each.add(name, thumbnail, captions)
-
-
-def make_thumbnail(read: Callable[[], Path | bytes]) -> Image.Image | None:
-    """Return an image as people see it, RGB, fitted into `THUMBNAIL_PX`; None if it cannot be."""
-    from PIL import Image, ImageOps
-
-    from clip_rt.inputs.decoding import MAX_BYTES, MAX_PIXELS, open_image
-
-    try:
-        image = open_image(read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
-        # A JPEG is decoded no larger than needed.
-        image.draft("RGB", (2 * THUMBNAIL_PX[0], 2 * THUMBNAIL_PX[1]))
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.new("RGBA", rgba.size, "white")
-            image.alpha_composite(rgba)
-        image = image.convert("RGB")
-        image.thumbnail(THUMBNAIL_PX)
-    # On damaged bytes Pillow's decoders raise nearly anything.
-    except Exception:
-        return None
-    return image

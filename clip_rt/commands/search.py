@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,7 @@ def search(config: Annotated[SearchConfig, tyro.conf.arg(name="")]) -> int:
         OSError: the answers cannot be written.
     """
     # Only here: help needs none of it.
+    from clip_rt.search.files import read_file
     from clip_rt.search.index import DUPLICATE_COSINE, Index
 
     where = config.where()
@@ -159,27 +161,10 @@ def search(config: Annotated[SearchConfig, tyro.conf.arg(name="")]) -> int:
             columns = TABLE_COLUMNS if is_table else COLUMNS
             captions = [[f"{row['score']:.3f}"] for row in rows]
         for row, lines in zip(rows, captions, strict=True):
-            gallery.add(row["path"], _Reader(row["path"]).read, list(map(Caption, lines)))
+            read = functools.partial(read_file, row["path"])
+            gallery.add(row["path"], read, list(map(Caption, lines)))
         config.output.write(rows, columns)
     return 0
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads a file by what it is called in the index; called only where it is shown."""
-
-    path: str
-
-    def read(self) -> Path | bytes:
-        """Return its path, or the content of a member of a shard."""
-        from clip_rt.search.files import FilesByPath, to_image
-
-        if os.path.isfile(self.path):
-            return Path(self.path)
-        file = FilesByPath().find(self.path)
-        if file is None:
-            raise FileNotFoundError(self.path)
-        return to_image(file).read()
 
 
 def _is_image(word: str) -> bool:

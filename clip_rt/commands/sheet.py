@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rt.inputs.thumbnails import THUMBNAIL_PX
+
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_TILES = 300
 """Beyond it nobody sees them, and they are all in memory."""
-THUMBNAIL_PX = (232, 174)
-"""Width and height that an image is fitted into."""
 MARGIN_PX, LINE_PX, TITLE_PX = 12, 20, 44
 MAX_COLUMNS = 5
 INK, FAINT, TRACK, BAR, ERROR = "#1f2328", "#656d76", "#eef1f4", "#9ec5fe", "#b42318"

@@ -64,3 +64,24 @@ class FilesByPath:
                 self._members = {each.path: each for each in found}
             return self._members.get(path)
         return Found(path, status.st_size, status.st_mtime_ns, path)
+
+
+def read_file(path: str, files: FilesByPath | None = None) -> Path | bytes:
+    """Return what is read of a file that is called so in an index.
+
+    Args:
+        path: Of a file, or `shard.tar/member`.
+        files: Finds members of shards; quick for one shard after another.
+
+    Returns:
+        Its path, or the content of a member of a shard.
+
+    Raises:
+        OSError: it is gone, or cannot be read.
+    """
+    if os.path.isfile(path):
+        return Path(path)
+    found = (files or FilesByPath()).find(path)
+    if found is None:
+        raise FileNotFoundError(path)
+    return to_image(found).read()

@@ -66,9 +66,7 @@ class Query:
         return cls(texts=(wanted,), minus_texts=unwanted)
 
     def embed(self, client: Client) -> tuple[NDArray[np.float32], Manifest]:
-        """Return the vector to search with, float32 (D,) of length 1, and the model it is of.
-
-        The mean of what is wanted, less `MINUS_WEIGHT` times the mean of what is not.
+        """Return the vector to search with, see `combine`, and the model it is of.
 
         Raises:
             InputError: they cancel each other out, or a text or image cannot be used.
@@ -89,13 +87,28 @@ class Query:
                 expected=manifest,
                 found=client.manifest,
             )
-        vector = np.concatenate(parts[::2]).mean(axis=0)
-        if len(unwanted := np.concatenate(parts[1::2])):
-            vector = vector - MINUS_WEIGHT * unwanted.mean(axis=0)
-        norm = float(np.linalg.norm(vector))
-        if norm <= MIN_NORM:
-            raise InputError("what is wanted and what is not cancel each other out.")
-        return (vector / norm).astype(np.float32), manifest
+        return combine(np.concatenate(parts[::2]), np.concatenate(parts[1::2])), manifest
+
+
+def combine(wanted: NDArray[np.float32], unwanted: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the vector to search with, float32 (D,) of length 1.
+
+    The mean of what is wanted, less `MINUS_WEIGHT` times the mean of what is not.
+
+    Args:
+        wanted: float32 (N, D), N from 1.
+        unwanted: float32 (M, D), M from 0.
+
+    Raises:
+        InputError: they cancel each other out.
+    """
+    vector = wanted.mean(axis=0)
+    if len(unwanted):
+        vector = vector - MINUS_WEIGHT * unwanted.mean(axis=0)
+    norm = float(np.linalg.norm(vector))
+    if norm <= MIN_NORM:
+        raise InputError("what is wanted and what is not cancel each other out.")
+    return (vector / norm).astype(np.float32)
 
 
 def split_words(words: str) -> tuple[str, tuple[str, ...]]:
