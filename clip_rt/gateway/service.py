@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from clip_rt import telemetry
 from clip_rt.async_client import AsyncClient
+from clip_rt.classification import open_set
 from clip_rt.classification.zero_shot import Scores
 from clip_rt.client import Client
 from clip_rt.embedding import find_dimensions
@@ -32,9 +33,11 @@ from clip_rt.gateway.config import GatewayConfig
 from clip_rt.gateway.pictures import ImageSource, is_data_uri
 from clip_rt.gateway.problems import RETRY_AFTER_S, ProblemError, find_problem
 from clip_rt.inputs.decoding import MAX_BYTES
+from clip_rt.inputs.items import OnError
 from clip_rt.inputs.prompts import find_templates
 from clip_rt.specs import slug
 from clip_rt.wire import canary
+from clip_rt.wire.manifest import Manifest
 
 Result = TypeVar("Result")
 
@@ -46,6 +49,19 @@ MAX_CHECK_WAIT_S, MAX_CHECK_AGE_S = 0.5, 10.0
 """After that time a health check is answered by what was last found, unless that is so old."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How well labels fit images."""
+
+    model: str
+    scores: Scores
+    """Of the images that could be used."""
+    indices: tuple[int, ...]
+    """Whose the rows of the scores are."""
+    problems: dict[int, ProblemError]
+    """Why the others could not be used."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,14 @@ class Service:
             param="model",
         )
 
+    async def manifest(self, name: str | None) -> Manifest:
+        """Return what a model says of itself.
+
+        Raises:
+            ProblemError: there is no such model.
+        """
+        return await self._clients[self.find_name(name)].manifest()
+
     async def embed(
         self,
         name: str | None,
@@ -205,11 +229,15 @@ class Service:
         images: Sequence[Item],
         labels: Sequence[str],
         templates: str | Sequence[str] | None,
-    ) -> tuple[str, Scores]:
+        *,
+        none_of_these: bool = False,
+        on_error: OnError = "raise",
+    ) -> Classification:
         """Say how well each label fits each image; the classes' embeddings are cached.
 
         Raises:
-            ProblemError: an image, a label, a template or the model cannot be used.
+            ProblemError: a label, a template or the model cannot be used; or an image, unless
+                `on_error` is "skip".
         """
         found = self.find_name(name)
         self._check_number(len(images), "images")
@@ -224,6 +252,8 @@ class Service:
             raise find_problem(error, "templates") from error
         try:
             # Apart from the images, so that an index in an error is of a label.
+            if none_of_these:
+                open_set.check_labels(labels)
             await client.class_embeddings(labels, templates=templates)
         except InputError as error:
             param = "labels" if error.index is None else f"labels[{error.index}]"
@@ -231,11 +261,25 @@ class Service:
         except ClipRTError as error:
             raise find_problem(error) from error
 
-        async def score() -> Scores:
-            content = await self._read_all(images)
-            return await client.zero_shot(content, labels, templates=templates)
+        problems: dict[int, ProblemError] = {}
 
-        return found, await _located(score(), images, range(len(images)))
+        async def score() -> Scores:
+            content = await self._read_all(images, problems if on_error == "skip" else None)
+            return await client.zero_shot(
+                content,
+                labels,
+                templates=templates,
+                none_of_these=none_of_these,
+                on_error=on_error,
+            )
+
+        scores = await _located(score(), images, range(len(images)))
+        for failure in scores.failures:
+            index = getattr(failure, "index", None)
+            if index is not None:
+                problems.setdefault(index, _locate(failure, images[index].param))
+        indices = range(len(images)) if scores.indices is None else scores.indices.tolist()
+        return Classification(found, scores, tuple(indices), problems)
 
     async def check(self) -> dict[str, str]:
         """Have every model embed what its answer is known of; return what is wrong, by model."""
@@ -273,8 +317,16 @@ class Service:
         if number > self.config.max_items:
             raise _too_many("items", number, self.config.max_items, param)
 
-    async def _read_all(self, items: Sequence[Item]) -> list[bytes]:
-        """Return the bytes of images; those that are fetched are fetched a few at a time."""
+    async def _read_all(
+        self, items: Sequence[Item], problems: dict[int, ProblemError] | None = None
+    ) -> list[bytes]:
+        """Return the bytes of images; those that are fetched are fetched a few at a time.
+
+        Args:
+            items: Images.
+            problems: Takes the problem of each image that cannot be used, which then has no bytes;
+                without it the first is raised.
+        """
         room_bytes = self.config.max_body_bytes
 
         async def read(item: Item) -> bytes:
@@ -293,7 +345,16 @@ class Service:
                 )
             return content
 
-        return await _all(map(read, items))
+        async def attempt(index: int, item: Item) -> bytes:
+            try:
+                return await read(item)
+            except ProblemError as problem:
+                if problems is None or problem.status != HTTPStatus.BAD_REQUEST:
+                    raise
+                problems[index] = problem
+                return b""
+
+        return await _all(attempt(index, item) for index, item in enumerate(items))
 
 
 def _too_many(what: str, number: int, limit: int, param: str) -> ProblemError:
@@ -333,11 +394,15 @@ async def _located(
         index = getattr(error, "index", None)
         if index is None:
             raise find_problem(error) from error
-        param = items[indices[index]].param
-        problem = find_problem(error, param)
-        # Whose number counts texts or images alone, and begins at 0 in each.
-        problem.message = _NUMBERED.sub(param, problem.message, count=1)
-        raise problem from error
+        raise _locate(error, items[indices[index]].param) from error
+
+
+def _locate(error: ClipRTError, param: str) -> ProblemError:
+    """Return what a caller is told of an error of an item."""
+    problem = find_problem(error, param)
+    # Whose number counts texts or images alone, and begins at 0 in each.
+    problem.message = _NUMBERED.sub(param, problem.message, count=1)
+    return problem
 
 
 async def _check(client: AsyncClient) -> str:

@@ -30,6 +30,7 @@ import openai
 import pytest
 import tiny_repository
 import trustme
+from gateway_process import Gateway
 from owners import ROOT, find_processes, find_remains
 from PIL import Image
 
@@ -55,51 +56,6 @@ def png(colour: str = "red", size: tuple[int, int] = (80, 64)) -> bytes:
 
 def data_uri(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-class Gateway:
-    def __init__(self, *options: object, **environment: str) -> None:
-        self.log: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "clip_rt", "gateway", "--port", "0", *map(str, options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
-        line = self.process.stdout.readline()
-        self.url = line.partition(" on ")[2].strip()
-        assert self.url, "".join(self.log)
-
-    def _read_log(self) -> None:
-        self.log.extend(self.process.stderr)
-
-    def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
-
-    def wait_for(self, words: str, times: int = 1) -> None:
-        until_s = time.monotonic() + 60
-        while sum(words in line for line in self.log) < times:
-            assert time.monotonic() < until_s, "".join(self.log)
-            time.sleep(0.05)
-
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.url.rpartition("//")[2].rpartition(":")
-        return host, int(port)
-
-    def end(self) -> int:
-        self.process.terminate()
-        return self.process.wait(timeout=60)
-
-    def dispose(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=60)
-        self._reader.join(timeout=60)
-        self.process.stdout.close()
-        self.process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +205,43 @@ def test_labels_are_ranked_as_the_client_does(caller, client):
     assert answer["score"] == "softmax"
 
 
+def test_an_image_that_cannot_be_used_is_skipped_where_that_is_asked_for(caller, client):
+    images = [png("blue"), b"no image", png("red"), b""]
+    body = {
+        "images": [*(base64.b64encode(each).decode() for each in images), "%%"],
+        "labels": ["red", "green", "blue"],
+        "none_of_these": True,
+        "on_error": "skip",
+    }
+    answer = caller.post("/v1/classify", json=body).json()
+    assert [each["index"] for each in answer["data"]] == [0, 2]
+    assert [(each["index"], each["code"]) for each in answer["errors"]] == [
+        (1, "invalid_image"),
+        (3, "invalid_image"),
+        (4, "invalid_image"),
+    ]
+    assert "no readable" in answer["errors"][0]["message"]
+    assert "neither base64" in answer["errors"][2]["message"]
+    scores = client.zero_shot([images[0], images[2]], body["labels"], none_of_these=True)
+    for row, told in enumerate(answer["data"]):
+        assert told["labels"][0]["label"] == scores.best[row]
+        by_label = {each["label"]: each for each in told["labels"]}
+        assert by_label["none of these"]["similarity"] is None
+        for index, label in enumerate(body["labels"]):
+            said = by_label[label]
+            assert said["probability"] == pytest.approx(scores.probabilities[row, index], abs=1e-6)
+            assert said["similarity"] == pytest.approx(scores.similarities[row, index], abs=1e-6)
+    whole = {**body, "on_error": "raise"}
+    assert error_of(caller.post("/v1/classify", json=whole))["param"] == "images[4]"
+
+
+def test_all_images_may_be_skipped(caller):
+    body = {"images": ["AAAA", "BBBB"], "labels": ["red"], "on_error": "skip"}
+    answer = caller.post("/v1/classify", json=body).json()
+    assert answer["data"] == []
+    assert [each["index"] for each in answer["errors"]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -259,6 +252,8 @@ def test_labels_are_ranked_as_the_client_does(caller, client):
         ({"images": ["AAAA"]}, "images[0]"),
         ({"images": []}, "images"),
         ({"top_k": -3}, "top_k"),
+        ({"labels": ["red", "none of these"], "none_of_these": True}, "labels[1]"),
+        ({"on_error": "ignore"}, "on_error"),
     ],
 )
 def test_what_cannot_be_classified_is_named(caller, change, param):
