@@ -136,6 +136,8 @@ IN_WHEEL = (
     "clip_rt/__init__.py",
     "clip_rt/py.typed",
     "clip_rt/moderation/starters/weapons.json",
+    "clip_rt/ui/static/index.html",
+    "clip_rt/ui/static/main.js",
     "clip_rt_commands/console.py",
     "clip_rt_commands.pth",
     "export/onnx.py",

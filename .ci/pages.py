@@ -30,6 +30,10 @@ SERVERS = {
         "8080",
         """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/ping")'""",
     ),
+    "clip-rt ui": (
+        "8081",
+        """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/ping")'""",
+    ),
     "fastapi run": (
         "8090",
         """python -c 'import urllib.request as http; http.urlopen("http://localhost:{port}/docs")'""",

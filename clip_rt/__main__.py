@@ -20,6 +20,7 @@ COMMANDS = {
     "embed": "clip_rt.commands.embed",
     "serve": "clip_rt.commands.serve",
     "gateway": "clip_rt.commands.gateway",
+    "ui": "clip_rt.commands.ui",
     "reload": "clip_rt.commands.serve",
     "doctor": "clip_rt.commands.doctor",
     "cache": "clip_rt.commands.cache",
@@ -29,7 +30,7 @@ COMMANDS = {
     "plan": "clip_rt.commands.plan",
 }
 """The module of each command, where a function has its name."""
-_OF_SERVERS = ("serve", "gateway", "reload", "doctor")
+_OF_SERVERS = ("serve", "gateway", "ui", "reload", "doctor")
 
 
 def load(name: str) -> Callable[..., int]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "search": ("clip_rt", "find images by words or by an image; near-duplicates"),
     "serve": ("clip_rt", "run a Triton over a repository in the foreground"),
     "gateway": ("clip_rt", "serve models over HTTP, as OpenAI's API does"),
+    "ui": ("clip_rt", "classify and search images on a page in the browser"),
     "reload": ("clip_rt", "have `serve` take what its repository holds now"),
     "plan": ("clip_rt", "how many of which machine a load needs, and the cost"),
     "doctor": ("clip_rt", "check the installation and a server"),

@@ -193,8 +193,12 @@ class _Metrics:
         ).set_function(lambda: admission.num_in_flight)
 
 
-def make_application(service: Service) -> Starlette:
+def make_application(service: Service, more: Sequence[Endpoint] = ()) -> Starlette:
     """Return the ASGI application.
+
+    Args:
+        service: The models.
+        more: Paths beside those of the protocols, which `/openapi.json` leaves out.
 
     Raises:
         InputError: the tokens cannot be read.
@@ -233,7 +237,7 @@ def make_application(service: Service) -> Starlette:
     application = Starlette(
         routes=[
             Route(each.path, _make_route(each, service, admission, metrics), methods=[each.method])
-            for each in endpoints
+            for each in (*endpoints, *more)
         ],
         exception_handlers={HTTPException: _answer_unknown},
     )

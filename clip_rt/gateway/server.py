@@ -12,11 +12,12 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clip_rt.embedded import runtimes
@@ -35,21 +36,25 @@ MAX_CONNECTIONS = 2048
 _log = logging.getLogger(__name__)
 
 
-def serve(config: GatewayConfig) -> None:
+def serve(config: GatewayConfig, make: Callable[[Service], ASGIApp] = make_application) -> None:
     """Serve until SIGTERM or SIGINT, then answer what is under way; the second time end at once.
+
+    Args:
+        config: What is served, and how.
+        make: Returns the application; its service is opened later.
 
     Raises:
         ClipRTError: a model or its server cannot be used, or the tokens cannot be read.
         OSError: the port is taken, or the certificate cannot be read.
     """
-    asyncio.run(_serve(config))
+    asyncio.run(_serve(config, make))
 
 
-async def _serve(config: GatewayConfig) -> None:
+async def _serve(config: GatewayConfig, make: Callable[[Service], ASGIApp]) -> None:
     runtimes.set_idle_unload_s(config.idle_unload_s)
     service = Service(config)
     # First: what can be wrong with them is known before a server has loaded its models.
-    settings = _configure(config, make_application(service))
+    settings = _configure(config, make(service))
     with contextlib.closing(_listen(config)) as listener:
         try:
             await service.open()
@@ -75,7 +80,7 @@ def _listen(config: GatewayConfig) -> socket.socket:
     return listener
 
 
-def _configure(config: GatewayConfig, application: Any) -> uvicorn.Config:
+def _configure(config: GatewayConfig, application: ASGIApp) -> uvicorn.Config:
     settings = uvicorn.Config(
         application,
         http=_Protocol,

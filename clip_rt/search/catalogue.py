@@ -410,6 +410,14 @@ class Catalogue:
         )
         return [row for (row,) in found]
 
+    def find_files(self, sha256: bytes) -> list[str]:
+        """Return the files of a content, by path; none where the index does not have it."""
+        sql = (
+            "SELECT path FROM files JOIN contents ON contents.id = files.content "
+            "WHERE sha256 = ? AND contents.error IS NULL ORDER BY path"
+        )
+        return [row[0] for row in self.db.execute(sql, (sha256,))]
+
     def find_hits(
         self, generation: int, score_by_row: dict[int, float], where: Where
     ) -> dict[int, Hit]:

@@ -114,6 +114,11 @@ class Index:
         with self._lock:
             return self._catalogue.bad_files()
 
+    def files(self, sha256: str) -> list[str]:
+        """Return the files of a content, by path; its hash is as in `Hit.sha256`."""
+        with self._lock:
+            return self._catalogue.find_files(bytes.fromhex(sha256))
+
     # Writing
 
     @contextlib.contextmanager
@@ -477,7 +482,7 @@ class Index:
                 hits = self._catalogue.find_hits(current.id, score_by_row, where)
                 groups.append([hits[row] for row in score_by_row if row in hits])
         kept = [each for each in groups if len(each) > 1 or (each and each[0].copies)]
-        return sorted(kept, key=lambda each: (-_count_files(each), each[0].path))
+        return sorted(kept, key=lambda one: (-sum(1 + len(hit.copies) for hit in one), one[0].path))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Generation]:
@@ -492,7 +497,3 @@ def _not_there(folder: str) -> str:
         f"there is no folder or file {folder!r:.200}. To take it out of the index: "
         f"clip-rt index --forget {shlex.quote(folder)}"
     )
-
-
-def _count_files(group: list[Hit]) -> int:
-    return sum(1 + len(each.copies) for each in group)
