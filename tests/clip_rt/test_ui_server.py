@@ -480,6 +480,10 @@ def test_every_threshold_has_its_precision_and_recall(caller):
         expected = right / sum(predicted) if any(predicted) else None
         assert table["precision"][row] == pytest.approx(expected)
         assert table["recall"][row] == pytest.approx(right / sum(is_positive))
+        low, high = table["recall_interval"][row]
+        assert low <= table["recall"][row] <= high
+        low, high = table["precision_interval"][row]
+        assert low <= (expected or 0) <= high
     assert table["best_f1"] == pytest.approx(0.25)
 
 
