@@ -15,6 +15,7 @@ from clip_rt.gateway.service import Service
 from clip_rt.ui.access import SameOrigin
 from clip_rt.ui.config import UiConfig
 from clip_rt.ui.gallery import Gallery
+from clip_rt.ui.policy import list_policy_endpoints
 from clip_rt.ui.search import SearchView
 from clip_rt.ui.settings import list_settings_endpoints
 from clip_rt.ui.static_files import list_static_endpoints
@@ -42,6 +43,7 @@ def serve(config: UiConfig) -> None:
                 *list_settings_endpoints(),
                 *SearchView(gallery).list_endpoints(),
                 *list_threshold_endpoints(),
+                *list_policy_endpoints(),
             )
             return SameOrigin(make_application(service, endpoints), is_local=config.is_local)
 

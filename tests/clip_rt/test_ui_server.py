@@ -23,10 +23,12 @@ from owners import ROOT
 from PIL import Image
 from search_pictures import write_drawings
 
+from clip_rt.moderation.policy import Policy
 from clip_rt.search import Index, Query
 from clip_rt.ui import static_files
 from clip_rt.ui.config import UiConfig, is_local_name
 from clip_rt.ui.gallery import MAX_COMPARED, THUMBNAIL_PX, Gallery
+from clip_rt.ui.policy import BY_HAND
 from clip_rt.ui.thresholds import measure
 
 pytestmark = pytest.mark.slow
@@ -506,6 +508,60 @@ def test_a_set_without_both_kinds_is_refused(caller, similarities, is_positive, 
     body = {"similarities": similarities, "is_positive": is_positive}
     answer = caller.post("/ui/thresholds", json=body)
     assert words in refusal(answer, 400)["message"]
+
+
+def test_a_policy_flags_what_its_threshold_does(caller, drawings_client, photos, tmp_path):
+    images = sorted(photos.rglob("*.png"))
+    templates = ["a drawing of {}", "{}"]
+    scores = drawings_client.zero_shot(images, ["a face"], templates=templates)
+    similarities = scores.similarities[:, 0].tolist()
+    # The label fits those that are the nearest, but for one.
+    order = sorted(range(len(images)), key=lambda index: -similarities[index])
+    fits = {*order[:6], order[9]}
+    threshold = (similarities[order[7]] + similarities[order[8]]) / 2
+    body = {
+        "label": "a face",
+        "threshold": threshold,
+        "similarities": similarities,
+        "is_positive": [index in fits for index in range(len(images))],
+        "templates": templates,
+    }
+    answer = caller.post("/ui/policy", json=body)
+    assert answer.status_code == 200, answer.text
+    (tmp_path / "policy.json").write_text(answer.text, "utf-8")
+    policy = Policy.load(tmp_path / "policy.json")
+    assert policy.is_calibrated
+    assert policy.shortfalls == {"a face": BY_HAND}
+    measured = policy.labels[0].measured
+    assert (measured.num_images, measured.num_true, measured.num_flagged) == (25, 7, 8)
+    assert measured.precision.value == pytest.approx(6 / 8)
+    assert measured.recall.value == pytest.approx(6 / 7)
+    decided = drawings_client.moderate(images, policy)
+    assert [each == "review" for each in decided.actions] == [
+        each >= threshold for each in similarities
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"is_positive": [True, True, False, False]}, "no more similar"),
+        ({"is_positive": [True] * 4}, "fits all"),
+        ({"label": " "}, "not blank"),
+        ({"templates": ["no slot"]}, "exactly one"),
+        ({"model": "other"}, "no model"),
+    ],
+)
+def test_a_policy_that_would_mean_nothing_is_refused(caller, change, words):
+    body = {
+        "label": "a face",
+        "threshold": 0.25,
+        "similarities": [0.1, 0.2, 0.3, 0.4],
+        "is_positive": [False, False, True, True],
+    }
+    answer = caller.post("/ui/policy", json=body | change)
+    assert answer.status_code in (400, 404)
+    assert words in answer.json()["error"]["message"]
 
 
 # The end

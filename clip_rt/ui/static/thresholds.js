@@ -2,7 +2,7 @@
 // Precision and recall come from the server, for every threshold that makes a difference; here
 // they are only looked up.
 
-import { $, debounce, make, makeSvg, makeThumb, percent, plural } from "./dom.js";
+import { $, debounce, make, makeSvg, makeThumb, percent, plural, say, showError } from "./dom.js";
 import { ask, server } from "./api.js";
 import { classify, takePictures } from "./pictures.js";
 import { curl, python, pythonClient, pythonOptions, setUpCopies } from "./code.js";
@@ -202,6 +202,11 @@ export function startThresholds(context) {
     for (const bar of $("#histogram").querySelectorAll("rect")) {
       bar.classList.toggle("below", Number(bar.dataset.high) <= threshold);
     }
+    const ends = (interval) => `95 %: ${interval.map((each) => (100 * each).toFixed(0)).join("–")} %`;
+    const intervals = {
+      Precision: precision === null ? "" : ends(table.precision_interval[row]),
+      Recall: ends(table.recall_interval[row]),
+    };
     const says = {
       Precision: precision === null ? "–" : percent(precision),
       Recall: percent(table.recall[row]),
@@ -218,7 +223,13 @@ export function startThresholds(context) {
     );
     $("#figures").replaceChildren(
       ...Object.entries(says).map(([name, value]) =>
-        make("div", {}, make("dt", {}, name), make("dd", {}, String(value))),
+        make(
+          "div",
+          {},
+          make("dt", {}, name),
+          make("dd", {}, String(value)),
+          ...(intervals[name] ? [make("dd", { className: "note" }, intervals[name])] : []),
+        ),
       ),
     );
     const wrong = used.filter((each) => !each.fits && each.similarity >= threshold);
@@ -266,6 +277,31 @@ export function startThresholds(context) {
           ),
         ),
     );
+  }
+
+  async function savePolicy() {
+    const { request, used } = found;
+    const body = {
+      label: request.labels[0],
+      templates: request.templates,
+      model: request.model,
+      threshold: Number(slider.value),
+      similarities: used.map((each) => each.similarity),
+      is_positive: used.map((each) => each.fits),
+    };
+    showError(results);
+    let text;
+    try {
+      text = await ask("/ui/policy", body, { read: (answer) => answer.text() });
+    } catch (error) {
+      showError(results, error.message);
+      return;
+    }
+    const name = `${body.label.replaceAll(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}-policy.json`;
+    const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    make("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+    say(`Saved ${name}`);
   }
 
   function write(kind) {
@@ -324,6 +360,7 @@ export function startThresholds(context) {
     slider.value = found.table.best_f1;
     move();
   });
+  $("#save-policy").addEventListener("click", savePolicy);
   const drag = (event) => {
     if (event.buttons & 1) {
       const { left, width } = $("#histogram").getBoundingClientRect();
