@@ -217,7 +217,7 @@ async function classifyBatch(batch, request, key, signal) {
     readable[index].answers.set(key, { labels });
   }
   for (const { index, message } of answer.errors) {
-    const error = message.replace(/^(The image )?images\[\d+\]\s+/, "");
+    const error = message.replace(/^(The image )?images\[\d+\] (\(bytes\) )?/, "");
     readable[index].answers.set(key, { error });
   }
 }

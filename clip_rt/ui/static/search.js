@@ -85,6 +85,13 @@ export function startSearch(context) {
     return make("li", {}, thumb, button);
   }
 
+  /** Where the form is above the results, scroll past it. */
+  function showResults() {
+    if (matchMedia("(max-width: 60rem)").matches) {
+      results.scrollIntoView();
+    }
+  }
+
   async function search() {
     const words = $("#words").value;
     if (!words.trim() && !images.length && !like.length) {
@@ -111,6 +118,7 @@ export function startSearch(context) {
       last = { ...asked, answer };
       $(".empty", results).hidden = true;
       gallery.replaceChildren(...answer.data.map((hit) => makeTile(hit)));
+      showResults();
       const minus = answer.minus_texts.map((text) => ` without “${text}”`).join("");
       status(
         `${plural(answer.data.length, "image")}${minus}, similarity from ` +
@@ -135,6 +143,7 @@ export function startSearch(context) {
           ...group.map((hit) => makeTile(hit)),
         ]),
       );
+      showResults();
       status(
         answer.num_groups
           ? `${plural(answer.num_groups, "group")} of near-duplicates`
@@ -155,7 +164,7 @@ export function startSearch(context) {
       $("#words").value = "";
       showImages();
       search();
-      $("#main").scrollIntoView();
+      scrollTo(0, 0);
     });
     const path = make("button", { type: "button", className: "link" }, "Copy path");
     path.addEventListener("click", () => copy(hit.path, "Copied the path"));

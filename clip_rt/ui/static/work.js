@@ -93,6 +93,12 @@ export function startWork(context) {
   };
 }
 
+const isSame = (a, b) =>
+  a !== null &&
+  a.pictures.length === b.pictures.length &&
+  a.keys.every((key, index) => key === b.keys[index]) &&
+  a.pictures.every((picture, index) => picture === b.pictures[index]);
+
 /** The answers of one model, or of two side by side. */
 class WorkView {
   #results;
@@ -100,6 +106,7 @@ class WorkView {
   #cards = new Map();
   #requests = [];
   #keys = [];
+  #underWay = null;
 
   constructor(results, { settings, remove, readPictures, readRequests }) {
     this.#results = results;
@@ -123,14 +130,20 @@ class WorkView {
     }
     if (!this.#requests[0].labels.length || !pictures.length) {
       this.#job.stop();
+      this.#underWay = null;
       this.#say(pictures.length ? "Type at least one label." : "");
       return;
     }
     const keys = this.#keys;
+    const asked = { keys, pictures };
+    if (isSame(this.#underWay, asked)) {
+      return;
+    }
     const todo = pictures.filter((each) => keys.some((key) => !each.answers.has(key)));
     if (todo.length) {
       this.#say(`Asking about ${plural(todo.length, "image")} …`);
     }
+    this.#underWay = asked;
     const ending = await this.#job.run(todo.length * keys.length, async (signal, advance) => {
       for (const [index, request] of this.#requests.entries()) {
         await classify(todo, request, {
@@ -138,7 +151,7 @@ class WorkView {
           key: keys[index],
           signal,
           onDone: (done) => {
-            if (keys === this.#keys) {
+            if (isSame(this.#underWay, asked)) {
               done.forEach((each) => this.#fill(each));
               advance(done.length);
             }
@@ -149,6 +162,7 @@ class WorkView {
     if (ending === "replaced") {
       return;
     }
+    this.#underWay = null;
     const num = (test) => pictures.filter(test).length;
     const numBad = num((each) => this.#answersOf(each).some((answer) => answer?.error));
     const numWaiting = num((each) => this.#answersOf(each).includes(undefined));
