@@ -108,7 +108,7 @@ def combine(wanted: NDArray[np.float32], unwanted: NDArray[np.float32]) -> NDArr
     norm = float(np.linalg.norm(vector))
     if norm <= MIN_NORM:
         raise InputError("what is wanted and what is not cancel each other out.")
-    return (vector / norm).astype(np.float32)
+    return np.asarray(vector / norm, np.float32)
 
 
 def split_words(words: str) -> tuple[str, tuple[str, ...]]:

@@ -16,9 +16,9 @@ from clip_rt.gateway.service import Service
 FOLDER = Path(__file__).with_name("static")
 PAGE = "index.html"
 TYPES = {
-    ".css": "text/css; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clip_rt.errors import PolicyError
@@ -121,6 +121,7 @@ class TestFiles:
         policy = Policy.from_json(re.search(r"^```\n(\{.*?)^```", text, re.DOTALL | re.M)[1])
         assert [label.name for label in policy.labels] == ["shoe", "hat"]
 
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.builds(
             Label,
@@ -254,6 +255,7 @@ class TestHostileFiles:
         with pytest.raises(PolicyError, match=r"labels\[0\]\.calibration\.slope is Infinity"):
             Policy.from_json(text)
 
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def test_raise_nothing_else(self, data):
         document = json.loads(FITTED.to_json())
