@@ -35,6 +35,8 @@ COMMANDS = {
     "export onnx": ("export.onnx", "weights to ONNX or INT8, gated by parity"),
     "export trt": ("export.trt", "weights to TensorRT engines, gated by parity"),
     "export repository": ("export.repository", "versions, rollback, serving settings, ensembles"),
+    "export checksums": ("export.checksums", "list the files of a repository, and verify them"),
+    "export engine-cache": ("export.engine_cache", "engines for this machine, built once"),
     "export compare": ("export.compare", "may old and new embeddings share one index?"),
     "export bundle": ("export.bundle", "a model as one file, for a machine without a network"),
     "export canary": ("export.canary", "give an ONNX model the answers that doctor checks"),
