@@ -176,6 +176,40 @@ def within(*listeners: Listeners) -> Iterator[None]:
             _listeners.reset(token)
 
 
+def current_span() -> Span | None:
+    """Return the span that is current here, to be carried to where a request is sent."""
+    if "opentelemetry.trace" not in sys.modules:
+        return None
+    from opentelemetry.trace import get_current_span
+
+    span = get_current_span()
+    return span if span.get_span_context().is_valid else None
+
+
+def trace_headers(spans: Iterable[Span | None]) -> tuple[tuple[str, str], ...]:
+    """Return the headers, of W3C's Trace Context, by which a server goes on with a trace.
+
+    A request that several calls share can be in one trace only: the first one's. Spans of the
+    others are linked to that. What else an application propagates, such as baggage, stays here: it
+    may hold content.
+
+    Args:
+        spans: Of the calls; None where there is none.
+    """
+    first, *others = dict.fromkeys(span for span in spans if span is not None) or (None,)
+    if first is None:
+        return ()
+    from opentelemetry.trace import set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    for span in others:
+        with contextlib.suppress(AttributeError):  # Before OpenTelemetry 1.23.
+            span.add_link(first.get_span_context())
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier, set_span_in_context(first))
+    return tuple(carrier.items())
+
+
 class Call:
     """One public call under way: a span and a measurement of OpenTelemetry."""
 
@@ -229,7 +263,7 @@ def stream(name: str, items: Iterable[Item]) -> Generator[Item, None, None]:
         while True:
             start_s = time.perf_counter()
             try:
-                with within(begun.listeners):
+                with within(begun.listeners), _as_current(begun.span):
                     item = next(source)
             except StopIteration:
                 return

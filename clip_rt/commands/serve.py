@@ -16,6 +16,8 @@ def serve(
     port: int = 8001,
     start_timeout_s: float = START_TIMEOUT_S,
     idle_unload_s: float = math.inf,
+    metrics_port: int | None = None,
+    trace_url: str | None = None,
 ) -> int:
     """Run a Triton over a repository in the foreground.
 
@@ -25,6 +27,9 @@ def serve(
         start_timeout_s: To load the models in.
         idle_unload_s: A tower that was not asked for so long gives its memory back, and is loaded
             again when it is asked.
+        metrics_port: Of 127.0.0.1, where Prometheus finds Triton's metrics; none without it.
+        trace_url: Where spans of requests that carry a trace go, by OTLP over HTTP, such as
+            http://127.0.0.1:4318/v1/traces.
     """
     from clip_rt.embedded import runtimes
     from clip_rt.embedded.foreground import serve
@@ -34,7 +39,13 @@ def serve(
     runtimes.set_idle_unload_s(idle_unload_s)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
-        serve(repository, url=f"127.0.0.1:{port}", start_timeout_s=start_timeout_s)
+        serve(
+            repository,
+            url=f"127.0.0.1:{port}",
+            start_timeout_s=start_timeout_s,
+            metrics_port=metrics_port,
+            trace_url=trace_url,
+        )
     except KeyboardInterrupt:
         return 130  # Asked twice, so it did not wait for the requests under way.
     return 0

@@ -33,6 +33,8 @@ def serve(
     *,
     url: str = URL,
     start_timeout_s: float = START_TIMEOUT_S,
+    metrics_port: int | None = None,
+    trace_url: str | None = None,
 ) -> None:
     """Serve a repository in the foreground until SIGTERM or SIGINT, then drain.
 
@@ -46,6 +48,9 @@ def serve(
         repository: Folder of models; those for Triton's python backend are served.
         url: Address of Triton's gRPC endpoint, host:port, on the loopback interface.
         start_timeout_s: Longest wait for the models to be loaded.
+        metrics_port: Of Triton's metrics for Prometheus, on the loopback interface; None is none. A
+            server with one takes no reload: two cannot share that port.
+        trace_url: Where spans of requests that carry a trace go, by OTLP over HTTP.
 
     Raises:
         InputError: the address is not 127.0.0.1 or localhost with a port.
@@ -56,10 +61,18 @@ def serve(
     port, listener = take_port(_find_port(url))
 
     make_server = functools.partial(
-        EmbeddedServer, repository, start_timeout_s=start_timeout_s, port=port, shows_log=True
+        EmbeddedServer,
+        repository,
+        start_timeout_s=start_timeout_s,
+        port=port,
+        shows_log=True,
+        metrics_port=metrics_port,
+        trace_url=trace_url,
     )
     with contextlib.closing(listener):
-        reloader = Reloader(listener, Path(repository), make_server)
+        reloader = Reloader(
+            listener, Path(repository), make_server, may_overlap=metrics_port is None
+        )
         try:
             with _raising_on_signals():
                 while True:

@@ -117,12 +117,18 @@ class Reloader:
     """Where a server can be asked to reload, and the server that serves now. Thread-safe."""
 
     def __init__(
-        self, listener: socket.socket, repository: Path, make_server: Callable[[], EmbeddedServer]
+        self,
+        listener: socket.socket,
+        repository: Path,
+        make_server: Callable[[], EmbeddedServer],
+        *,
+        may_overlap: bool,
     ) -> None:
         self.server = make_server()
         self._listener = listener
         self._repository = repository
         self._make_server = make_server
+        self._may_overlap = may_overlap
         self._key = self._make_key()
         self._lock = threading.Lock()
         self._is_open = self._is_closed = False
@@ -165,6 +171,11 @@ class Reloader:
             key = self._make_key()
             if key == self._key:
                 return False
+            if not self._may_overlap:
+                raise ServerStartError(
+                    "it shows its metrics on a port that two servers cannot share. End it and "
+                    "start it again, one replica after the other."
+                )
             new = self._make_server()
             new.start()
         with self._lock:

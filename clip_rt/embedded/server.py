@@ -11,6 +11,7 @@ Source: triton-inference-server/server r24.10 `src/command_line_parser.cc`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -71,6 +72,10 @@ class EmbeddedServer:
         port: Serve all clients of this machine on this one, beside another server of this user
             that does too; 0 is any that is free, for owners only.
         shows_log: Pass the server's log on to standard error.
+        metrics_port: Serve Triton's metrics for Prometheus by HTTP, `/metrics`, on this port of
+            127.0.0.1, to whoever asks; None is not at all.
+        trace_url: Send spans of requests that carry a trace there, by OTLP over HTTP, such as
+            http://127.0.0.1:4318/v1/traces; None is nowhere.
     """
 
     def __init__(
@@ -81,12 +86,16 @@ class EmbeddedServer:
         is_shared: bool = False,
         port: int = 0,
         shows_log: bool = False,
+        metrics_port: int | None = None,
+        trace_url: str | None = None,
     ) -> None:
         self.repository = Path(repository)
         self.start_timeout_s = start_timeout_s
         self._is_shared = is_shared
         self._fixed_port = port
         self._shows_log = shows_log
+        self._metrics_port = metrics_port
+        self._trace_url = trace_url
         self._lock = threading.RLock()
         self._run: Run | None = None
         self._crashes = _Crashes()
@@ -165,6 +174,8 @@ class EmbeddedServer:
             if self._run.is_alive():
                 return self._run.facts.url
             self._record_crash(self._run)
+        if self._metrics_port:
+            _check_free(self._metrics_port)
         home = find_home()
         models = find_models(self.repository)
         if self._is_shared:
@@ -287,7 +298,8 @@ class EmbeddedServer:
                 f"--reuse-grpc-port={'true' if self._fixed_port else 'false'}",
                 f"--grpc-restricted-protocol={restricted}:{TOKEN_KEY}={facts.token}",
                 "--allow-http=false",
-                "--allow-metrics=false",
+                *self._metrics_options(),
+                *_trace_options(self._trace_url),
                 "--allow-sagemaker=false",
                 "--allow-vertex-ai=false",
                 "--model-control-mode=none",
@@ -312,6 +324,15 @@ class EmbeddedServer:
             "for_owners": asdict(facts),
             "shows_log": self._shows_log,
         }
+
+    def _metrics_options(self) -> tuple[str, ...]:
+        if self._metrics_port is None:
+            return ("--allow-metrics=false",)
+        return (
+            "--allow-metrics=true",
+            "--metrics-address=127.0.0.1",
+            f"--metrics-port={self._metrics_port}",
+        )
 
     def _renew_lock(self) -> None:
         """In a forked child: another thread of the parent may hold it."""
@@ -387,6 +408,34 @@ def make_port_error(port: int) -> ServerStartError:
         "port.",
         url=f"127.0.0.1:{port}",
     )
+
+
+def _trace_options(url: str | None) -> tuple[str, ...]:
+    """Have Triton go on with traces that requests carry, and begin none (a rate of 0)."""
+    if url is None:
+        return ()
+    settings = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=0", f"opentelemetry,url={url}")
+    return tuple(f"--trace-config={each}" for each in settings)
+
+
+def _check_free(port: int) -> None:
+    """Refuse a port for metrics that somebody has: Triton 2.51 ends of that once it was ready.
+
+    Raises:
+        ServerStartError: it is taken.
+    """
+    with socket.socket() as probe:
+        # As Triton does: a server that ended a moment ago is no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise make_port_error(port) from None
+            raise ServerStartError(
+                f"port {port} of 127.0.0.1 cannot be used: {error.strerror}. Name another port.",
+                url=f"127.0.0.1:{port}",
+            ) from error
 
 
 def _find_free_port() -> int:

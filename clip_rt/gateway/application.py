@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,12 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message
 
-from clip_rt import telemetry
 from clip_rt.gateway import immich, labels, openai, openapi, weaviate
 from clip_rt.gateway.admission import Admission
+from clip_rt.gateway.candidates import MODEL_HEADER, routed_model
+from clip_rt.gateway.metrics import Metrics
 from clip_rt.gateway.problems import ProblemError, find_problem
 from clip_rt.gateway.reading import answer_json
 from clip_rt.gateway.service import Service
+from clip_rt.gateway.tracing import request_span
 
 GRACE_S = 0.5
 """For a call of a client, whose own time may be over, to say what took so long."""
@@ -61,10 +62,12 @@ async def _live(service: Service, request: Request) -> Response:
 
 async def _ready(service: Service, request: Request) -> Response:
     problems = await service.check()
-    status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
     models = {name: problems.get(name, "ok") for name in service.names}
-    word = "unavailable" if problems else "ok"
-    return answer_json({"status": word, "models": models}, status=status)
+    is_available = service.is_available(problems)
+    return answer_json(
+        {"status": "ok" if is_available else "unavailable", "models": models},
+        status=HTTPStatus.OK if is_available else HTTPStatus.SERVICE_UNAVAILABLE,
+    )
 
 
 async def _is_live(service: Service, request: Request) -> Response:
@@ -72,9 +75,9 @@ async def _is_live(service: Service, request: Request) -> Response:
 
 
 async def _is_ready(service: Service, request: Request) -> Response:
-    problems = await service.check()
+    is_available = service.is_available(await service.check())
     return Response(
-        status_code=HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.NO_CONTENT
+        status_code=HTTPStatus.NO_CONTENT if is_available else HTTPStatus.SERVICE_UNAVAILABLE
     )
 
 
@@ -168,31 +171,6 @@ ENDPOINTS: Sequence[Endpoint] = (
 )
 
 
-class _Metrics:
-    """What Prometheus reads: of the gateway, and of the clients behind it."""
-
-    def __init__(self, admission: Admission) -> None:
-        self.registry = CollectorRegistry()
-        telemetry.enable_prometheus(self.registry)
-        self.seconds = Histogram(
-            "clip_rt_http_request_seconds",
-            "Duration of HTTP requests",
-            ("path", "status"),
-            buckets=telemetry.CALL_BUCKETS_S,
-            registry=self.registry,
-        )
-        self.rejected = Counter(
-            "clip_rt_http_rejected",
-            "Requests that were refused because too many were in flight",
-            registry=self.registry,
-        )
-        Gauge(
-            "clip_rt_http_requests_in_flight",
-            "Requests being answered now",
-            registry=self.registry,
-        ).set_function(lambda: admission.num_in_flight)
-
-
 def make_application(service: Service, more: Sequence[Endpoint] = ()) -> Starlette:
     """Return the ASGI application.
 
@@ -204,7 +182,7 @@ def make_application(service: Service, more: Sequence[Endpoint] = ()) -> Starlet
         InputError: the tokens cannot be read.
     """
     admission = Admission(service.config)
-    metrics = _Metrics(admission)
+    metrics = Metrics(admission, service)
 
     async def show_metrics(service: Service, request: Request) -> Response:
         # In a thread: collecting takes milliseconds.
@@ -262,7 +240,7 @@ async def _answer_unknown(request: Request, error: Exception) -> Response:
 
 
 def _make_route(
-    endpoint: Endpoint, service: Service, admission: Admission, metrics: _Metrics
+    endpoint: Endpoint, service: Service, admission: Admission, metrics: Metrics
 ) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         if not endpoint.is_public:
@@ -273,19 +251,30 @@ def _make_route(
             with admission.admitted():
                 body = await admission.read_body(request)
                 with admission.timed():
-                    return await _while_connected(endpoint.handler, service, request, body)
+                    response = await _while_connected(endpoint.handler, service, request, body)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if model := routed_model(request):
+            response.headers[MODEL_HEADER] = model
+        return response
 
-    async def route(request: Request) -> Response:
-        start_s = time.perf_counter()
+    async def answer_or_refuse(request: Request) -> Response:
         try:
-            response = await answer(request)
+            return await answer(request)
         except Exception as error:
             problem = find_problem(error)
             if problem.code == "rate_limit_exceeded":
                 metrics.rejected.inc()
-            response = endpoint.answer_problem(problem)
+            return endpoint.answer_problem(problem)
+
+    async def route(request: Request) -> Response:
+        start_s = time.perf_counter()
+        if endpoint.is_inference:
+            with request_span(request, endpoint.path) as span:
+                response = await answer_or_refuse(request)
+                span.end_with(response)
+        else:
+            response = await answer_or_refuse(request)
         metrics.seconds.labels(endpoint.path, response.status_code).observe(
             time.perf_counter() - start_s
         )

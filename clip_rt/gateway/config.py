@@ -34,6 +34,12 @@ class GatewayConfig:
     none."""
     alias: Mapping[str, str] = field(default_factory=dict)
     """Other names of models, as callers write them: ViT-B-32__openai ViT-B/32."""
+    candidate: Mapping[str, str] = field(default_factory=dict)
+    """Served names of release candidates, which answer some requests in place of a model:
+    shop-v3 shop-v4. Vectors of the two mix only where `export compare` says so."""
+    candidate_share: float = 0.0
+    """Share of requests, 0 to 1, that candidates answer; a request's header X-Clip-RT-Candidate
+    says always or never. One that its health check finds wrong is left out."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every network of this machine."""
     port: int = 8080
@@ -61,7 +67,7 @@ class GatewayConfig:
     timeout_s: float = 30.0
     """Longest time of a request, and of reading its body."""
     start_timeout_s: float = 300.0
-    """Longest wait for a server of its own to load its models."""
+    """Longest wait for a server to be there and to have loaded its models."""
     idle_unload_s: float = math.inf
     """A tower of a model that runs here and was not asked for so long gives its memory back, and is
     loaded again when it is asked."""
@@ -72,6 +78,11 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if self.url and self.repository is not None:
             raise InputError("--url and --repository exclude each other; name servers or a folder.")
+        if self.url and self.server != "auto":
+            raise InputError(
+                f"--url and --server {self.server} exclude each other; name servers, or what runs "
+                "the models of a repository."
+            )
         if (self.certificate is None) != (self.private_key is None):
             raise InputError("--certificate and --private-key go together; name both or neither.")
         if not 0 <= self.port <= 65535:
@@ -86,6 +97,12 @@ class GatewayConfig:
             if not getattr(self, name) > 0:
                 option, value = name.replace("_", "-"), getattr(self, name)
                 raise InputError(f"--{option} is {value}; it must be above 0.")
+        if not 0 <= self.candidate_share <= 1:
+            raise InputError(
+                f"--candidate-share is {self.candidate_share}; it must be within 0 and 1."
+            )
+        if self.candidate_share and not self.candidate:
+            raise InputError("--candidate-share needs --candidate; name a model and its candidate.")
         check_hosts(self.image_host)
         if not 0 <= self.drain_s < math.inf:
             raise InputError(f"--drain-s is {self.drain_s}; it must be 0 or more.")

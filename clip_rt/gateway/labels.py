@@ -75,7 +75,7 @@ async def classify(service: Service, request: Request) -> Response:
     if asked.top_k < 1:
         raise ProblemError(f"top_k is {asked.top_k}; at least 1 is ranked.", param="top_k")
     found = await service.classify(
-        asked.model,
+        service.route(asked.model, request),
         [Item(f"images[{index}]", image=image) for index, image in enumerate(asked.images)],
         asked.labels,
         asked.templates,
@@ -106,6 +106,9 @@ async def classify(service: Service, request: Request) -> Response:
     ]
     return answer_json(
         ClassifyAnswer(
-            data=data, model=asked.model or found.model, score=scores.score, errors=errors
+            data=data,
+            model=service.answers_as(asked.model, found.model),
+            score=scores.score,
+            errors=errors,
         )
     )

@@ -121,7 +121,10 @@ async def embeddings(service: Service, request: Request) -> Response:
     """Embed texts and images."""
     asked = await read_json(request, _decoder)
     model, rows, num_tokens = await service.embed(
-        asked.model, _list_items(asked), truncate=asked.truncate, dimensions=asked.dimensions
+        service.route(asked.model, request),
+        _list_items(asked),
+        truncate=asked.truncate,
+        dimensions=asked.dimensions,
     )
 
     def answer() -> Response:
@@ -133,7 +136,7 @@ async def embeddings(service: Service, request: Request) -> Response:
         return answer_json(
             EmbeddingsAnswer(
                 data=[Embedding(index, vector) for index, vector in enumerate(vectors)],
-                model=asked.model or model,
+                model=service.answers_as(asked.model, model),
                 usage=Usage(num_tokens, num_tokens),
             )
         )

@@ -25,6 +25,7 @@ from clip_rt.errors import InputError
 from clip_rt.gateway.application import make_application
 from clip_rt.gateway.config import GatewayConfig
 from clip_rt.gateway.service import Service
+from clip_rt.gateway.tracing import exporting
 
 HEADERS_TIMEOUT_S = 10
 """Longest wait for the headers of a request, once it has begun."""
@@ -55,7 +56,7 @@ async def _serve(config: GatewayConfig, make: Callable[[Service], ASGIApp]) -> N
     service = Service(config)
     # First: what can be wrong with them is known before a server has loaded its models.
     settings = _configure(config, make(service))
-    with contextlib.closing(_listen(config)) as listener:
+    with exporting(), contextlib.closing(_listen(config)) as listener:
         try:
             await service.open()
             await _Server(settings, service).serve([listener])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from starlette.requests import Request
 
 from clip_rt import telemetry
 from clip_rt.async_client import AsyncClient
@@ -27,8 +29,10 @@ from clip_rt.errors import (
     ContractError,
     InputError,
     ServerOverloadedError,
+    ServerUnavailableError,
     UnknownModelError,
 )
+from clip_rt.gateway.candidates import Candidates
 from clip_rt.gateway.config import GatewayConfig
 from clip_rt.gateway.pictures import ImageSource, is_data_uri
 from clip_rt.gateway.problems import RETRY_AFTER_S, ProblemError, find_problem
@@ -42,6 +46,10 @@ from clip_rt.wire.manifest import Manifest
 Result = TypeVar("Result")
 
 _NUMBERED = re.compile(r"^(image|text) \d+")
+MAX_MIXED_TRIES = 2
+"""Of a request with texts and images, while whose model is replaced."""
+START_POLL_S = 1.0
+"""Pause between two looks for servers that are not there yet."""
 CHECK_EVERY_S = 2.0
 """An answer of the health check serves all who ask within that time."""
 CHECK_TIMEOUT_S = 5.0
@@ -74,6 +82,17 @@ class Item:
     """Base64, a data URI or a URL; or the encoded bytes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """A model as it was last seen."""
+
+    name: str
+    fingerprint: str
+    """Of its weights."""
+    is_ready: bool | None
+    """Whether the last health check found it well; None before the first."""
+
+
 class Service:
     """One client a model. To be opened before it is used, and closed."""
 
@@ -82,6 +101,8 @@ class Service:
         self.is_draining = False
         self._clients: dict[str, AsyncClient] = {}
         self._names: dict[str, str] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._candidates = Candidates(config.candidate_share)
         # One for all, because making one reads the certificates of this system.
         self.http = httpx.AsyncClient(timeout=config.timeout_s, trust_env=False)
         """Fetches images, and passes tasks on."""
@@ -104,8 +125,10 @@ class Service:
             "start_timeout_s": config.start_timeout_s,
         }
         with Client(**options) as client:
-            found = await asyncio.to_thread(client.list_models)
-            missing = [name for name in config.model if slug(name) not in found]
+            found = await self._list_models(client)
+            candidates = tuple(config.candidate.values())
+            named = (*config.model, *candidates)
+            missing = [name for name in named if slug(name) not in found]
             if missing or not found:
                 raise UnknownModelError(
                     f"the server has no model {missing[0]!r}; it has {', '.join(found) or 'none'}."
@@ -114,7 +137,8 @@ class Service:
                     model=missing[0] if missing else None,
                     known=found,
                 )
-            for name in dict.fromkeys(config.model or found):
+            served = config.model or [each for each in found if each not in map(slug, candidates)]
+            for name in dict.fromkeys((*served, *candidates)):
                 mine = AsyncClient(model=name, **options)
                 # Now, and not at the first request: it connects, and fetches the tokenizer.
                 manifest = await mine.manifest()
@@ -122,6 +146,7 @@ class Service:
                     canary.TEXT, truncate=True, timeout_s=config.start_timeout_s
                 )
                 self._clients[manifest.model] = mine
+                self._fingerprints[manifest.model] = manifest.fingerprint
                 self._names |= {each: manifest.model for each in (slug(name), manifest.model)}
         for alias, name in config.alias.items():
             if name not in self._names:
@@ -130,6 +155,35 @@ class Service:
                     f"there is {', '.join(self.names)}."
                 )
             self._names[alias] = self._names[name]
+        for name, candidate in config.candidate.items():
+            if name not in self._names:
+                raise InputError(
+                    f"--candidate {candidate[:80]!r} is for {name[:80]!r}, which is no model here; "
+                    f"there is {', '.join(self.names)}."
+                )
+            model, candidate = self._names[name], self._names[candidate]
+            if model == candidate:
+                raise InputError(f"--candidate {candidate[:80]!r} is for itself; name another.")
+            # Known before the first request is sent to it.
+            if problem := await _check(self._clients[candidate]):
+                _log.warning("the candidate %s is not asked: %s", candidate, problem)
+                self._problems[candidate] = problem
+            self._candidates.add({model: candidate})
+
+    async def _list_models(self, client: Client) -> tuple[str, ...]:
+        """Return what the servers have; servers of somebody else may be about to start."""
+        until_s = time.monotonic() + self.config.start_timeout_s
+        is_told = False
+        while True:
+            try:
+                return await asyncio.to_thread(client.list_models)
+            except ServerUnavailableError as error:
+                if not self.config.url or time.monotonic() > until_s:
+                    raise
+                if not is_told:
+                    _log.warning("waiting for %s: %s", ", ".join(self.config.url), error)
+                is_told = True
+                await asyncio.sleep(START_POLL_S)
 
     async def close(self) -> None:
         """Hang up, and end a server of its own."""
@@ -167,6 +221,32 @@ class Service:
         """
         return await self._clients[self.find_name(name)].manifest()
 
+    def route(self, name: str | None, request: Request) -> str:
+        """Return the model that answers a request for `name`, which may be its candidate.
+
+        Raises:
+            ProblemError: there is no such model, or the request's header cannot be read.
+        """
+        return self._candidates.route(self.find_name(name), request, unhealthy=self._problems)
+
+    def answers_as(self, asked: str | None, model: str) -> str:
+        """Return what an answer calls its model: as the request does, but for a candidate."""
+        return model if not asked or model in self._candidates else asked
+
+    def is_available(self, problems: Mapping[str, str]) -> bool:
+        """Whether all models answer that requests name; of candidates none is needed."""
+        return all(name in self._candidates for name in problems)
+
+    def states(self) -> Iterator[ModelState]:
+        """Yield what was last found of each model, without asking."""
+        for name, fingerprint in self._fingerprints.items():
+            is_checked = self._checked_s > -math.inf
+            yield ModelState(
+                name=name,
+                fingerprint=fingerprint,
+                is_ready=name not in self._problems if is_checked else None,
+            )
+
     async def embed(
         self,
         name: str | None,
@@ -202,21 +282,27 @@ class Service:
             content = await self._read_all(images)
             return await client.encode_images(content, dimensions=dimensions), 0
 
-        works: list[tuple[list[int], Awaitable[tuple[NDArray[np.float32], int]]]] = []
-        if indices := [index for index, item in enumerate(items) if item.text is not None]:
-            works.append((indices, embed_texts([items[index].text or "" for index in indices])))
-        if indices := [index for index, item in enumerate(items) if item.text is None]:
-            works.append((indices, embed_images([items[index] for index in indices])))
-        is_mixed = len(works) > 1
-        before = (await client.manifest()).fingerprint if is_mixed else ""
-        answers = await _all(_located(work, items, each) for each, work in works)
-        if is_mixed and (await client.manifest()).fingerprint != before:
-            raise ProblemError(
-                "The model was replaced while texts and images were embedded. Send them again.",
-                status=HTTPStatus.SERVICE_UNAVAILABLE,
-                code="model_replaced",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        texts = [index for index, item in enumerate(items) if item.text is not None]
+        images = [index for index, item in enumerate(items) if item.text is None]
+        is_mixed = bool(texts and images)
+        for num_left in reversed(range(MAX_MIXED_TRIES)):
+            before = (await client.manifest()).fingerprint if is_mixed else ""
+            works: list[tuple[list[int], Awaitable[tuple[NDArray[np.float32], int]]]] = []
+            if texts:
+                works.append((texts, embed_texts([items[index].text or "" for index in texts])))
+            if images:
+                works.append((images, embed_images([items[index] for index in images])))
+            answers = await _all(_located(work, items, each) for each, work in works)
+            # Each call is of one model, and the two of a mixed request must be of the same.
+            if not is_mixed or (await client.manifest()).fingerprint == before:
+                break
+            if not num_left:
+                raise ProblemError(
+                    "The model was replaced while texts and images were embedded. Send them again.",
+                    status=HTTPStatus.SERVICE_UNAVAILABLE,
+                    code="model_replaced",
+                    retry_after_s=RETRY_AFTER_S,
+                )
         dim = answers[0][0].shape[1]
         rows = np.empty((len(items), dim), np.float32)
         for (indices, _), (part, _) in zip(works, answers, strict=True):
@@ -301,11 +387,13 @@ class Service:
 
     async def _check_all(self) -> dict[str, str]:
         try:
-            found = {
-                name: problem
-                for name, client in self._clients.items()
-                if (problem := await _check(client))
-            }
+            found: dict[str, str] = {}
+            for name, client in self._clients.items():
+                if problem := await _check(client):
+                    found[name] = problem
+                else:
+                    with contextlib.suppress(ClipRTError):  # It went away since.
+                        self._fingerprints[name] = (await client.manifest()).fingerprint
             self._checked_s, self._problems = time.monotonic(), found
             return found
         finally:

@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clip_rt import telemetry
 from clip_rt.deadline import Deadline
 from clip_rt.errors import (
     ClipRTError,
@@ -33,6 +34,9 @@ from clip_rt.requests.server_pool import ServerPool
 from clip_rt.specs import TEXT_BUCKETS
 from clip_rt.wire.messages import ServedModel, make_inference_request, make_row_error
 from clip_rt.wire.transport import Future
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 MAX_IN_FLIGHT = 4
 """Requests under way at a server for one tower: enough to keep it busy, few enough to fill."""
@@ -89,6 +93,8 @@ class PendingBatch:
     request: Request | None = None
     """What it was sent in; None while it waits."""
     queued_at_s: float = field(default_factory=time.monotonic)
+    span: Span | None = field(default_factory=telemetry.current_span)
+    """Of its caller, which the server goes on with."""
     _outcome: concurrent.futures.Future[Outcome] = field(default_factory=concurrent.futures.Future)
 
     @property
@@ -152,6 +158,10 @@ class Request:
             ]
         return np.concatenate(arrays)
 
+    def trace_headers(self) -> tuple[tuple[str, str], ...]:
+        """Return the headers by which the server goes on with the trace of its callers."""
+        return telemetry.trace_headers(each.span for each in self.batches)
+
     def give_up_if_unwanted(self) -> None:
         """Call it off when no caller waits for any of it."""
         # Both at once, because it may end on another thread meanwhile.
@@ -214,7 +224,9 @@ class DynamicBatcher:
                     message = make_inference_request(
                         self.tower, request.stack(pad_id=pad_id), request.deadline
                     )
-                    future = transport.send("ModelInfer", message, request.deadline)
+                    future = transport.send(
+                        "ModelInfer", message, request.deadline, headers=request.trace_headers()
+                    )
                 except ClipRTError as error:
                     self._end(request, error)
                 else:

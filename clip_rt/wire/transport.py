@@ -194,8 +194,21 @@ class Transport:
         answer = self._ask("ModelInfer", make_chunk_request(name, index), deadline)
         return read_chunk(answer, name, self.url)
 
-    def send(self, method: str, request: Any, deadline: Deadline) -> Future:
+    def send(
+        self,
+        method: str,
+        request: Any,
+        deadline: Deadline,
+        *,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> Future:
         """Send one request and return at once; `read` waits for the answer of a batch.
+
+        Args:
+            method: Of Triton's gRPC service.
+            request: Its message.
+            deadline: When the answer must be here.
+            headers: Of this request only, beside those of all.
 
         Raises:
             ServerTimeoutError, ClientClosedError: it cannot be sent any more.
@@ -209,7 +222,7 @@ class Transport:
             future = getattr(self._open(), method).future(
                 request,
                 timeout=remaining_s if is_left_to_grpc else remaining_s + ABANDONED_CALL_TIMEOUT_S,
-                metadata=self._headers,
+                metadata=(*self._headers, *headers),
             )
             self._pending.add(future)
             future.add_done_callback(self._pending.discard)

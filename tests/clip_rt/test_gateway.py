@@ -33,6 +33,7 @@ import trustme
 from gateway_process import Gateway
 from owners import ROOT, find_processes, find_remains
 from PIL import Image
+from processes import running
 
 import clip_rt
 from clip_rt.errors import InputError
@@ -516,6 +517,32 @@ def test_it_stands_before_a_server_somebody_else_runs(start, tmp_path):
     finally:
         other.terminate()
         other.communicate(timeout=60)
+
+
+def test_it_waits_for_a_server_that_is_not_there_yet(start, tmp_path):
+    repository = tiny_repository.write(tmp_path / "models")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "clip_rt", "serve", "--repository", str(repository)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, "--url", f"127.0.0.1:{port}")
+        with pytest.raises(concurrent.futures.TimeoutError):
+            starting.result(timeout=8)
+        with running([*command, "--port", str(port)], stdout=subprocess.DEVNULL, cwd=ROOT):
+            gateway = starting.result(timeout=60)
+            gateway.wait_for(f"waiting for 127.0.0.1:{port}")
+            with gateway.client() as caller:
+                assert embed(caller, "red").status_code == 200
+
+
+def test_it_ends_when_no_server_comes(tmp_path):
+    command = [sys.executable, "-m", "clip_rt", "gateway", "--url", "127.0.0.1:1", "--port", "0"]
+    done = subprocess.run(
+        [*command, "--start-timeout-s", "1"], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert "error: 127.0.0.1:1" in done.stderr
 
 
 def test_health_is_false_while_the_server_is_away_and_true_afterwards(start, tmp_path):
