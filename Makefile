@@ -6,7 +6,7 @@ VENV ?= .venv
 SERVER ?= auto
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-client check docs extras wheels clean
+.PHONY: quickstart test test-client check docs extras wheels sbom clean
 
 quickstart: $(VENV)/client
 	$(VENV)/bin/python examples/quickstart.py --server $(SERVER)
@@ -37,6 +37,11 @@ extras: $(VENV)/all
 wheels: $(VENV)/all
 	$(VENV)/bin/python -m build --no-isolation --wheel --outdir dist .
 	$(VENV)/bin/python -m build --no-isolation --wheel --outdir dist model_repository
+
+# What is installed here, as a CycloneDX bill of materials in build/sbom.json.
+sbom: $(VENV)/all
+	mkdir -p build
+	$(VENV)/bin/cyclonedx-py environment --output-format JSON --output-file build/sbom.json $(VENV)
 
 # What runs a model: the client and the embedded server. No torch.
 $(VENV)/client: pyproject.toml model_repository/pyproject.toml constraints.txt | $(VENV)/bin/python
