@@ -13,9 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.serving.bench import START_TIMEOUT_S
+from benchmarks.hosts import Host
 from clip_rt.embedded.bundled import find_model_repository
 
+START_TIMEOUT_S = 300.0
+"""A model that was not served before is measured first."""
 DRAIN_TIMEOUT_S = 60.0
 POLL_S = 0.1
 
@@ -50,17 +52,28 @@ def port_of(url: str) -> int:
 
 
 class Replica:
-    """`python -m clip_rt serve` on a port of its own."""
+    """`python -m clip_rt serve` on a port of its own.
 
-    def __init__(self, name: str, log: Path) -> None:
+    Args:
+        name: For people.
+        log: Where its output goes.
+        repository: What it serves; the bundled model without it.
+        host: Where it runs.
+    """
+
+    def __init__(
+        self, name: str, log: Path, repository: Path | None = None, host: Host | None = None
+    ) -> None:
         self.name = name
+        self.host = host or Host()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        self.url = f"127.0.0.1:{self.port}"
+        self.url = f"{self.host.address}:{self.port}"
         self.exit_codes: list[int] = []
         """Of drains."""
         self._log = log
+        self._repository = repository or find_model_repository()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -69,8 +82,8 @@ class Replica:
         Raises:
             RuntimeError: it cannot.
         """
-        command = [sys.executable, "-m", "clip_rt", "serve", "--port", str(self.port)]
-        command += ["--repository", str(find_model_repository())]
+        command = [*self.host.prefix, sys.executable, "-m", "clip_rt", "serve"]
+        command += ["--port", str(self.port), "--repository", str(self._repository)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -110,8 +123,17 @@ class Replica:
 
         Asked without a client, whose descriptors and memory would be counted.
         """
+        if not self.host.is_here:
+            return _is_listening_in(self.host, self.port)
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+def _is_listening_in(host: Host, port: int) -> bool:
+    """Whether somebody listens on a port of a host's loopback: a relay takes any connection."""
+    code = f"import socket; socket.create_connection(('127.0.0.1', {port}))"
+    done = subprocess.run([*host.prefix, sys.executable, "-c", code], capture_output=True)
+    return done.returncode == 0
 
 
 @contextmanager
