@@ -20,6 +20,7 @@ PAGES = {
     "ARCHITECTURE.md": "architecture.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security-policy.md",
     "model_repository/README.md": "model-card.md",
 }
 """Pages of the site that lie outside docs/, with their names there."""
