@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,9 @@ def measure_error(
     task: Task, splits: Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]
 ) -> Figures:
     """Return the calibration error on the half that was not fitted on, means over splits."""
-    # The error is of the probabilities, whatever is promised of thresholds.
+    # The error is of the probabilities; no threshold is searched for.
+    labels = tuple(replace(label, action="allow") for label in task.policy.labels)
+    task = replace(task, policy=replace(task.policy, labels=labels))
     target = Target(measure="recall", value=0.5)
     rows = []
     for fitted, others in splits:
