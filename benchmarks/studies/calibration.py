@@ -26,7 +26,7 @@ from benchmarks.findings import Bar, at_least, at_most
 from benchmarks.record import describe_bar, save
 from benchmarks.studies.common import ROOT, show
 from benchmarks.studies.drawings import EMOJI_STYLES, TEMPLATES, pictures
-from benchmarks.studies.emoji import kind_by_hexcode, load_style, names
+from benchmarks.studies.emoji import kind_by_hexcode, load_style
 from clip_rt.calibration.calibrate import Calibrated, calibrate, find_threshold
 from clip_rt.calibration.measures import calibration_error
 from clip_rt.moderation import decisions
@@ -55,14 +55,7 @@ PROMPTS_BY_LABEL = KINDS_BY_LABEL | {
     "flag": ("flag: France", "flag: Germany", "flag: Japan", "flag: Brazil", "flag: Kenya"),
 }
 """What is asked for them."""
-TARGETS: tuple[tuple[Measure, float], ...] = (
-    *(("precision", 0.8), ("precision", 0.9)),
-    *(("recall", 0.8), ("recall", 0.9)),
-)
-NUM_NAMES = 300
-"""Labels of a softmax with "none of these"; all other drawings show none of them."""
-ALL_NAMES = "all names"
-"""A softmax with one drawing for each label, and so with a temperature only; held to no bar."""
+TARGETS: tuple[tuple[Measure, float], ...] = (("precision", 0.8), ("recall", 0.9))
 NUM_FEW = 40
 """Images that are too few for any of the targets."""
 MAX_MISSED = 1 / 20
@@ -173,19 +166,6 @@ class Styles:
             else None
             for record in self.drawings[style].records
         ]
-        return self.make_task(style, policy, shown)
-
-    def names(self, style: str, labels: Sequence[str], *, none_of_these: bool) -> Task:
-        """Name the drawings of a style; others than those of the labels show none of these."""
-        policy = Policy(
-            name="names",
-            kind="softmax",
-            labels=tuple(Label(name=each) for each in labels),
-            templates=tuple(TEMPLATES),
-            none_of_these=none_of_these,
-        )
-        known = set(labels)
-        shown = [name if name in known else "" for name in names(self.drawings[style])]
         return self.make_task(style, policy, shown)
 
 
@@ -301,12 +281,8 @@ def measure(styles: Styles, config: CalibrationConfig) -> tuple[Figures, list[Ba
     thresholds: Figures = {}
     bars: list[Bar] = []
     for style in styles.drawings:
-        every = tuple(sorted(set(names(styles.drawings[style]))))
-        some = tuple(sorted(rng.choice(every, NUM_NAMES, replace=False).tolist()))
         kinds = styles.kinds(style, "independent")
         tasks = {
-            ALL_NAMES: styles.names(style, every, none_of_these=False),
-            f"{NUM_NAMES} names or none": styles.names(style, some, none_of_these=True),
             "6 kinds": styles.kinds(style, "softmax"),
             "6 kinds or none": styles.kinds(style, "softmax", none_of_these=True),
             "6 kinds, independent": kinds,
@@ -315,9 +291,8 @@ def measure(styles: Styles, config: CalibrationConfig) -> tuple[Figures, list[Ba
         for name, task in tasks.items():
             halves = [split(rng, len(task.is_true_NC)) for _ in range(config.num_splits)]
             errors[style][name] = figures = measure_error(task, halves)
-            if name != ALL_NAMES:
-                what = f"{style}, {name}: error after / before"
-                bars.append(at_most(what, figures["ratio"], 0.5))
+            what = f"{style}, {name}: error after / before"
+            bars.append(at_most(what, figures["ratio"], 0.5))
         thresholds[style] = {}
         for measure_name, value in TARGETS:
             target = Target(measure=measure_name, value=value)
