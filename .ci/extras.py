@@ -177,11 +177,22 @@ print(http.urlopen(url + '/health/ready').status)
 " | tr '\\n' ' ' | grep -F '256 200'
 """
 """What deploy/Dockerfile does once it is installed, as it installs it."""
+PAGE = """
+clip-rt ui --server in_process --port 0 > ready & pid=$!; trap 'kill $pid; wait $pid' EXIT
+for _ in $(seq 60); do sleep 1; grep -q serving ready && break; done
+python -c "
+import urllib.request as http
+url = open('ready').read().split()[-1]
+for path in ('/', '/ui/static/main.js', '/ui/settings', '/ui/index'):
+    print(http.urlopen(url + path).status)
+" | tr '\\n' ' ' | grep -F '200 200 200 200'
+"""
+"""The page is in the wheel, and needs no index."""
 FROM_WHEELS = (
     # Without a server the first example runs in process by itself.
     Environment(
         "gateway,in-process",
-        [f"python {TWELVE_LINES}.py | diff - {TWELVE_LINES}.txt", GATEWAY.strip()],
+        [f"python {TWELVE_LINES}.py | diff - {TWELVE_LINES}.txt", GATEWAY.strip(), PAGE.strip()],
     ),
     # As printed, in an empty folder.
     Environment(
