@@ -414,6 +414,7 @@ class _Stub:
                 name=NAME, version=__version__
             ),
             "ServerReady": lambda _: service_pb2.ServerReadyResponse(ready=True),
+            "ModelReady": lambda _: service_pb2.ModelReadyResponse(ready=True),
             "RepositoryIndex": lambda _: _list_models(models),
             "ModelConfig": lambda request: service_pb2.ModelConfigResponse(
                 config=cast(Any, models.find(request.name).config)

@@ -383,6 +383,7 @@ def _cycle(
                 "seconds": round(time.monotonic() - start_s, 2),
                 "as_expected": outcome is expected,
                 "calls_so_far": load.num_calls,
+                "failed_so_far": load.failures.total(),
             }
         )
         time.sleep(SETTLE_S)

@@ -168,8 +168,8 @@ class FakeServer:
         Args:
             fault: What happens to each.
             times: How many calls; after that the server is well again.
-            method: "ModelInfer", or what the client asks beside: "ModelConfig", "RepositoryIndex",
-                "ModelStatistics", "ServerMetadata", "ServerReady", "ServerLive".
+            method: "ModelInfer", or what the client asks beside: "ModelConfig", "ModelReady",
+                "RepositoryIndex", "ModelStatistics", "ServerMetadata", "ServerReady", "ServerLive".
 
         Raises:
             InputError: the server has no such method.

@@ -22,6 +22,7 @@ from clip_rt.errors import (
     InferenceError,
     ProtocolError,
     ServerTimeoutError,
+    ServerUnavailableError,
     UnknownModelError,
 )
 from clip_rt.wire.channel import TLS, open_channel, parse_url, stops_greenlets
@@ -130,15 +131,26 @@ class Transport:
         Raises:
             UnknownModelError: the server has no such model.
             ContractError: a model carries no manifest, or contradicts it.
-            ServerError: no answer.
+            ServerUnavailableError: no answer, or it takes no requests for them now: a Triton that
+                drains goes on telling its configuration.
+            ServerError: see `status.ERROR_BY_CODE`.
         """
         names = tuple(names)
         pending = [
             self.send("ModelConfig", service_pb2.ModelConfigRequest(name=name), deadline)
             for name in names
         ]
+        ready = [
+            self.send("ModelReady", service_pb2.ModelReadyRequest(name=name), deadline)
+            for name in names
+        ]
         try:
             answers = [self._receive(future, deadline) for future in pending]
+            for name, future in zip(names, ready, strict=True):
+                if not self._receive(future, deadline).ready:
+                    raise ServerUnavailableError(
+                        f"{name} at {self.url} is not ready.", url=self.url
+                    )
             return tuple(read_config(answer.config) for answer in answers)
         except InferenceError as error:
             if read_code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:

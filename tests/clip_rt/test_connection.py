@@ -333,3 +333,30 @@ def test_in_a_forked_child_the_call_that_forked_goes_on_and_no_other():
     may_end.set()
     other.join(60)
     assert connection._is_closed
+
+
+class NotReady:
+    """What a Triton that drains says of its models, whose configuration it goes on telling."""
+
+    def strike(self, answer, call):
+        answer.ready = False
+        return answer
+
+
+def test_a_server_that_drains_is_left_for_one_that_has_other_weights():
+    with (
+        testing.FakeServer(model="m") as old,
+        testing.FakeServer(model="m") as new,
+        clip_rt.Client([old.url, new.url], timeout_s=10) as client,
+    ):
+        before = client.manifest.fingerprint
+        new.swap_weights()
+        time.sleep(HEALTH_CHECK_AFTER_S + 0.1)
+        client.encode_texts("a red shoe")
+        assert client.manifest.fingerprint == before, "it keeps to what it began with"
+        num_before = new.num_calls["ModelInfer"]
+        old.fail_next(NotReady(), method="ModelReady", times=1000)
+        old.fail_next(testing.Unavailable(), times=1000)
+        client.encode_texts("a red shoe")
+        assert client.manifest.fingerprint != before
+        assert new.num_calls["ModelInfer"] == num_before + 1

@@ -61,6 +61,9 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(*answer)
         return answer
 
+    def ModelReady(self, request, context):  # noqa: N802
+        return service_pb2.ModelReadyResponse(ready=True)
+
     def ModelConfig(self, request, context):  # noqa: N802
         config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=32)
         config.input.add(name="pixels", data_type="TYPE_UINT8", dims=[64, 64, 3])
