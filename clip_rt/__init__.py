@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from clip_rt.errors import UnknownModelError as UnknownModelError
     from clip_rt.inputs.images import preprocess as preprocess
     from clip_rt.inputs.tokenizer import tokenize as tokenize
+    from clip_rt.localization import Detection as Detection
+    from clip_rt.localization import locate as locate
     from clip_rt.moderation.decisions import Moderation as Moderation
     from clip_rt.moderation.policy import Policy as Policy
     from clip_rt.requests.results import Encoded as Encoded
@@ -68,6 +70,7 @@ _MODULES = ("telemetry", "testing")
 _MODULE_BY_NAME = {
     "AsyncClient": "async_client",
     "Client": "client",
+    "Detection": "localization",
     "EmbeddedServer": "embedded.server",
     "Encoded": "requests.results",
     "MODELS": "specs",
@@ -79,6 +82,7 @@ _MODULE_BY_NAME = {
     "Scores": "classification.zero_shot",
     "TLS": "wire.channel",
     "Timings": "telemetry",
+    "locate": "localization",
     "measure": "telemetry",
     "preprocess": "inputs.images",
     "serve": "embedded.foreground",

@@ -20,6 +20,7 @@ COMMANDS = {
     "moderate": ("clip_rt", "allow, review or block images by a policy"),
     "calibrate": ("clip_rt", "fit a policy on labelled images"),
     "fairness": ("clip_rt", "compare how often groups of images are given labels"),
+    "locate": ("clip_rt", "say where in an image something is, as boxes"),
     "cache": ("clip_rt", "show or clear the cache of label embeddings"),
     "index": ("clip_rt", "embed the images of folders, and keep up with them"),
     "search": ("clip_rt", "find images by words or by an image; near-duplicates"),

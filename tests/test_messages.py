@@ -123,6 +123,7 @@ SERVERS = (*CLIENTS, clip_rt.EmbeddedServer, clip_rt.serve)
 RAISED_BY: dict[str, tuple[Callable[..., object], ...]] = {
     "decoding": (*CLIENTS, clip_rt.preprocess),
     "job": (embed,),
+    "localization": (clip_rt.locate,),
     "ray": (EmbedBatch,),
     "images": (*CLIENTS, clip_rt.preprocess),
     "transform": (*CLIENTS, clip_rt.preprocess),

@@ -55,11 +55,12 @@ quarter longer. `benchmarks.studies.decoding` measures all three.
 # since loading reads a file object, which may be of anyone's making.
 _loading = [threading.RLock() for _ in range(64)]
 
-_FILTERS = {
+FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+"""Pillow's, by their names in `Resizing.interpolation`."""
 
 _log = logging.getLogger("clip_rt.inputs.images")
 _num_left_as_they_are = itertools.count()
@@ -155,16 +156,53 @@ def prepare(
             square = _make_square(opened, side_px, resizing, turn=turn, box=box)
             return np.array(square, dtype=np.uint8)
     except ImageError as error:
-        message = f"{describe(image, index)} {error}"
-        raise ImageError(message, index=index) from error.__cause__
+        raise _name_error(error, image, index) from error.__cause__
     # On damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, OverflowError, MemoryError, warnings made errors.
     except Exception as error:
-        raise ImageError(
-            f"{describe(image, index)} cannot be decoded: {_shorten(error)}. "
-            f"Check that it is complete, or save it again as {READABLE_FORMATS}.",
-            index=index,
-        ) from error
+        raise _name_error(error, image, index) from error
+
+
+def open_upright(
+    image: ImageInput,
+    *,
+    exif: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Image.Image:
+    """Return one image as a person sees it, whole: upright, RGB.
+
+    Args:
+        image: As for `prepare`; a Pillow image is only read.
+        exif: Turn a photograph upright as its EXIF orientation says.
+        max_pixels: Largest width x height.
+        max_bytes: Largest encoded size.
+
+    Raises:
+        ImageError: see `prepare`.
+    """
+    try:
+        with telemetry.stage("decode"), _alone(image):
+            opened = open_image(image, max_pixels=max_pixels, max_bytes=max_bytes)
+            opened.load()
+            turn = _find_turn(opened) if exif else None
+        return _turn(_make_resizable(opened), turn).convert("RGB")
+    except ImageError as error:
+        raise _name_error(error, image, None) from error.__cause__
+    # As above.
+    except Exception as error:
+        raise _name_error(error, image, None) from error
+
+
+def _name_error(error: Exception, image: ImageInput, index: int | None) -> ImageError:
+    """Return an error that begins with what the image is."""
+    if isinstance(error, ImageError):
+        return ImageError(f"{describe(image, index)} {error}", index=index)
+    return ImageError(
+        f"{describe(image, index)} cannot be decoded: {_shorten(error)}. "
+        f"Check that it is complete, or save it again as {READABLE_FORMATS}.",
+        index=index,
+    )
 
 
 def check_side(side_px: int) -> int:
@@ -294,7 +332,7 @@ def _resize(image: Image.Image, side_px: int, resizing: Resizing, box: Box | Non
         size = length_px, int(length_px * height / width)
     else:
         size = int(length_px * width / height), length_px
-    return image.resize(size, _FILTERS[resizing.interpolation], box)
+    return image.resize(size, FILTERS[resizing.interpolation], box)
 
 
 def _begin_crop(num_left_out: int, resizing: Resizing) -> int:
