@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,7 +227,7 @@ def find_iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
 
 
 def suppress(
-    boxes: NDArray[np.float64], ranks: NDArray[np.floating], *, max_iou: float
+    boxes: NDArray[np.float64], ranks: NDArray[np.floating[Any]], *, max_iou: float
 ) -> list[int]:
     """Return the rows of boxes, (N, 4), that overlap no better one by more than `max_iou`.
 
