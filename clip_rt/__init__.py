@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from clip_rt.moderation.decisions import Moderation as Moderation
     from clip_rt.moderation.policy import Policy as Policy
     from clip_rt.requests.results import Encoded as Encoded
+    from clip_rt.scoring import ClipScores as ClipScores
+    from clip_rt.scoring import clip_score as clip_score
     from clip_rt.specs import MODELS as MODELS
     from clip_rt.specs import ModelSpec as ModelSpec
     from clip_rt.telemetry import Timings as Timings
@@ -70,6 +72,7 @@ _MODULES = ("telemetry", "testing")
 _MODULE_BY_NAME = {
     "AsyncClient": "async_client",
     "Client": "client",
+    "ClipScores": "scoring",
     "Detection": "localization",
     "EmbeddedServer": "embedded.server",
     "Encoded": "requests.results",
@@ -82,6 +85,7 @@ _MODULE_BY_NAME = {
     "Scores": "classification.zero_shot",
     "TLS": "wire.channel",
     "Timings": "telemetry",
+    "clip_score": "scoring",
     "locate": "localization",
     "measure": "telemetry",
     "preprocess": "inputs.images",

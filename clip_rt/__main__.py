@@ -15,6 +15,7 @@ from clip_rt_commands.errors import command
 COMMANDS = {
     "classify": "clip_rt.commands.classify",
     "rank": "clip_rt.commands.rank",
+    "score": "clip_rt.commands.score",
     "locate": "clip_rt.commands.locate",
     "index": "clip_rt.commands.index",
     "search": "clip_rt.commands.search",

@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": ("clip_rt", "fit a policy on labelled images"),
     "fairness": ("clip_rt", "compare how often groups of images are given labels"),
     "locate": ("clip_rt", "say where in an image something is, as boxes"),
+    "score": ("clip_rt", "say how well images fit their prompts, as CLIP score"),
     "cache": ("clip_rt", "show or clear the cache of label embeddings"),
     "index": ("clip_rt", "embed the images of folders, and keep up with them"),
     "search": ("clip_rt", "find images by words or by an image; near-duplicates"),

@@ -19,6 +19,8 @@ TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 LARGE_PX = 224
 """So large that an image processor on torchvision differs by more than a level."""
 GEMMA = {"vocab_size": 400, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+CLIP = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+CLIP |= {"pad_token_id": 49407}
 BERT = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
 
@@ -46,6 +48,35 @@ def sentencepiece_bpe() -> str:
         single="$A <eos>", special_tokens=[("<eos>", 1)]
     )
     return str(made.to_str())
+
+
+def clip_tokenizer(length: int = CONTEXT_LENGTH) -> Any:
+    """Return CLIP's own tokenizer as transformers builds it, with the packaged vocabulary."""
+    from transformers import CLIPTokenizer
+
+    from clip_rt.inputs import tokenizer as own
+
+    alphabet, merges = own._byte_alphabet(), own._read_merges()
+    symbols = [*alphabet, *(f"{each}</w>" for each in alphabet)]
+    symbols += [*(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {symbol: index for index, symbol in enumerate(symbols)}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)
+
+
+def write_clip(folder: Path, *, length: int = CONTEXT_LENGTH, **text: Any) -> Path:
+    """Write a small CLIP of transformers with its tokenizer; `text` is of its text tower."""
+    import transformers as library
+
+    joint = {"projection_dim": 24}
+    vision = {**TOWER, **joint, "image_size": SIDE_PX, "patch_size": SIDE_PX // 2}
+    config = library.CLIPConfig(
+        text_config={**_text_tower(CLIP, length=length), **joint, **text},
+        vision_config=vision,
+        **joint,
+    )
+    square = {"height": SIDE_PX, "width": SIDE_PX}
+    images = library.CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=square)
+    return write_transformers(folder, config, clip_tokenizer(length), images)
 
 
 def sentencepiece_unigram(folder: Path) -> Path:

@@ -124,6 +124,7 @@ RAISED_BY: dict[str, tuple[Callable[..., object], ...]] = {
     "decoding": (*CLIENTS, clip_rt.preprocess),
     "job": (embed,),
     "localization": (clip_rt.locate,),
+    "scoring": (clip_rt.clip_score,),
     "ray": (EmbedBatch,),
     "images": (*CLIENTS, clip_rt.preprocess),
     "transform": (*CLIENTS, clip_rt.preprocess),
