@@ -20,6 +20,7 @@ import clip_rt
 from benchmarks.record import read_run
 from benchmarks.report.readme import PAGES, check, results_of
 from clip_rt import errors
+from clip_rt.moderation.policy import Calibration, Label, Policy
 from clip_rt.requests.retries import RetryBudget, RetryPolicy
 from clip_rt.specs import MODELS
 from clip_rt.testing import FakeServer
@@ -122,6 +123,15 @@ def test_the_docs_list_the_architectures_there_are():
     assert re.split(r", | or ", listed) == list(MODELS)
 
 
+def fitted_policy() -> Policy:
+    """A policy of the bundled model; its numbers are made up."""
+    text = (ROOT / "model_repository/drawings_image/config.pbtxt").read_text("utf-8")
+    fingerprint = re.search(r'key: "fingerprint"\s+value \{\s+string_value: "\\"(\w+)', text)[1]
+    calibration = Calibration(slope=30.0, intercept=-12.0)
+    label = Label(name="pizza", review_threshold=0.5, calibration=calibration)
+    return Policy(name="food", labels=(label,), model="drawings", fingerprint=fingerprint)
+
+
 @pytest.fixture
 def run_page(tmp_path, monkeypatch, capsys):
     """Run the snippets of a page one after another, as one session, and check what they print.
@@ -135,6 +145,7 @@ def run_page(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     for name in ("bicycle.png", "pizza.png", "rocket.png"):
         (tmp_path / "photos" / name).write_bytes((ROOT / "examples/images" / name).read_bytes())
+    (tmp_path / "policy.json").write_text(fitted_policy().to_json(), "utf-8")
     monkeypatch.chdir(tmp_path)
 
     def run(page: Path) -> dict[str, object]:
@@ -170,9 +181,13 @@ def test_the_snippets_of_a_page_run_as_printed(page, run_page):
         assert sum(len(rows) for _, rows in names["kept"]) == 3
 
 
-def test_every_figure_of_the_bundled_model_is_in_a_result() -> None:
-    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
-    figures = re.findall(r"\b0\.\d{3,}\b", text.partition("## The bundled model\n")[2])
+@pytest.mark.parametrize(
+    ("page", "after"),
+    [("evaluation.md", "## The bundled model\n"), ("moderation.md", "On drawings in styles that")],
+)
+def test_every_figure_of_the_bundled_model_is_in_a_result(page: str, after: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    figures = re.findall(r"\b0\.\d{3,}\b", text.partition(after)[2])
     results = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.json"))
     known = {f"{float(number):.3f}" for number in re.findall(r"\d\.\d+(?:e-\d+)?", results)}
     assert len(figures) > 4
