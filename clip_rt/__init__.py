@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from clip_rt.moderation.decisions import Moderation as Moderation
     from clip_rt.moderation.policy import Policy as Policy
     from clip_rt.requests.results import Encoded as Encoded
+    from clip_rt.requests.results import HiddenStates as HiddenStates
     from clip_rt.scoring import ClipScores as ClipScores
     from clip_rt.scoring import clip_score as clip_score
     from clip_rt.specs import MODELS as MODELS
@@ -76,6 +77,7 @@ _MODULE_BY_NAME = {
     "Detection": "localization",
     "EmbeddedServer": "embedded.server",
     "Encoded": "requests.results",
+    "HiddenStates": "requests.results",
     "MODELS": "specs",
     "Manifest": "wire.manifest",
     "ModelSpec": "specs",

@@ -112,6 +112,8 @@ class AsyncClient:
 
     encode_texts = _awaited(Client.encode_texts)
     """As `Client.encode_texts`."""
+    encode_text_hidden = _awaited(Client.encode_text_hidden)
+    """As `Client.encode_text_hidden`."""
     class_embeddings = _awaited(Client.class_embeddings)
     """As `Client.class_embeddings`."""
     zero_shot = _awaited(Client.zero_shot)

@@ -31,8 +31,9 @@ from clip_rt.moderation import decisions
 from clip_rt.moderation.decisions import Moderation
 from clip_rt.moderation.policy import Policy
 from clip_rt.requests.connection import Model
-from clip_rt.requests.results import Encoded
+from clip_rt.requests.results import Encoded, HiddenStates
 from clip_rt.session import ServerKind, Session, Target
+from clip_rt.specs import HIDDEN_STATES, HiddenLayer
 from clip_rt.wire.channel import TLS, split_urls
 from clip_rt.wire.manifest import Manifest
 
@@ -339,6 +340,56 @@ class Client:
         )
         encoded = self._session.call("encode_texts", timeout_s, embed, texts)
         return encoded if on_error == "skip" else encoded.embeddings
+
+    def encode_text_hidden(
+        self,
+        texts: tokenizer.Texts,
+        *,
+        layer: HiddenLayer = "last",
+        pad_id: int | None = None,
+        truncate: bool = False,
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> HiddenStates:
+        """Return the hidden states of texts, as pipelines of diffusion models read them.
+
+        The model must have been exported with `--text-output hidden`. Each text is filled up to the
+        context length; those positions have hidden states too, which depend on `pad_id`. Equal
+        texts are sent once.
+
+        Args:
+            texts: As for `encode_texts`; one may be empty, as a negative prompt is.
+            layer: "last", behind the final LayerNorm; "penultimate", behind the block before the
+                last, as it is; "penultimate_norm", the same through the final LayerNorm.
+            pad_id: What a text is filled up with; what the manifest says if None.
+            truncate: Cut texts that are too long for the model instead of refusing them.
+            on_error: "raise" the first error, or "skip" texts that cannot be used.
+            timeout_s: For this call; the client's own if None.
+
+        Returns:
+            float32 (N, L, W), with which positions are of the text, and the projected embeddings,
+            (N, D), in the order of the texts.
+
+        Raises:
+            TextTooLongError, TextError: a text cannot be used; carries its index.
+            InputError: another argument cannot be used.
+            UnknownModelError: the server has the model without its hidden states.
+            ServerError, ContractError, ClientClosedError: see `encode_images`.
+        """
+        check_on_error(on_error)
+        if layer not in HIDDEN_STATES:
+            raise InputError(
+                f"layer is {layer!r:.40}; it must be one of {', '.join(map(repr, HIDDEN_STATES))}."
+            )
+        embed = partial(
+            embedding.embed_hidden,
+            texts=texts,
+            layer=layer,
+            pad_id=pad_id,
+            on_error=on_error,
+            truncate=truncate,
+        )
+        return self._session.call("encode_text_hidden", timeout_s, embed, texts)
 
     def class_embeddings(
         self,

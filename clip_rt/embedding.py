@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
@@ -35,9 +36,10 @@ from clip_rt.requests import batches as batching
 from clip_rt.requests import dispatch
 from clip_rt.requests.connection import Model
 from clip_rt.requests.dynamic_batching import DynamicBatcher
-from clip_rt.requests.results import Encoded, Gathering, number_parts
+from clip_rt.requests.hidden import find_hidden
+from clip_rt.requests.results import Encoded, Gathering, HiddenStates, number_parts
 from clip_rt.served_tokenizer import load_tokenizer
-from clip_rt.specs import MIN_NORM
+from clip_rt.specs import MIN_NORM, HiddenLayer
 from clip_rt.wire.manifest import Manifest
 
 Item = TypeVar("Item")
@@ -189,6 +191,54 @@ def embed_texts(
     return _finish(gathering, model.text, "texts", kept)
 
 
+def embed_hidden(
+    model: Model,
+    deadline: Deadline,
+    *,
+    texts: tokenizer.Texts,
+    layer: HiddenLayer,
+    pad_id: int | None,
+    on_error: OnError,
+    truncate: bool,
+) -> HiddenStates:
+    """Return the hidden states of texts; see `Client.encode_text_hidden`."""
+    manifest, tokenization = model.manifest, model.manifest.tokenization
+    filling = tokenization.pad_id if pad_id is None else pad_id
+    if type(filling) is not int or not 0 <= filling < tokenization.vocab_size:
+        raise InputError(
+            f"pad_id is {filling!r:.40}; {manifest.model!r} knows the ids 0 to "
+            f"{tokenization.vocab_size - 1}."
+        )
+    # First: texts need not be read where there are none.
+    batcher = find_hidden(model, layer, deadline)
+    gathering, token_ids = _tokenize(
+        model, texts, deadline, on_error, truncate=truncate, may_be_empty=True
+    )
+    lengths = [len(token_ids[row]) if row >= 0 else 0 for row in gathering.row_by_item]
+    # The positions that fill a text up are read too, and all texts are as long as the context.
+    buckets = (manifest.context_length,)
+    batches = _plan(gathering, token_ids, batcher.max_rows, buckets, filling)
+    with contextlib.closing(dispatch.stream(model, batcher, batches, lambda: deadline)) as answers:
+        for answer in answers:
+            gathering.add_answer(answer, on_error)
+    encoded = gathering.finish(batcher.tower.row_size)
+    telemetry.count("texts", len(encoded.indices))
+    telemetry.count("failures", len(encoded.failures))
+    ((_, shape), _) = batcher.tower.hidden
+    states, text_embeds = (
+        np.ascontiguousarray(part)
+        for part in np.split(encoded.embeddings, [math.prod(shape)], axis=1)
+    )
+    text_lengths = np.asarray(lengths, np.intp)[encoded.indices]
+    return HiddenStates(
+        hidden_states=states.reshape(len(states), *shape),
+        attention_mask=np.arange(manifest.context_length) < text_lengths[:, None],
+        text_embeds=text_embeds,
+        indices=encoded.indices,
+        failures=encoded.failures,
+    )
+
+
 def embed_classes(
     model: Model,
     deadline: Deadline,
@@ -265,14 +315,32 @@ def _lay_out(
     truncate: bool = False,
 ) -> tuple[Gathering, tuple[NDArray[np.int32], ...]]:
     """Return the batches to send for texts, and what will gather their answers."""
-    manifest, gathering = model.manifest, Gathering()
+    manifest = model.manifest
+    gathering, token_ids = _tokenize(model, texts, deadline, on_error, truncate=truncate)
+    pad_id = manifest.tokenization.pad_id
+    return gathering, _plan(
+        gathering, token_ids, model.text.max_rows, manifest.text_buckets, pad_id
+    )
+
+
+def _tokenize(
+    model: Model,
+    texts: tokenizer.Texts,
+    deadline: Deadline,
+    on_error: OnError,
+    *,
+    truncate: bool,
+    may_be_empty: bool = False,
+) -> tuple[Gathering, list[list[int]]]:
+    """Return the ids of the texts that can be used, and what will gather their answers."""
+    gathering = Gathering()
     token_ids: list[list[int]] = []
     encode_text = load_tokenizer(model, deadline).encode_text
     source = tokenizer.iterate(texts)
     with telemetry.stage("tokenize", len(source) if isinstance(source, Sized) else 1):
         for index, text in enumerate(_until(deadline, source)):
             try:
-                ids = encode_text(text, index=index, truncate=truncate)
+                ids = encode_text(text, index=index, truncate=truncate, may_be_empty=may_be_empty)
             except TextError as error:
                 if on_error == "raise":
                     raise
@@ -281,17 +349,23 @@ def _lay_out(
                 gathering.row_by_item.append(len(token_ids))
                 token_ids.append(ids)
     telemetry.count("tokens", sum(map(len, token_ids)))
+    return gathering, token_ids
+
+
+def _plan(
+    gathering: Gathering,
+    token_ids: Sequence[Sequence[int]],
+    max_rows: int,
+    buckets: Sequence[int],
+    pad_id: int,
+) -> tuple[NDArray[np.int32], ...]:
+    """Return the batches to send for ids, and have their answers gathered in that order."""
     with telemetry.stage("prepare", len(token_ids)):
-        plan = batching.plan_texts(
-            token_ids,
-            max_rows=model.text.max_rows,
-            buckets=manifest.text_buckets,
-            pad_id=manifest.tokenization.pad_id,
-        )
+        plan = batching.plan_texts(token_ids, max_rows=max_rows, buckets=buckets, pad_id=pad_id)
         gathering.row_by_item = [
             int(plan.row_by_text[row]) if row >= 0 else -1 for row in gathering.row_by_item
         ]
-    return gathering, plan.batches
+    return plan.batches
 
 
 @dataclass

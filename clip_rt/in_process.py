@@ -30,7 +30,7 @@ from clip_rt.embedded import runtimes
 from clip_rt.embedded.installation import find_models
 from clip_rt.embedded.memory import find_own_bytes
 from clip_rt.errors import ClientClosedError, ServerStartError
-from clip_rt.specs import CHUNK, EMBEDDINGS, TOKENIZER_CHUNK_BYTES, TOKENIZER_FILE
+from clip_rt.specs import CHUNK, TOKENIZER_CHUNK_BYTES, TOKENIZER_FILE
 from clip_rt.wire.model_config import ModelConfig, read_config
 from clip_rt.wire.transport import Transport
 
@@ -171,18 +171,18 @@ class _Tower:
         self._encode: runtimes.Encode | None = None
 
     def answer(self, request: Any, sent_ns: int) -> Any:
-        """Answer a request for embeddings, or for a part of a file."""
+        """Answer a request for a model's outputs, or for a part of a file."""
         begun_ns = time.perf_counter_ns()
         array = _read_input(request)
         if (self._folder / TOKENIZER_FILE).is_file():
-            return self._reply(request, CHUNK, self._read_chunk(int(array[0])))
+            return self._reply(request, {CHUNK: self._read_chunk(int(array[0]))})
         before_bytes = None
         if self._encode is None:
             before_bytes = find_own_bytes()
             self._encode = self._load()
             begun_ns = time.perf_counter_ns()
         try:
-            embeddings = np.ascontiguousarray(self._encode(array), np.float32)
+            outputs = self._encode(array)
         except Exception as error:
             raise _RefusedError(grpc.StatusCode.INTERNAL, str(error)) from error
         if before_bytes is not None:
@@ -191,7 +191,16 @@ class _Tower:
         self.num_rows += len(array)
         self.queue_ns += begun_ns - sent_ns
         self.compute_ns += time.perf_counter_ns() - begun_ns
-        return self._reply(request, EMBEDDINGS, embeddings)
+        names = [each.name for each in self.config.output]
+        asked = {each.name for each in request.outputs} or set(names)
+        return self._reply(
+            request,
+            {
+                name: np.ascontiguousarray(output, np.float32)
+                for name, output in zip(names, outputs, strict=True)
+                if name in asked
+            },
+        )
 
     def _load(self) -> runtimes.Encode:
         global _has_loaded
@@ -248,13 +257,14 @@ class _Tower:
             )
         return content
 
-    def _reply(self, request: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
-        dtype = "FP32" if array.dtype == np.float32 else "UINT8"
+    def _reply(self, request: Any, outputs: Mapping[str, np.ndarray[Any, Any]]) -> Any:
         answer = service_pb2.ModelInferResponse(
             model_name=request.model_name, model_version=self.version
         )
-        answer.outputs.add(name=name, datatype=dtype, shape=array.shape)
-        answer.raw_output_contents.append(array.tobytes())
+        for name, array in outputs.items():
+            dtype = "FP32" if array.dtype == np.float32 else "UINT8"
+            answer.outputs.add(name=name, datatype=dtype, shape=array.shape)
+            answer.raw_output_contents.append(array.tobytes())
         return answer
 
 

@@ -28,6 +28,19 @@ CHUNK = "chunk"
 """Its output: uint8 [n], the bytes of that part; n is `TOKENIZER_CHUNK_BYTES` but for the last."""
 TOKENIZER_CHUNK_BYTES = 2**20
 """A message of gRPC holds 4 MiB where nobody says otherwise."""
+HiddenLayer = Literal["last", "penultimate", "penultimate_norm"]
+"""Which hidden states of a text tower: those behind its last block and its final LayerNorm; those
+behind the block before the last, as they are; or these through the final LayerNorm."""
+HIDDEN_STATES: dict[HiddenLayer, str] = {
+    "last": "last_hidden_state",
+    "penultimate": "penultimate_hidden_state",
+    "penultimate_norm": "penultimate_norm_hidden_state",
+}
+"""Outputs of `<slug>_text_hidden` by layer: float32 [N, L, W], L the context length, W a width."""
+TEXT_EMBEDS = "text_embeds"
+"""Its last output: float32 [N, D], projected at the end of the text, not L2-normalised."""
+HIDDEN_OUTPUTS = (*HIDDEN_STATES.values(), TEXT_EMBEDS)
+"""All of them, in the order of the file."""
 NORM_TOLERANCE = 1e-3
 """How far the length of an embedding may be from 1: FP16 and rounding stay far below."""
 MIN_NORM = 1e-6
@@ -303,6 +316,11 @@ def text_model(name: str) -> str:
 def tokenizer_model(name: str) -> str:
     """Name of the Triton model that hands out the tokenizer.json of `name`."""
     return f"{slug(name)}_tokenizer_file"
+
+
+def hidden_model(name: str) -> str:
+    """Name of the Triton model that answers with the hidden states of texts of `name`."""
+    return f"{slug(name)}_text_hidden"
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -5,8 +5,9 @@
     python -m export.bundle unpack --file shop-v3.tar --repository models
 
 An uncompressed tar: bundle.json with the size and sha256 of every other file, then each tower's
-config.pbtxt and weights, its own tokenizer.json if it has one, the parity report, and the
-vocabulary and prompt templates that the client at the other end must share. The same model gives
+config.pbtxt and weights, those of hidden states of texts and its own tokenizer.json if it has them,
+the parity report, and the vocabulary and prompt templates that the client at the other end must
+share. The same model gives
 the same bytes. No code travels: `unpack` publishes with that of the clip_rt installed there.
 Whatever does not match is refused before the repository is touched. Checksums find damage; against
 forgery compare `sha256sum` of the file.
@@ -39,21 +40,29 @@ from clip_rt.wire.manifest import Manifest
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console, mib, print_next
-from export.model_folders import check_known, tokenizer_folder, tower_folders
+from export.model_folders import check_known, hidden_folder, tokenizer_folder, tower_folders
 from export.models import served_version
 from export.repository import RELOAD, publish
-from export.triton_config import Serving, read_config, read_manifest, read_serving
+from export.triton_config import (
+    Serving,
+    read_config,
+    read_hidden_width,
+    read_manifest,
+    read_serving,
+)
 from export.version_folder import CONFIG, REPORT, list_weights
 
 INDEX = "bundle.json"
-FORMAT = 1
-"""Raised when an older clip_rt could not read what this one writes."""
+FORMAT, HIDDEN_FORMAT = 1, 2
+"""Raised when an older clip_rt could not read what this one writes, as hidden states of texts."""
 TOWERS: tuple[Tower, Tower] = ("image", "text")
+HIDDEN = "text_hidden"
 VOCABULARY, TEMPLATES = "bpe_simple_vocab_16e6.txt.gz", "prompt_templates.json"
 DATA = Path(clip_rt.__file__).with_name("inputs") / "data"
 MAX_INDEX_BYTES = 2**20
 _MEMBER = re.compile(
-    r"(image|text)/(config\.pbtxt|model\.(onnx|onnx\.data|xml|bin|plan)|model-\d+\.\d+\.plan)"
+    r"(image|text|text_hidden)/"
+    r"(config\.pbtxt|model\.(onnx|onnx\.data|xml|bin|plan)|model-\d+\.\d+\.plan)"
     rf"|{re.escape(TOKENIZER_FILE)}|{re.escape(REPORT)}|{re.escape(VOCABULARY)}|{re.escape(TEMPLATES)}"
 )
 """Every name a bundle may hold; nothing else is written anywhere."""
@@ -74,6 +83,9 @@ class Bundle:
     """clip_rt's version there."""
     tokenizer_file: bytes | None = None
     """The tokenizer.json that the manifest names; None where it is OpenAI's."""
+    hidden: dict[str, Path] | None = None
+    """Weights of the hidden states of texts; None where none are served."""
+    hidden_width: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -100,6 +112,14 @@ def pack(repository: str | Path, name: str, file: str | Path) -> Bundle:
     tokenizer = tokenizer_folder(repository, name)
     if read_manifest(tower_folders(repository, name)[1]).tokenization.kind == TOKENIZER_FILE:
         members[TOKENIZER_FILE] = tokenizer / str(served_version(tokenizer)) / TOKENIZER_FILE
+    states = hidden_folder(repository, name)
+    text = tower_folders(repository, name)[1]
+    # Those of an earlier version are refused by clients, and stay here.
+    has_hidden = (states / CONFIG).is_file() and read_manifest(states) == read_manifest(text)
+    if has_hidden:
+        members[f"{HIDDEN}/{CONFIG}"] = states / CONFIG
+        for path in list_weights(states / str(served_version(states))):
+            members[f"{HIDDEN}/{path.name}"] = path
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with _progress("hash", members.values()) as progress:
@@ -107,7 +127,8 @@ def pack(repository: str | Path, name: str, file: str | Path) -> Bundle:
             for member, path in sorted(members.items()):
                 with progress.open(path, "rb", task_id=progress.task_ids[0]) as source:
                     facts[member] = {"size": path.stat().st_size, "sha256": _copy(source)}
-        index = {"format": FORMAT, "clip_rt": clip_rt.__version__, "files": facts}
+        written = HIDDEN_FORMAT if has_hidden else FORMAT
+        index = {"format": written, "clip_rt": clip_rt.__version__, "files": facts}
         with (
             _progress("write", members.values()) as progress,
             partial.open("xb") as raw,
@@ -164,6 +185,8 @@ def unpack(file: str | Path, repository: str | Path) -> tuple[Bundle, tuple[Path
             serving=bundle.serving,
             report=bundle.report,
             tokenizer_file=bundle.tokenizer_file,
+            hidden=bundle.hidden,
+            hidden_width=bundle.hidden_width,
         )
     return bundle, folders
 
@@ -207,10 +230,11 @@ def _read_index(tar: tarfile.TarFile, file: Path) -> dict[str, Any]:
         given, packed_by = index["format"], str(index["clip_rt"])[:40]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: {INDEX} is not what clip_rt writes: {error!r}.") from error
-    if given != FORMAT:
+    if given not in (FORMAT, HIDDEN_FORMAT):
         raise InputError(
             f"{file} has format {given!r:.40}, written by clip_rt {packed_by!r}; this is "
-            f"{clip_rt.__version__}, which reads {FORMAT}. Install that clip_rt here."
+            f"{clip_rt.__version__}, which reads {FORMAT} and {HIDDEN_FORMAT}. Install that "
+            "clip_rt here."
         )
     for each in names:
         if not _MEMBER.fullmatch(each):
@@ -285,6 +309,7 @@ def _check_contents(found: dict[str, Path], packed_by: str, file: Path) -> Bundl
         raise InputError(
             f"{file}: its {TOKENIZER_FILE} is not what the manifest names. Pack again."
         )
+    hidden, hidden_width = _check_hidden(found, manifests["text"], file)
     warnings: list[str] = []
     if found[TEMPLATES].read_bytes() != (DATA / TEMPLATES).read_bytes():
         warnings.append(
@@ -298,8 +323,27 @@ def _check_contents(found: dict[str, Path], packed_by: str, file: Path) -> Bundl
         files=files,
         packed_by=packed_by,
         tokenizer_file=content,
+        hidden=hidden,
+        hidden_width=hidden_width,
         warnings=tuple(warnings),
     )
+
+
+def _check_hidden(
+    found: dict[str, Path], manifest: Manifest, file: Path
+) -> tuple[dict[str, Path] | None, int]:
+    """Return the weights of hidden states and their width; None and 0 where there are none."""
+    config = found.get(f"{HIDDEN}/{CONFIG}")
+    if config is None:
+        return None, 0
+    try:
+        own, width = read_manifest(config.parent), read_hidden_width(config.parent)
+        files = {path.name: path for path in list_weights(config.parent)}
+    except (ContractError, text_format.ParseError, ValueError, IndexError, RecursionError) as error:
+        raise InputError(f"{file}: {HIDDEN}/{CONFIG}: {str(error)[:500]}") from error
+    if own != manifest or width < 1:
+        raise InputError(f"{file}: its hidden states are of another model. Export and pack again.")
+    return files, width
 
 
 def _header(name: str, size_bytes: int) -> tarfile.TarInfo:

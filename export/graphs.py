@@ -1,9 +1,9 @@
 """The graphs that are exported: a dual encoder's towers inside the tensor contract.
 
-uint8 pixels or int32 tokens go in, L2-normalised float32 embeddings come out. Nothing here knows
-about ONNX or TensorRT. The last block of our own transformers computes only the position the
-embedding is read from, which changes no result; parity with the plain model is checked at every
-export. Towers of other libraries are exported as they are.
+uint8 pixels or int32 tokens go in, L2-normalised float32 embeddings come out, or the hidden states
+of texts. Nothing here knows about ONNX or TensorRT. The last block of our own transformers computes
+only the position the embedding is read from, which changes no result; parity with the plain model
+is checked at every export. Towers of other libraries are exported as they are.
 
 Shape suffixes are those of `training/model.py`; S is also the side of the uint8 image.
 """
@@ -220,6 +220,24 @@ class ExternalTextGraph(nn.Module):
     def layers(self) -> dict[str, nn.Module]:
         """Return what a precision can be chosen for in torch: nothing."""
         return {}
+
+
+class TextHiddenGraph(nn.Module):
+    """Tokens, filled up to the context length, to the outputs of `specs.HIDDEN_OUTPUTS`."""
+
+    tower: Tower = "text"
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens_BL: Tensor) -> tuple[Tensor, ...]:
+        """Return hidden states, float32 (B, L, W) each, and projected embeddings, (B, E).
+
+        Args:
+            tokens_BL: int32 (B, L), L the context length, each row with an end of text.
+        """
+        return tuple(self.encoder.encode_text_hidden(tokens_BL))
 
 
 Graph = ImageGraph | TextGraph | ExternalImageGraph | ExternalTextGraph

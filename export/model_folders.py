@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from clip_rt.errors import InputError
-from clip_rt.specs import image_model, text_model, tokenizer_model
+from clip_rt.specs import hidden_model, image_model, text_model, tokenizer_model
 from export.ensembles import folder_names
 from export.models import find_manifest
 
@@ -22,6 +22,11 @@ def tower_folders(repository: Path, name: str) -> tuple[Path, Path]:
 def tokenizer_folder(repository: Path, name: str) -> Path:
     """Return the folder of the tokenizer's file, of models that have one of their own."""
     return repository / tokenizer_model(name)
+
+
+def hidden_folder(repository: Path, name: str) -> Path:
+    """Return the folder of the hidden states of texts, of models that are exported with them."""
+    return repository / hidden_model(name)
 
 
 def check_writable(repository: Path, name: str) -> None:
@@ -66,8 +71,13 @@ def check_name(name: str, repository: Path) -> None:
             f"model name {name[:80]!r} is not usable: 1 to 64 letters, digits, spaces or _ . @ / - "
             "are, beginning with a letter or digit and without '..'."
         )
-    folders = *tower_folders(repository, name), tokenizer_folder(repository, name)
-    for folder in (*folders, *(repository / each for each in folder_names(name))):
+    folders = (
+        *tower_folders(repository, name),
+        tokenizer_folder(repository, name),
+        hidden_folder(repository, name),
+        *(repository / each for each in folder_names(name)),
+    )
+    for folder in folders:
         if not os.path.lexists(folder):
             continue
         owner = find_owner(folder)

@@ -4,6 +4,7 @@
     python -m export.onnx --model ViT-B/32 --weights clip.safetensors --name shop-v3
     python -m export.onnx --model ViT-L/14 --precision fp16 --find-islands
     python -m export.onnx --model ViT-B/32 --precision int8 --calibration photos/ --samples val/
+    python -m export.onnx --model ViT-L/14 --text-output hidden
     python -m export.onnx --help
 
 A second run makes only what has changed. Below the gate's limits nothing is published and what was
@@ -23,7 +24,7 @@ from clip_rt.errors import InputError
 from clip_rt.specs import Tower, find_spec
 from clip_rt_commands import program
 from clip_rt_commands.errors import command
-from export import int8, parity, parity_report, speed
+from export import hidden, int8, parity, parity_report, speed
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import print_plan, stage
 from export.model_folders import check_name, check_writable
@@ -64,6 +65,9 @@ class OnnxConfig(ExportConfig):
     runtime: Runtime = "auto"
     """What runs it in the python backend on cpu; auto is what the server measures to be the faster.
     int8 is OpenVINO's."""
+    text_output: Literal["embeddings", "hidden"] = "embeddings"
+    """hidden serves the hidden states of texts too, for pipelines of diffusion models, in a Triton
+    model of their own."""
 
     @property
     def is_for_embedded_server(self) -> bool:
@@ -72,6 +76,11 @@ class OnnxConfig(ExportConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.text_output == "hidden" and self.precision not in ("fp32", "fp16_weights"):
+            raise InputError(
+                f"precision is {self.precision}; hidden states are exported in fp32 or "
+                "fp16_weights. Leave --precision, or --text-output embeddings."
+            )
         if self.precision != "fp16" and (self.fp32_island or self.find_islands):
             raise InputError(f"precision is {self.precision}; islands are of fp16 only.")
         if self.precision != "int8":
@@ -114,12 +123,16 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
             ("load the weights", f"{config.weights_in_words}, as {config.model}"),
             ("export both towers", f"ONNX, {PRECISION_IN_WORDS[config.precision]}"),
             ("compare with torch", f"cosine at least {limit.min_cosine}, every batch and length"),
+            *[("export hidden states of texts", "ONNX, and compare them with torch")]
+            * (config.text_output == "hidden"),
             ("publish", f"{config.served_name!r} into {config.repository}, {serving.backend}"),
         )
         return None
     check_writable(config.repository, config.served_name)
     check_exist(*config.samples, *config.calibration, config.class_names)
     clip = load_weights(config)
+    if config.text_output == "hidden":
+        hidden.check_encoder(clip)
     dimensions = check_dimensions(config, clip)
     samples = read_samples(config.samples, config, clip)
     islands = choose_islands(clip, config, samples) if config.precision == "fp16" else ()
@@ -165,6 +178,13 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
     source = compare_with_source(
         clip, lambda: parity.load_files(towers.image, towers.text), config.precision
     )
+    more: dict[str, object] = {}
+    states, width = None, 0
+    if config.text_output == "hidden":
+        states, width = hidden.make_hidden(
+            clip, store, precision=config.precision, weights_fingerprint=fingerprint
+        )
+        more["hidden"] = hidden.check_hidden(clip, states, precision=config.precision, by=runtimes)
     manifest = make_manifest(
         clip,
         config.served_name,
@@ -180,9 +200,11 @@ def export(config: OnnxConfig) -> parity_report.ParityReport | None:
             image=towers.image,
             text=towers.text,
             serving=serving,
-            report=report.to_json() | {"fp32_islands": islands} | source,
+            report=report.to_json() | {"fp32_islands": islands} | source | more,
             keep_versions=config.keep_versions,
             tokenizer_file=clip.tokenizer_file if isinstance(clip, ExternalEncoder) else None,
+            hidden=states,
+            hidden_width=width,
         )
         outcome.extend(str(folder) for folder in folders)
     print_what_next(config, folders)

@@ -1,5 +1,7 @@
 """A graph in torch in, an ONNX file out: dynamic batch and text length, output `embeddings`.
 
+Hidden states have a dynamic batch, the context length, and the outputs of `specs.HIDDEN_OUTPUTS`.
+
 One file below 2 GB; above, the weights lie beside it in `<name>.data`, as the format demands.
 """
 
@@ -7,17 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
+import onnx_ir
+import onnxruntime
+import onnxscript
 import torch
 from torch.export import Dim
 
-from clip_rt.specs import EMBEDDINGS, PIXELS, TOKENS, EncoderFacts
-from export import half, storage
-from export.graphs import Graph
+from clip_rt import specs
+from clip_rt.specs import EMBEDDINGS, HIDDEN_OUTPUTS, PIXELS, TOKENS, EncoderFacts
+from export import graphs, half, precision, storage
+from export.graphs import Graph, TextHiddenGraph
+from export.store import source_hash
+from training import dual_encoder, resnet
+from training import model as training_model
+from training.dual_encoder import DualEncoder
+from training.encoders import encoder as encoder_module
+from training.encoders import of_open_clip, of_transformers
+from training.encoders.encoder import ExternalEncoder
 
 OPSET = 18
 """The set torch's exporter is written in, and the oldest with everything the graphs need. Both
@@ -26,10 +40,17 @@ runs everywhere."""
 BATCH = Dim("batch", min=1, max=65_536)
 MAX_FILE_BYTES = 2**31 - 2**24
 """Of weights in one file: protobuf ends at 2 GiB, and 16 MiB is ample for the graph around them."""
+_WRITERS = (
+    *(graphs, half, sys.modules[__name__], precision, specs, storage),
+    *(training_model, resnet, dual_encoder),
+)
+"""Modules whose code decides the bytes of an ONNX file."""
+_BUILDERS = (encoder_module, of_open_clip, of_transformers)
+"""Those that build models of other libraries."""
 
 
 def write_onnx(
-    graph: Graph,
+    graph: Graph | TextHiddenGraph,
     facts: EncoderFacts,
     path: Path,
     *,
@@ -49,11 +70,12 @@ def write_onnx(
         CheckpointError: a weight does not fit into FP16.
     """
     dims: tuple[Dim, ...]
+    outputs = list(HIDDEN_OUTPUTS) if isinstance(graph, TextHiddenGraph) else [EMBEDDINGS]
     # Two items: an axis of one would be taken for a constant.
     if graph.tower == "image":
         name, dims = PIXELS, (BATCH,)
         example = torch.zeros(2, facts.side_px, facts.side_px, 3, dtype=torch.uint8)
-    elif facts.is_any_length_exact:
+    elif facts.is_any_length_exact and not isinstance(graph, TextHiddenGraph):
         name, dims = TOKENS, (BATCH, Dim("length", min=2, max=facts.context_length))
         example = torch.zeros(2, facts.context_length - 1, dtype=torch.int32)
     else:
@@ -67,7 +89,7 @@ def write_onnx(
             dynamo=True,
             opset_version=OPSET,
             input_names=[name],
-            output_names=[EMBEDDINGS],
+            output_names=outputs,
             dynamic_shapes=(dict(enumerate(dims)),),
             verbose=False,
         )
@@ -78,8 +100,43 @@ def write_onnx(
         storage.store_fp16(model)
     if fp16:
         model = half.to_fp16(model)
-    _check_axes(model, [dim.__name__ for dim in dims], name)
+    _check_axes(model, [dim.__name__ for dim in dims], name, outputs)
     save(model, path)
+
+
+def describe_writing(
+    encoder: DualEncoder,
+    what: str,
+    *,
+    weights_fingerprint: str,
+    precision: str,
+    islands: Sequence[str] = (),
+) -> dict[str, object]:
+    """Return everything that the bytes of an ONNX file depend on.
+
+    Args:
+        encoder: What is exported.
+        what: Of it.
+        weights_fingerprint: Of its weights.
+        precision: Of the file.
+        islands: Layers that stay FP32 in FP16.
+    """
+    key: dict[str, object] = {
+        "tower": what,
+        "weights": weights_fingerprint,
+        "spec": repr(getattr(encoder, "spec", encoder.facts)),
+        "precision": precision,
+        "islands": list(islands),
+        "code": source_hash(*_WRITERS),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnx_ir": onnx_ir.__version__,
+        "onnxscript": onnxscript.__version__,
+    }
+    if isinstance(encoder, ExternalEncoder):
+        key |= {f"version of {name}": each for name, each in encoder.versions.items()}
+        key |= {"builders": source_hash(*_BUILDERS), "onnxruntime": onnxruntime.__version__}
+    return key
 
 
 def write_fp16(source: Path, path: Path) -> None:
@@ -114,12 +171,16 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     )
 
 
-def _check_axes(model: onnx.ModelProto, names: list[str], input_name: str) -> None:
+def _check_axes(
+    model: onnx.ModelProto, names: list[str], input_name: str, output_names: list[str]
+) -> None:
     """Make sure that the exporter has kept each dynamic axis, which it may silently not do."""
-    (graph_input,), (graph_output,) = model.graph.input, model.graph.output
+    (graph_input,) = model.graph.input
     axes = [axis.dim_param for axis in graph_input.type.tensor_type.shape.dim]
-    found = (graph_input.name, axes[: len(names)], graph_output.name)
-    batch = graph_output.type.tensor_type.shape.dim[0].dim_param
-    expected = (input_name, names, EMBEDDINGS)
-    if (*found, batch) != (*expected, names[0]):
-        raise RuntimeError(f"torch.onnx exported {found}, batch {batch!r}; expected {expected}.")
+    found = (graph_input.name, axes[: len(names)], [each.name for each in model.graph.output])
+    batches = {each.type.tensor_type.shape.dim[0].dim_param for each in model.graph.output}
+    expected = (input_name, names, output_names)
+    if found != expected or batches != {names[0]}:
+        raise RuntimeError(
+            f"torch.onnx exported {found}, batches {batches}; expected {expected}, {names[0]!r}."
+        )

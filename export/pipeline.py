@@ -15,18 +15,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
-import onnxscript
 import torch
 from numpy.typing import NDArray
 
 import clip_rt
-from clip_rt import specs
 from clip_rt.errors import InputError, ParityError
 from clip_rt.specs import MODELS, ModelSpec, find_spec, slug
 from clip_rt.wire.manifest import Manifest
-from export import fp8, graphs, half, int8, onnx_writer, parity_report, precision, probes, storage
+from export import fp8, half, int8, onnx_writer, parity_report, probes, storage
 from export.canary import make_canary
 from export.config import PRECISION_IN_WORDS, ExportConfig
 from export.console import (
@@ -47,11 +44,7 @@ from export.repository import tell_published
 from export.samples import Samples, calibration_batches, load_samples
 from export.store import Artefact, Store, sha256_of, source_hash
 from export.version_folder import REPORT
-from training import dual_encoder, resnet
-from training import model as training_model
 from training.dual_encoder import DualEncoder
-from training.encoders import encoder as encoder_module
-from training.encoders import of_open_clip, of_transformers
 from training.encoders.encoder import ExternalEncoder
 from training.encoders.find import RANDOM_WEIGHTS, is_external
 from training.evaluation.class_names import read_name_table
@@ -61,10 +54,6 @@ from training.weights.load import fingerprint, load_clip
 
 ISLAND_IMAGES = 8
 """Of each of the user's samples; every layer's drift is measured on all of them."""
-_WRITERS = (graphs, half, onnx_writer, precision, specs, storage, training_model, resnet)
-"""Modules whose code decides the bytes of an ONNX file."""
-_BUILDERS = (dual_encoder, encoder_module, of_open_clip, of_transformers)
-"""Those that build models of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -237,21 +226,13 @@ def make_onnx(
                 fp16=is_whole,
             )
 
-        key: dict[str, object] = {
-            "tower": tower,
-            "weights": weights_fingerprint,
-            "spec": repr(getattr(clip, "spec", clip.facts)),
-            "precision": written,
-            "islands": sorted(set(islands) & names),
-            "code": source_hash(*_WRITERS),
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnx_ir": onnx_ir.__version__,
-            "onnxscript": onnxscript.__version__,
-        }
-        if isinstance(clip, ExternalEncoder):
-            key |= {f"version of {name}": each for name, each in clip.versions.items()}
-            key |= {"builders": source_hash(*_BUILDERS), "onnxruntime": onnxruntime.__version__}
+        key = onnx_writer.describe_writing(
+            clip,
+            tower,
+            weights_fingerprint=weights_fingerprint,
+            precision=written,
+            islands=sorted(set(islands) & names),
+        )
         with stage(f"export the {tower} tower") as outcome:
             artefact = store.make("model.onnx", key, write)
             made.append(artefact)

@@ -8,8 +8,9 @@
     python -m export.repository --name shop-v3 --backend onnxruntime --device gpu --num-instances 2
     python -m export.repository --name shop-v3 --runtime onnxruntime
 
-A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, each with its
-config.pbtxt, rendered from the manifest, and a numbered folder for each version that is kept.
+A manifest and one file per tower go in; `<slug>_image/` and `<slug>_text/` come out, and
+`<slug>_text_hidden/` where hidden states of texts are served too, each with its config.pbtxt,
+rendered from the manifest, and a numbered folder for each version that is kept.
 Nothing is written in place. A version's folder is complete when it gets its name, and it is served
 from the moment its config.pbtxt replaces the one before. Whatever ends an export half-way, Ctrl-C
 included, what was served stays; only a kill between the two towers leaves one of each version,
@@ -37,7 +38,13 @@ from clip_rt_commands import program
 from clip_rt_commands.errors import command
 from export.console import console
 from export.ensembles import folder_names, read_limits, render_ensembles, stage_ensembles
-from export.model_folders import check_known, check_name, tokenizer_folder, tower_folders
+from export.model_folders import (
+    check_known,
+    check_name,
+    hidden_folder,
+    tokenizer_folder,
+    tower_folders,
+)
 from export.models import TITLES, list_models, list_versions, served_version
 from export.staging import alone, staging_folder
 from export.triton_config import (
@@ -47,9 +54,11 @@ from export.triton_config import (
     Runtime,
     Serving,
     read_config,
+    read_hidden_width,
     read_manifest,
     read_serving,
     render_config,
+    render_hidden_config,
     render_tokenizer_config,
 )
 from export.version_folder import (
@@ -91,6 +100,8 @@ def publish(
     compute_capability: str | None = None,
     join: bool = False,
     tokenizer_file: bytes | None = None,
+    hidden: Path | Mapping[str, Path] | None = None,
+    hidden_width: int = 0,
 ) -> tuple[Path, Path]:
     """Put both towers into a repository as the next version of their model, and serve that one.
 
@@ -107,6 +118,8 @@ def publish(
             its own of a version's engines.
         join: Take the served version's engines for other GPUs along.
         tokenizer_file: The tokenizer.json that the manifest names, for clients that lack it.
+        hidden: The same of the hidden states of texts, in ONNX; None serves none.
+        hidden_width: Of the text tower, where there are some.
 
     Returns:
         The folders of the image and the text model.
@@ -129,12 +142,12 @@ def publish(
         check_name(manifest.model, repository)
         served = [served_version(target) for target in targets if target.exists()]
         tokenizer = tokenizer_folder(repository, manifest.model)
-        used = [each for target in (*targets, tokenizer) for each in list_versions(target)]
+        states = hidden_folder(repository, manifest.model)
+        followers = tokenizer, states
+        used = [each for target in (*targets, *followers) for each in list_versions(target)]
         version = 1 + max(used, default=0)
         for (tower, given), target in zip(towers, targets, strict=True):
-            files = dict(given) if isinstance(given, Mapping) else {}
-            if isinstance(given, Path):
-                files = name_files(given, serving.backend, compute_capability)
+            files = name_files(given, serving.backend, compute_capability)
             if join and target.exists():
                 files = _engines_to_join(target, manifest) | files
             config = render_config(
@@ -143,9 +156,14 @@ def publish(
             write_version(staging / target.name, version, config, files, report)
         published: tuple[Path, ...] = targets
         if tokenizer_file is not None:
-            published = (*targets, tokenizer)
+            published = (*published, tokenizer)
             config = render_tokenizer_config(manifest, version=version)
             write_tokenizer_version(staging / tokenizer.name, version, config, tokenizer_file)
+        if hidden is not None:
+            published = (*published, states)
+            config = render_hidden_config(manifest, hidden_width, serving, version=version)
+            files = name_files(hidden, serving.backend)
+            write_version(staging / states.name, version, config, files, report)
         with ExitStack() as undo:
             for target in published:
                 staged = staging / target.name
@@ -163,7 +181,8 @@ def publish(
             earlier.sort(key=lambda each: (each in served, each), reverse=True)
             for each in earlier[keep_versions - 1 :]:
                 _remove_version(target, each, staging)
-        _prune_tokenizers(tokenizer, targets, staging)
+        for follower in followers:
+            _prune(follower, targets, staging)
     return targets
 
 
@@ -196,8 +215,8 @@ def switch_version(repository: str | Path, name: str, version: int | None = None
                 f"to in {repository}; it has {', '.join(map(str, sorted(kept))) or 'none'}, and "
                 f"serves {now}."
             )
-        tokenizer = tokenizer_folder(repository, name)
-        followers = (tokenizer,) if choice in _switchable(tokenizer) else ()
+        beside = tokenizer_folder(repository, name), hidden_folder(repository, name)
+        followers = tuple(each for each in beside if choice in _switchable(each))
         with ExitStack() as undo:
             _serve((*targets, *followers), choice, staging, undo)
             undo.pop_all()
@@ -246,14 +265,31 @@ def configure(repository: str | Path, name: str, **settings: object) -> Serving:
             config = render_config(
                 read_manifest(target), tower, serving, version=version, engines=engines
             )
-            before, after = staging / f"{target.name}-old", staging / f"{target.name}-new"
-            shutil.copyfile(inside / CONFIG, before)
-            after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
-            undo.callback(os.replace, before, inside / CONFIG)
-            os.replace(after, inside / CONFIG)
-        _serve(targets, version, staging, undo)
+            _replace_config(inside, config, staging, undo)
+        served: tuple[Path, ...] = targets
+        states = hidden_folder(repository, name)
+        if version in _switchable(states):
+            inside = states / str(version)
+            if serving.backend == "python":
+                copy_python_model(inside)
+            config = render_hidden_config(
+                read_manifest(inside), read_hidden_width(inside), serving, version=version
+            )
+            _replace_config(inside, config, staging, undo)
+            served = (*targets, states)
+        _serve(served, version, staging, undo)
         undo.pop_all()
     return serving
+
+
+def _replace_config(inside: Path, config: ModelConfig, staging: Path, undo: ExitStack) -> None:
+    """Say otherwise how a version is served."""
+    name = inside.parent.name
+    before, after = staging / f"{name}-old", staging / f"{name}-new"
+    shutil.copyfile(inside / CONFIG, before)
+    after.write_text(text_format.MessageToString(config, as_utf8=True), "utf-8")
+    undo.callback(os.replace, before, inside / CONFIG)
+    os.replace(after, inside / CONFIG)
 
 
 def add_ensembles(
@@ -319,7 +355,7 @@ def _switchable(folder: Path) -> set[int]:  # Versions that know how they are se
 
 
 def _serve(targets: Sequence[Path], version: int, staging: Path, undo: ExitStack) -> None:
-    """Let both towers, and the tokenizer's file, serve a version by replacing their config.pbtxt.
+    """Let both towers, and what is beside them, serve a version by replacing their config.pbtxt.
 
     Their ensembles, where there are any, get theirs rendered anew.
     """
@@ -340,15 +376,15 @@ def _serve(targets: Sequence[Path], version: int, staging: Path, undo: ExitStack
             os.replace(after, path)
 
 
-def _prune_tokenizers(tokenizer: Path, targets: Sequence[Path], staging: Path) -> None:
-    """Remove the tokenizers of versions that are gone; with none left, the folder."""
+def _prune(follower: Path, targets: Sequence[Path], staging: Path) -> None:
+    """Remove what was beside versions that are gone; with none left, the folder."""
     kept = {version for target in targets for version in list_versions(target)}
-    versions = list_versions(tokenizer)
+    versions = list_versions(follower)
     if versions and kept.isdisjoint(versions):
-        os.rename(tokenizer, staging / f"{tokenizer.name}-removed")
+        os.rename(follower, staging / f"{follower.name}-removed")
         return
     for version in set(versions) - kept:
-        _remove_version(tokenizer, version, staging)
+        _remove_version(follower, version, staging)
 
 
 def _remove_version(target: Path, version: int, staging: Path) -> None:

@@ -18,9 +18,12 @@ from clip_rt.specs import (
     CHUNK,
     CHUNK_INDEX,
     EMBEDDINGS,
+    HIDDEN_STATES,
     PIXELS,
+    TEXT_EMBEDS,
     TOKENS,
     Tower,
+    hidden_model,
     image_model,
     text_model,
     tokenizer_model,
@@ -36,6 +39,9 @@ RUNTIME = "runtime"
 """Key of the parameter that `export/python_model.py` reads."""
 
 MAX_BATCH_SIZE = 64
+MAX_HIDDEN_BATCH_SIZE = 8
+"""Of hidden states, which are large: a layer of 8 texts of 77 positions and the widest tower, 1280,
+has 3 MiB, and a message of gRPC holds 4 MiB where nobody says otherwise."""
 WARMUP_LENGTH_TOKENS = 16
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 _KINDS: dict[Device, int] = {
@@ -191,6 +197,42 @@ def render_config(
 def _only_length(manifest: Manifest) -> int | None:
     """Return the length of every text where there is one for all."""
     return manifest.text_buckets[0] if len(manifest.text_buckets) == 1 else None
+
+
+def render_hidden_config(
+    manifest: Manifest, width: int, serving: Serving, *, version: int = 1
+) -> ModelConfig:
+    """Describe to Triton the model that answers with hidden states of texts.
+
+    Args:
+        manifest: What is served.
+        width: Of the text tower.
+        serving: How; batches have at most `MAX_HIDDEN_BATCH_SIZE` texts.
+        version: The one numbered folder that is loaded.
+    """
+    config = render_config(manifest, "text", serving, version=version)
+    config.name = hidden_model(manifest.model)
+    config.max_batch_size = min(serving.max_batch_size, MAX_HIDDEN_BATCH_SIZE)
+    length = manifest.context_length
+    config.input[0].dims[:] = [length]
+    del config.output[:]
+    for name in HIDDEN_STATES.values():
+        config.output.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=[length, width])
+    config.output.add(
+        name=TEXT_EMBEDS, data_type=model_config_pb2.TYPE_FP32, dims=[manifest.embedding_dim]
+    )
+    del config.model_warmup[:]
+    config.model_warmup.add(name=f"1x{length}", batch_size=1).inputs[TOKENS].CopyFrom(
+        model_config_pb2.ModelWarmup.Input(
+            data_type=model_config_pb2.TYPE_INT32, dims=[length], zero_data=True
+        )
+    )
+    return config
+
+
+def read_hidden_width(folder: Path) -> int:
+    """Read the width of the text tower back from a config of `render_hidden_config`."""
+    return int(read_config(folder).output[0].dims[-1])
 
 
 def render_tokenizer_config(manifest: Manifest, *, version: int = 1) -> ModelConfig:

@@ -46,12 +46,16 @@ PYTHON_FILES = {
 """What the python backend runs, by its name in the version folder; copied there verbatim."""
 
 
-def name_files(file: Path, backend: Backend, compute_capability: str | None) -> dict[str, Path]:
-    """Return what belongs into a version's folder, by its name there.
+def name_files(
+    file: Path | Mapping[str, Path], backend: Backend, compute_capability: str | None = None
+) -> dict[str, Path]:
+    """Return what belongs into a version's folder, by its name there; of names, what they are.
 
     Raises:
         InputError: the weights lie beside `file`, which is not called what it would be there.
     """
+    if isinstance(file, Mapping):
+        return dict(file)
     first, *others = MODEL_FILE[backend]
     name = next((each for each in others if Path(each).suffix == file.suffix), first)
     if compute_capability is not None:

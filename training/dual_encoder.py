@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,19 @@ SCALARS = ("logit_scale", "logit_bias")
 """Parameters that are of no tower."""
 
 Encoder = TypeVar("Encoder", bound="DualEncoder")
+
+
+class TextHidden(NamedTuple):
+    """The hidden states of texts, in the order of `specs.HIDDEN_OUTPUTS`; L positions, width W."""
+
+    last_BLW: Tensor
+    """Behind the last block and the final LayerNorm."""
+    penultimate_BLW: Tensor
+    """Behind the block before the last, as they are."""
+    penultimate_norm_BLW: Tensor
+    """The same through the final LayerNorm."""
+    text_embeds_BE: Tensor
+    """Projected at the end of the text; what `encode_text` returns."""
 
 
 class DualEncoder(nn.Module):
@@ -42,6 +55,15 @@ class DualEncoder(nn.Module):
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Embed padded token ids, int (B, L); float (B, E), not L2-normalised."""
         raise NotImplementedError
+
+    def encode_text_hidden(self, tokens_BL: Tensor) -> TextHidden:
+        """Return the hidden states of padded token ids, int (B, L); see `has_text_hidden`."""
+        raise NotImplementedError
+
+    @property
+    def has_text_hidden(self) -> bool:
+        """Whether there is a way to its hidden states: of text towers that are built as CLIP's."""
+        return False
 
     def embed_tokens(self) -> nn.Embedding:
         """Return the table from which the text tower takes the vectors of ids."""

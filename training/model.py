@@ -25,7 +25,7 @@ from torch.nn import functional
 from clip_rt.errors import InputError
 from clip_rt.inputs.tokenizer import OpenAITokenizer
 from clip_rt.specs import END_OF_TEXT, Activation, ModelSpec, Tower, ViTSpec
-from training.dual_encoder import SCALARS, DualEncoder
+from training.dual_encoder import SCALARS, DualEncoder, TextHidden
 from training.recompute import recompute_in_backward
 from training.resnet import ModifiedResNet
 
@@ -270,6 +270,24 @@ class CLIP(DualEncoder):
         end_B = (tokens_BL == END_OF_TEXT).int().argmax(dim=1)
         x_BD = x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), end_B]
         return self.ln_final(x_BD) @ self.text_projection
+
+    def encode_text_hidden(self, tokens_BL: Tensor) -> TextHidden:
+        """Return the hidden states of token ids, int (B, L) with L up to the context length."""
+        length = tokens_BL.shape[1]
+        mask_LL = self.causal_mask_LL[:length, :length]
+        *blocks, last_block = self.transformer.resblocks
+        x_BLD = self.token_embedding(tokens_BL) + self.positional_embedding[:length]
+        for block in blocks:
+            x_BLD = block(x_BLD, mask_LL)
+        last_BLD = self.ln_final(last_block(x_BLD, mask_LL))
+        end_B = (tokens_BL == END_OF_TEXT).int().argmax(dim=1)
+        end_BD = last_BLD[torch.arange(last_BLD.shape[0], device=last_BLD.device), end_B]
+        return TextHidden(last_BLD, x_BLD, self.ln_final(x_BLD), end_BD @ self.text_projection)
+
+    @property
+    def has_text_hidden(self) -> bool:
+        """It has them."""
+        return True
 
     def embed_tokens(self) -> nn.Embedding:
         """Return the table from which the text tower takes the vectors of ids."""

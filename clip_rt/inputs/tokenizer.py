@@ -56,7 +56,12 @@ class TextTokenizer(Protocol):
     """What makes ids of the texts of one model."""
 
     def encode_text(
-        self, text: str, *, index: int | None = None, truncate: bool = False
+        self,
+        text: str,
+        *,
+        index: int | None = None,
+        truncate: bool = False,
+        may_be_empty: bool = False,
     ) -> list[int]:
         """Return the ids of a text without padding; see `encode_text`."""
 
@@ -71,10 +76,21 @@ class OpenAITokenizer:
     context_length: int = CONTEXT_LENGTH
 
     def encode_text(
-        self, text: str, *, index: int | None = None, truncate: bool = False
+        self,
+        text: str,
+        *,
+        index: int | None = None,
+        truncate: bool = False,
+        may_be_empty: bool = False,
     ) -> list[int]:
         """Return the ids of a text without padding; see `encode_text`."""
-        return encode_text(text, index=index, context_length=self.context_length, truncate=truncate)
+        return encode_text(
+            text,
+            index=index,
+            context_length=self.context_length,
+            truncate=truncate,
+            may_be_empty=may_be_empty,
+        )
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex) that changes whenever the ids of a text may change."""
@@ -119,11 +135,12 @@ def encode_text(
     index: int | None = None,
     context_length: int = CONTEXT_LENGTH,
     truncate: bool = False,
+    may_be_empty: bool = False,
 ) -> list[int]:
     """Return the ids of one text, from start of text to end of text, at most `context_length`.
 
-    `index` is the text's position in the caller's batch, for the error; the rest is as in
-    `tokenize`.
+    `index` is the text's position in the caller's batch, for the error; a text that says nothing is
+    refused unless it `may_be_empty`; the rest is as in `tokenize`.
     """
     if context_length < 3:
         raise InputError(
@@ -132,7 +149,7 @@ def encode_text(
         )
     check_text(text, index)
     ids: list[int] = _load().encode(clean(text, "lower"), add_special_tokens=False).ids
-    if not ids:
+    if not ids and not may_be_empty:
         raise make_empty_error(text, index)
     num_tokens = len(ids) + 2
     if num_tokens > context_length:

@@ -71,7 +71,12 @@ class FileTokenizer:
         self._tokenizer.encode_special_tokens = True
 
     def encode_text(
-        self, text: str, *, index: int | None = None, truncate: bool = False
+        self,
+        text: str,
+        *,
+        index: int | None = None,
+        truncate: bool = False,
+        may_be_empty: bool = False,
     ) -> list[int]:
         """Return the ids of a text, those of start and end included, without padding.
 
@@ -79,6 +84,7 @@ class FileTokenizer:
             text: One text.
             index: Its position in the caller's batch, for the error.
             truncate: Cut a text that is too long and keep its end, instead of refusing.
+            may_be_empty: Take a text that says nothing, instead of refusing.
 
         Raises:
             TextTooLongError: it needs more ids and `truncate` is off.
@@ -86,7 +92,7 @@ class FileTokenizer:
         """
         check_text(text, index)
         cleaned = clean(text, self._tokenization.cleaning)
-        if not cleaned.strip():
+        if not (cleaned.strip() or may_be_empty):
             raise make_empty_error(text, index)
         try:
             encoding = self._tokenizer.encode(cleaned)
@@ -102,7 +108,7 @@ class FileTokenizer:
         if encoding.overflowing and not truncate:
             beyond = sum(len(each.ids) - self._num_added for each in encoding.overflowing)
             raise make_length_error(text, index, len(ids) + beyond, self._context_length)
-        if len(ids) <= self._num_added:
+        if len(ids) <= self._num_added and not may_be_empty:
             raise make_empty_error(text, index)
         if len(ids) > self._context_length:
             raise ContractError(

@@ -29,7 +29,7 @@ from clip_rt.errors import (
 from clip_rt.requests.dynamic_batching import DynamicBatcher
 from clip_rt.requests.replica import Replica
 from clip_rt.requests.server_pool import ServerPool
-from clip_rt.specs import image_model, text_model
+from clip_rt.specs import HiddenLayer, image_model, text_model
 from clip_rt.wire.contract import Towers, check_towers, find_differences
 from clip_rt.wire.manifest import Manifest
 from clip_rt.wire.messages import ServedModel
@@ -50,6 +50,8 @@ class Model:
     def __init__(self, image: ServedModel, text: ServedModel, connection: Connection) -> None:
         self.image = DynamicBatcher(image, connection.pool)
         self.text = DynamicBatcher(text, connection.pool)
+        self.hidden: dict[HiddenLayer, DynamicBatcher] = {}
+        """To its hidden states, as far as they were asked for; see `requests.hidden`."""
         self.connection = connection
 
     @property
@@ -62,10 +64,15 @@ class Model:
         """What the server says about the model."""
         return self.image.tower.manifest
 
+    @property
+    def batchers(self) -> tuple[DynamicBatcher, ...]:
+        """All ways to it."""
+        return self.image, self.text, *self.hidden.values()
+
     def retire(self) -> None:
         """Note that another one was found in its place."""
-        self.image.retire()
-        self.text.retire()
+        for batcher in self.batchers:
+            batcher.retire()
 
 
 class Description(NamedTuple):
@@ -109,7 +116,7 @@ class Connection:
                 same on all servers.
             ServerError: no answer, or our own server died and does not start any more.
         """
-        return self._find_in_use(fingerprint) or self._retry(
+        return self._find_in_use(fingerprint) or self.retry(
             lambda: self._ask(name, fingerprint, deadline), deadline
         )
 
@@ -132,7 +139,7 @@ class Connection:
 
     def verify_with_retries(self, model: Model, deadline: Deadline) -> None:
         """Do as `verify`, and again as often as the retry policy allows."""
-        self._retry(lambda: self.verify(model, deadline), deadline)
+        self.retry(lambda: self.verify(model, deadline), deadline)
 
     def read_chunk(self, model: Model, name: str, index: int, deadline: Deadline) -> bytes:
         """Read a part of a file that a Triton model hands out, from whichever server answers.
@@ -162,9 +169,10 @@ class Connection:
                 self.pool.mark_unhealthy(replica)
                 raise
 
-        return self._retry(read, deadline)
+        return self.retry(read, deadline)
 
-    def _retry(self, attempt: Callable[[], Result], deadline: Deadline) -> Result:
+    def retry(self, attempt: Callable[[], Result], deadline: Deadline) -> Result:
+        """Ask the servers something, and again as often as the retry policy allows."""
         return self.pool.retry_policy.call(
             attempt, deadline, is_worth_waiting=self.pool.is_worth_waiting
         )
@@ -211,7 +219,7 @@ class Connection:
         self._calls = {call: thread for call, thread in self._calls.items() if thread == here}
         self.pool.restart_after_fork()
         if self._model is not None:
-            for batcher in (self._model.image, self._model.text):
+            for batcher in self._model.batchers:
                 batcher.restart_after_fork()
 
     def _find_in_use(self, fingerprint: str | None) -> Model | None:
@@ -370,7 +378,7 @@ class Connection:
         Raises:
             ServerError: nobody answers, or whoever does tells no names.
         """
-        return self._retry(lambda: self._ask_in_turn(_list_models, deadline), deadline)
+        return self.retry(lambda: self._ask_in_turn(_list_models, deadline), deadline)
 
     def _ask_in_turn(
         self, ask: Callable[[Transport, Deadline], Result], deadline: Deadline

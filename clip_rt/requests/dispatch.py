@@ -106,7 +106,7 @@ def _collect(
 ) -> Answer:
     """Wait for a batch, and do what it takes to get it back whole."""
     if pending is None:
-        return Answer(np.empty((0, batcher.tower.embedding_dim), np.float32))
+        return Answer(np.empty((0, batcher.tower.row_size), np.float32))
     deadline = pending.deadline if pending.deadline.remaining_s() > 0 else start_clock()
     try:
         answer, replica = _deliver(model, batcher, pending, deadline)
@@ -256,7 +256,7 @@ def _bisect(
         return deliver_alone(pending.array)
     num_rows = len(pending.array)
     if num_rows == 1:
-        return Answer(np.zeros((1, batcher.tower.embedding_dim), np.float32), {0: error})
+        return Answer(np.zeros((1, batcher.tower.row_size), np.float32), {0: error})
     refused: dict[int, ServerError] = {}
     parts = []
     for start, end in ((0, num_rows // 2), (num_rows // 2, num_rows)):

@@ -305,7 +305,9 @@ class DynamicBatcher:
             self._end(request, ProtocolError(problem, url=transport.url))
             return
         version = future.result().model_version
-        is_other_version = not request.replica.is_version(self.tower.name, version)
+        is_other_version = not request.replica.is_version(
+            self.tower.name, version, self.tower.version
+        )
         is_same = not is_other_version and request.replica.is_known(request.generation)
         # Last: a server is put into rotation with another model only once this one is retired.
         is_unsure = not is_same or self._is_retired

@@ -121,13 +121,18 @@ class Replica:
         """Whether it has answered nobody for a while, nor since a moment."""
         return time.monotonic() - max(self._answered_at_s, since_s) > HEALTH_CHECK_AFTER_S
 
-    def is_version(self, tower: str, version: str) -> bool:
+    def is_version(self, tower: str, version: str, otherwise: str = "") -> bool:
         """Whether it may have answered in a version, as it said which it has; else ask it again.
 
         A server that takes another's place at once is reached without a connection being seen to
         fail, and one may exchange its models in place.
+
+        Args:
+            tower: Name of the Triton model.
+            version: That answered.
+            otherwise: Version that is expected of a model this server was not asked about.
         """
-        if self._version_by_tower.get(tower, "") in ("", version):
+        if self._version_by_tower.get(tower, otherwise) in ("", version):
             return True
         self.generation = None
         return False

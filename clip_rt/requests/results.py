@@ -31,6 +31,23 @@ class Encoded:
     """An error for each other item, in order; each carries its `index`."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HiddenStates:
+    """The hidden states of the texts that could be used, and why others could not."""
+
+    hidden_states: NDArray[np.float32]
+    """float32 (M, L, W), in the order of the texts: L the context length, W the tower's width."""
+    attention_mask: NDArray[np.bool_]
+    """bool (M, L): which positions are of the text, start and end among them; the others are what
+    it was filled up with."""
+    text_embeds: NDArray[np.float32]
+    """float32 (M, D), projected at the end of the text and not of length 1."""
+    indices: NDArray[np.intp]
+    """intp (M,): position in the caller's batch of each row's text, ascending."""
+    failures: tuple[ClipRTError, ...] = ()
+    """An error for each other text, in order; each carries its `index`."""
+
+
 @dataclass
 class Gathering:
     """Which row of the answers belongs to which item, while a call is under way."""

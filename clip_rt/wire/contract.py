@@ -60,3 +60,20 @@ def find_differences(towers: Towers, others: Towers) -> dict[str, tuple[object, 
     for tower, other in zip(towers, others, strict=True):
         pairs[f"largest batch of {tower.name}"] = tower.max_batch_size, other.max_batch_size
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_hidden(hidden: ServedModel, text: ServedModel, url: str) -> None:
+    """Refuse hidden states of another model than the text tower is of.
+
+    Raises:
+        ContractError: with what was expected and what was found.
+    """
+    mine, other = text.manifest, hidden.manifest
+    differing = [name for name in _MUST_AGREE if getattr(mine, name) != getattr(other, name)]
+    if differing:
+        raise ContractError(
+            f"{hidden.name} at {url} is of another model than {text.name}: {', '.join(differing)} "
+            "differ. Export both together: python -m export.onnx --text-output hidden.",
+            expected={name: getattr(mine, name) for name in differing},
+            found={name: getattr(other, name) for name in differing},
+        )

@@ -6,9 +6,10 @@ additions in triton-inference-server/common `protobuf/grpc_service.proto`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,13 @@ from clip_rt.specs import (
     CHUNK,
     CHUNK_INDEX,
     EMBEDDINGS,
+    HIDDEN_STATES,
     MIN_NORM,
     NORM_TOLERANCE,
+    TEXT_EMBEDS,
     TOKENIZER_CHUNK_BYTES,
+    TOKENS,
+    HiddenLayer,
 )
 from clip_rt.wire.manifest import Manifest
 
@@ -35,9 +40,13 @@ class ServerFacts:
     version: str
 
 
+Output: TypeAlias = tuple[str, tuple[int, ...]]
+"""Name, and shape of a row, of what a model answers with; float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """One tower as a server offers it."""
+    """One tower as a server offers it, or the text tower for its hidden states."""
 
     name: str
     input_name: str
@@ -48,10 +57,22 @@ class ServedModel:
     embedding_dim: int
     max_batch_size: int
     manifest: Manifest
+    hidden: tuple[Output, ...] = ()
+    """What is asked for instead of embeddings; empty of a tower."""
     version: str = field(default="", compare=False)
     """The only one that the server has of it, where its configuration says so."""
     runs_on: str = field(default="", compare=False)
     """Backend, instances and execution providers, in words, as far as a server tells."""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What is asked for."""
+        return self.hidden or ((EMBEDDINGS, (self.embedding_dim,)),)
+
+    @property
+    def row_size(self) -> int:
+        """Numbers of an answer for each row, all outputs together."""
+        return sum(math.prod(dims) for _, dims in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,36 +92,55 @@ class ServerStatistics:
 
 
 def make_inference_request(model: ServedModel, batch: NDArray[Any], deadline: Deadline) -> Any:
-    """Ask a model for the embeddings of a batch, (N, ...), of what it reads."""
+    """Ask a model for its outputs for a batch, (N, ...), of what it reads."""
     request = service_pb2.ModelInferRequest(model_name=model.name)
     request.inputs.add(name=model.input_name, datatype=model.input_type, shape=batch.shape)
-    request.outputs.add(name=EMBEDDINGS)
+    for name, _ in model.outputs:
+        request.outputs.add(name=name)
     request.raw_input_contents.append(batch.tobytes())
     # Triton drops what has waited so long that nobody wants it any more.
     request.parameters["timeout"].int64_param = max(1, int(deadline.remaining_s() * 1e6))
     return request
 
 
-def read_embeddings(
+def read_rows(
     answer: Any, model: ServedModel, num_rows: int, url: str
 ) -> tuple[NDArray[np.float32], list[int]]:
-    """Return the embeddings, float32 (N, D), and which rows are NaN, infinite or zero.
+    """Return the rows of an answer, and which of them cannot be used.
+
+    Returns:
+        float32 (N, K): embeddings; or the outputs that were asked for, one behind the other. Rows
+        that are NaN or infinite, and embeddings that are zero.
 
     Raises:
-        ProtocolError: another shape or type than was asked for, or rows of another length than 1.
+        ProtocolError: another shape or type than was asked for, or embeddings of another length
+            than 1.
     """
-    expected = [(EMBEDDINGS, "FP32", [num_rows, model.embedding_dim])]
+    expected = [(name, "FP32", [num_rows, *dims]) for name, dims in model.outputs]
     found = [(each.name, each.datatype, list(each.shape)) for each in answer.outputs]
-    num_bytes = 4 * num_rows * model.embedding_dim
-    if found != expected or [len(raw) for raw in answer.raw_output_contents] != [num_bytes]:
+    sizes = [len(raw) for raw in answer.raw_output_contents]
+    num_bytes = [4 * num_rows * math.prod(dims) for _, dims in model.outputs]
+    # A server answers in an order of its own.
+    place = {name: index for index, (name, _, _) in enumerate(found)}
+    order = [place.get(name, -1) for name, _ in model.outputs]
+    fits = len(found) == len(sizes) == len(expected) and -1 not in order
+    if not fits or [(found[i], sizes[i]) for i in order] != [
+        *zip(expected, num_bytes, strict=True)
+    ]:
         raise ProtocolError(
-            f"{model.name} at {url} answered {found} with "
-            f"{[len(raw) for raw in answer.raw_output_contents]} bytes; expected is {expected} "
-            f"with {[num_bytes]} bytes.",
+            f"{model.name} at {url} answered {found} with {sizes} bytes; expected is {expected} "
+            f"with {num_bytes} bytes.",
             url=url,
         )
-    embeddings = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(expected[0][2])
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    parts = [
+        np.frombuffer(answer.raw_output_contents[index], "<f4").reshape(num_rows, -1)
+        for index in order
+    ]
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    if model.hidden:
+        is_bad = ~np.isfinite(rows).all(axis=1)
+        return rows.astype(np.float32, copy=False), [int(row) for row in np.nonzero(is_bad)[0]]
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
     is_direction = np.isfinite(norms) & (norms > MIN_NORM)
     drift = float(np.abs(norms - 1)[is_direction].max(initial=0))
     if drift > NORM_TOLERANCE:
@@ -109,16 +149,19 @@ def read_embeddings(
             f" {NORM_TOLERANCE:g} is allowed. Export it again with python -m export.onnx.",
             url=url,
         )
-    return embeddings.astype(np.float32), [int(row) for row in np.nonzero(~is_direction)[0]]
+    return rows.astype(np.float32), [int(row) for row in np.nonzero(~is_direction)[0]]
 
 
 def make_row_error(
-    model: ServedModel, embedding: NDArray[np.float32], url: str, index: int
+    model: ServedModel, row: NDArray[np.float32], url: str, index: int
 ) -> NonFiniteEmbeddingError:
-    """Return the error of an embedding, float32 (D,), that is no direction: the item `index`'s."""
+    """Return the error of a row, float32 (K,), that cannot be used: the item `index`'s."""
+    what = f"an embedding of length {np.linalg.norm(row):g}"
+    if model.hidden:
+        what = f"{int((~np.isfinite(row)).sum())} numbers that are not finite"
     return NonFiniteEmbeddingError(
-        f"{model.name} at {url} answered an embedding of length {np.linalg.norm(embedding):g} for "
-        f"item {index}. The exported model is broken; export it again.",
+        f"{model.name} at {url} answered {what} for item {index}. The exported model is broken; "
+        "export it again.",
         url=url,
         index=index,
     )
@@ -168,7 +211,7 @@ def read_statistics(answer: Any) -> ServerStatistics:
 
 
 def read_config(config: Any) -> ServedModel:
-    """Turn Triton's configuration of a model into ours, checking that the two agree.
+    """Turn Triton's configuration of a tower into ours, checking that the two agree.
 
     Raises:
         ContractError: it carries no manifest, or contradicts it.
@@ -185,6 +228,46 @@ def read_config(config: Any) -> ServedModel:
             expected=expected,
             found=outputs,
         )
+    return _make_served(config, parameters, manifest)
+
+
+def read_hidden_config(config: Any, layer: HiddenLayer) -> ServedModel:
+    """Turn Triton's configuration of a model of hidden states into ours, to be asked for a layer.
+
+    Raises:
+        ContractError: it carries no manifest, or contradicts it.
+    """
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    manifest = Manifest.from_parameters(parameters, served=config.name)
+    outputs = {each.name: (each.data_type, tuple(each.dims)) for each in config.output}
+    inputs = [(each.name, each.data_type, tuple(each.dims)) for each in config.input]
+    length, kind = manifest.context_length, model_config_pb2.TYPE_FP32
+    _, dims = outputs.get(HIDDEN_STATES[layer], (0, ()))
+    width = dims[-1] if dims else 0
+    promised = {
+        HIDDEN_STATES[layer]: (kind, (length, width)),
+        TEXT_EMBEDS: (kind, (manifest.embedding_dim,)),
+    }
+    fits = width >= 1 and all(outputs.get(name) == each for name, each in promised.items())
+    reads = [(TOKENS, model_config_pb2.TYPE_INT32, (length,))]
+    if not fits or inputs != reads or config.max_batch_size < 1:
+        raise ContractError(
+            f"Triton model {config.name!r} has outputs {outputs}, inputs {inputs} and "
+            f"max_batch_size {config.max_batch_size}; hidden states are {promised} of {reads}, in "
+            "batches. Export it again.",
+            expected=promised,
+            found=outputs,
+        )
+    hidden = tuple((name, shape) for name, (_, shape) in promised.items())
+    return _make_served(config, parameters, manifest, hidden)
+
+
+def _make_served(
+    config: Any,
+    parameters: Mapping[str, str],
+    manifest: Manifest,
+    hidden: tuple[Output, ...] = (),
+) -> ServedModel:
     (input_config,) = config.input
     type_name = model_config_pb2.DataType.Name(input_config.data_type)
     return ServedModel(
@@ -195,6 +278,7 @@ def read_config(config: Any) -> ServedModel:
         embedding_dim=manifest.embedding_dim,
         max_batch_size=config.max_batch_size,
         manifest=manifest,
+        hidden=hidden,
         version=_read_only_version(config),
         runs_on=_describe_execution(config, parameters, manifest.precision),
     )

@@ -6,7 +6,7 @@ Every request ends by its deadline with an answer or one of our errors. Nothing 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
@@ -33,7 +33,7 @@ from clip_rt.wire.messages import (
     make_chunk_request,
     read_chunk,
     read_config,
-    read_embeddings,
+    read_rows,
     read_statistics,
 )
 from clip_rt.wire.status import find_error_type, make_error, read_code
@@ -125,8 +125,18 @@ class Transport:
         answer = self._ask("RepositoryIndex", request, deadline)
         return tuple(sorted(model.name for model in answer.models))
 
-    def describe(self, names: Iterable[str], deadline: Deadline) -> tuple[ServedModel, ...]:
+    def describe(
+        self,
+        names: Iterable[str],
+        deadline: Deadline,
+        read: Callable[[Any], ServedModel] = read_config,
+    ) -> tuple[ServedModel, ...]:
         """Read the configuration and the manifest of Triton models, all at once.
+
+        Args:
+            names: Of the models.
+            deadline: For all of them.
+            read: What makes ours of a configuration.
 
         Raises:
             UnknownModelError: the server has no such model.
@@ -151,7 +161,7 @@ class Transport:
                     raise ServerUnavailableError(
                         f"{name} at {self.url} is not ready.", url=self.url
                     )
-            return tuple(read_config(answer.config) for answer in answers)
+            return tuple(read(answer.config) for answer in answers)
         except InferenceError as error:
             if read_code(error.__cause__) is not grpc.StatusCode.NOT_FOUND:
                 raise
@@ -252,7 +262,7 @@ class Transport:
             ProtocolError: the answer is malformed.
         """
         answer = self._receive(future, deadline)
-        return read_embeddings(answer, model, num_rows, self.url)
+        return read_rows(answer, model, num_rows, self.url)
 
     def give_up(self, future: Future) -> None:
         """Forget a request nobody waits for; the server is told where that is safe."""

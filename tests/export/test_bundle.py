@@ -147,7 +147,7 @@ TAMPERED = {
     "an unlisted file": (lambda c: c | {"image/model.xml": b"x"}, "does not list"),
     "a path upwards": (lambda c: relist(c | {"image/../../x": b"x"}), "no bundle has"),
     "code": (lambda c: relist(c | {"image/model.py": b"x"}), "no bundle has"),
-    "another format": (lambda c: relist(c, format=2), "format 2"),
+    "another format": (lambda c: relist(c, format=3), "format 3"),
     "an index that is a list": (lambda c: c | {"bundle.json": b"[]"}, "not what clip_rt writes"),
     "an index nested deeply": (lambda c: c | {"bundle.json": b"[" * 10**5}, "not what clip_rt"),
     "a huge index": (lambda c: c | {"bundle.json": b" " * 2**21}, "at most"),

@@ -19,7 +19,7 @@ from clip_rt.errors import CheckpointError, TextError
 from clip_rt.inputs.tokenizer import OpenAITokenizer, pad
 from clip_rt.inputs.tokenizer_file import FileTokenizer
 from clip_rt.specs import EncoderFacts, Tower
-from training.dual_encoder import DualEncoder
+from training.dual_encoder import DualEncoder, TextHidden
 
 MAX_CUT_DIFFERENCE = 1e-5
 """Of numbers of an embedding of length 1, through rounding in another order of summation."""
@@ -55,6 +55,13 @@ class Towers(Protocol):
 
     def text(self, model: Any, tokens_BL: Tensor) -> Tensor:
         """Return float (B, E), of any length."""
+
+    @property
+    def has_text_hidden(self) -> bool:
+        """Whether `text_hidden` knows its way in this model."""
+
+    def text_hidden(self, model: Any, tokens_BL: Tensor) -> TextHidden:
+        """Return the hidden states of its text tower."""
 
 
 class ExternalEncoder(DualEncoder):
@@ -110,6 +117,15 @@ class ExternalEncoder(DualEncoder):
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Embed padded token ids; float (B, E), not L2-normalised."""
         return self.towers.text(self.model, tokens_BL.long())
+
+    def encode_text_hidden(self, tokens_BL: Tensor) -> TextHidden:
+        """Return the hidden states of padded token ids, int (B, L)."""
+        return self.towers.text_hidden(self.model, tokens_BL.long())
+
+    @property
+    def has_text_hidden(self) -> bool:
+        """Whether there is a way to its hidden states."""
+        return self.towers.has_text_hidden
 
     def embed_tokens(self) -> nn.Embedding:
         """Return the table from which the text tower takes the vectors of ids."""

@@ -28,6 +28,7 @@ from clip_rt.specs import (
     Resizing,
     Tokenization,
 )
+from training.dual_encoder import TextHidden
 from training.encoders.encoder import ExternalEncoder, describe_configuration
 from training.encoders.libraries import as_checkpoint_error, import_open_clip
 from training.encoders.tokenizer_source import find_tokenizer_file, pad_id_of, read_tokenizer_file
@@ -142,6 +143,11 @@ class _Towers:
 
     def text(self, model: Any, tokens_BL: Tensor) -> Tensor:
         return model.encode_text(tokens_BL, normalize=False)
+
+    has_text_hidden = False
+
+    def text_hidden(self, model: Any, tokens_BL: Tensor) -> TextHidden:
+        raise NotImplementedError
 
 
 class _Source:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clip_rt.errors import CheckpointError
 from clip_rt.inputs import tokenizer_file
 from clip_rt.specs import Channels, EncoderFacts, Resizing
+from training.dual_encoder import TextHidden
 from training.encoders.encoder import ExternalEncoder, describe_configuration
 from training.encoders.libraries import as_checkpoint_error, import_transformers
 from training.encoders.tokenizer_source import pad_id_of, read_tokenizer_file
@@ -29,6 +30,9 @@ _UNMASKED = frozenset(("siglip", "clip", "metaclip_2"))
 """Families whose text tower is given no attention mask. SigLIP reads what fills a text up; the
 others are causal, so that what comes after the end of a text changes nothing, and the padding may
 have the id of that end."""
+HIDDEN_FAMILIES = ("clip", "metaclip_2")
+"""Families whose text tower is built as CLIP's, so that its hidden states are those of diffusion
+models."""
 _PROCESSOR_LENGTH = {"align": 64, "siglip": 64}
 """Length to which a family's own processor pads, where the tower could read more."""
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -160,6 +164,31 @@ class _Towers:
             ).last_hidden_state
             return model.text_proj(hidden_BLD[:, 0])
         return _pooled(model.get_text_features(input_ids=tokens_BL, attention_mask=is_text_BL))
+
+    @property
+    def has_text_hidden(self) -> bool:
+        return self._family in HIDDEN_FAMILIES
+
+    def text_hidden(self, model: Any, tokens_BL: Tensor) -> TextHidden:
+        text = model.text_model
+        before: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before.append(args[0] if args else kwargs["hidden_states"])
+
+        # What its last layer reads, which is hidden_states[-2]: asked for by name, transformers
+        # collects them in a way that torch does not export.
+        hook = text.encoder.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            found = text(input_ids=tokens_BL)
+        finally:
+            hook.remove()
+        return TextHidden(
+            found.last_hidden_state,
+            before[-1],
+            text.final_layer_norm(before[-1]),
+            model.text_projection(found.pooler_output),
+        )
 
 
 class _Source:

@@ -3,13 +3,14 @@
 `model.onnx` is run by OpenVINO or ONNX Runtime, `model.xml` (INT8) by OpenVINO. Which of the two is
 the faster for a model in ONNX on this processor is measured at the first load and remembered.
 
-In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L); out: float32
-`embeddings` (N, D) for each. A bad request gets an error of its own and harms no other.
+In: one batch of requests, uint8 `pixels` (N, S, S, 3) or int32 `tokens` (N, L). Out, for each:
+float32 `embeddings` (N, D), or those outputs of a file of hidden states that were asked for. A bad
+request gets an error of its own and harms no other.
 Export copies this file verbatim to `<model>/1/model.py`, and beside it `python_dlpack.py` as
 `dlpack.py` and clip_rt's `processor.py`, `runtime_choice.py` and `runtimes.py`; they import nothing
 else of this project.
 
-Read from config.pbtxt: the input and the output, the kind of the instance, and the parameters
+Read from config.pbtxt: the input and the outputs, the kind of the instance, and the parameters
 `runtime`, `intra_op_threads`, `execution_providers`, `vocab_size` and `context_length`, all of them
 optional. The log says which runtime it became, and why.
 """
@@ -34,7 +35,8 @@ class TritonPythonModel:
         """Load the graph; raise, and so fail the load, when it cannot run where it was asked to."""
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config.get("parameters", {}).items()}
-        (self._input,), (self._output,) = config["input"], config["output"]
+        (self._input,) = config["input"]
+        self._outputs = [each["name"] for each in config["output"]]
         self._dtype = pb_utils.triton_string_to_numpy(self._input["data_type"])
         self._dims = [int(side) for side in self._input["dims"]]
         self._vocab_size = int(parameters.get("vocab_size", 49408))
@@ -68,7 +70,7 @@ class TritonPythonModel:
             except RefusedError as error:
                 responses[index] = _failure(str(error), pb_utils.TritonError.INVALID_ARG)
             else:
-                members_by_shape.setdefault(array.shape[1:], []).append((index, array))
+                members_by_shape.setdefault(array.shape[1:], []).append((request, index, array))
         for members in members_by_shape.values():
             for index, response in self._run(members):
                 responses[index] = response
@@ -109,24 +111,28 @@ class TritonPythonModel:
 
     def _run(self, members):
         """Run arrays of one shape together; when that fails, each alone, to spare the innocent."""
-        arrays = [array for _, array in members]
+        arrays = [array for _, _, array in members]
         try:
-            embeddings = self._encode(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
+            outputs = self._encode(np.concatenate(arrays) if len(arrays) > 1 else arrays[0])
         except Exception as error:  # Whatever went wrong is the answer; the server must live.
             if len(members) == 1:
-                return [(members[0][0], _failure(str(error), pb_utils.TritonError.INTERNAL))]
+                return [(members[0][1], _failure(str(error), pb_utils.TritonError.INTERNAL))]
             return [answer for member in members for answer in self._run([member])]
-        if len(members) == 1:
-            return [(members[0][0], self._answer(embeddings))]
         ends = np.cumsum([len(array) for array in arrays])
-        rows = np.split(embeddings, ends[:-1])
-        return [(index, self._answer(part)) for (index, _), part in zip(members, rows, strict=True)]
+        parts = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
+        return [
+            (index, self._answer(request, part))
+            for (request, index, _), part in zip(members, parts, strict=True)
+        ]
 
-    def _answer(self, embeddings):
-        tensor = pb_utils.Tensor.from_dlpack(
-            self._output["name"], Loan(np.asarray(embeddings, np.float32))
-        )
-        return pb_utils.InferenceResponse(output_tensors=[tensor])
+    def _answer(self, request, outputs):
+        asked = request.requested_output_names()
+        tensors = [
+            pb_utils.Tensor.from_dlpack(name, Loan(np.asarray(output, np.float32)))
+            for name, output in zip(self._outputs, outputs, strict=True)
+            if name in asked
+        ]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def _failure(message, code):

@@ -30,8 +30,9 @@ else:  # A copy beside a model.
     import processor  # type: ignore[import-not-found, no-redef]
     import runtime_choice  # type: ignore[import-not-found, no-redef]
 
-Encode: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
-"""A batch of pixels or tokens to embeddings."""
+Encode: TypeAlias = Callable[[NDArray[Any]], Sequence[NDArray[np.float32]]]
+"""A batch of pixels or tokens to the outputs of the file, in its order: embeddings, or hidden
+states."""
 Loaded: TypeAlias = tuple[Encode, str]
 """What embeds a batch, and the words of the log."""
 
@@ -130,7 +131,7 @@ class _Idling:
         with self._lock:
             self._load()
 
-    def __call__(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+    def __call__(self, batch: NDArray[Any]) -> Sequence[NDArray[np.float32]]:
         """Embed a batch, after loading the model again where that is needed.
 
         Raises:
@@ -138,9 +139,9 @@ class _Idling:
         """
         with self._lock:
             encode = self._encode or self._load()
-            embeddings = encode(batch)
+            outputs = encode(batch)
             self._used_s = time.monotonic()
-            return embeddings
+            return outputs
 
     def _load(self) -> Encode:
         model = self._model
@@ -368,7 +369,7 @@ def _load_onnx(model: ModelFile) -> Loaded:
         )
     name = session.get_inputs()[0].name
     words = f"ONNX Runtime {onnxruntime.__version__} with {', '.join(taken)}"
-    return lambda batch: session.run(None, {name: batch})[0], words
+    return lambda batch: session.run(None, {name: batch}), words
 
 
 def _load_openvino(model: ModelFile) -> Loaded:
@@ -393,7 +394,7 @@ def _load_openvino(model: ModelFile) -> Loaded:
     request = openvino.Core().compile_model(str(model.path), "CPU", settings).create_infer_request()
     words = f"OpenVINO {openvino.__version__.split('-')[0]}"
     # Not shared outputs: a response is copied when all are made, and each run would overwrite them.
-    return lambda batch: request.infer({0: batch}, share_inputs=True)[0], words
+    return lambda batch: request.infer({0: batch}, share_inputs=True).to_tuple(), words
 
 
 LOADERS: Mapping[str, Callable[[ModelFile], Loaded]] = {
