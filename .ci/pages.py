@@ -162,8 +162,9 @@ def readme(path: Path) -> list[Environment]:
         if serving is not None:
             # In the foreground until it is told to end; then again for what comes next.
             port, check = SERVERS[serving]
-            server = SERVING.format(serve=line, check=check.format(port=free[port]))
-            line = server + "true"
+            check = check.format(port=free[port])
+            server = SERVING.format(serve=line, check=check)
+            line = server + check
         elif not line.startswith(SHELL):
             line = f"{server}python -c {shlex.quote(line)}"
         elif any(port in line for port in free.values()):
