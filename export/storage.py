@@ -5,6 +5,7 @@ Never changes what is computed beyond rounding the stored weights: arithmetic st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,9 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _round(tensor: onnx.TensorProto) -> onnx.NodeProto:
     name = tensor.name
     values = numpy_helper.to_array(tensor)
-    largest = float(abs(values).max(initial=0.0))
+    # A mask is 0 and minus infinity, which FP16 has.
+    is_mask = ((values == 0) | (values == -math.inf)).all()
+    largest = 0.0 if is_mask else float(abs(values).max(initial=0.0))
     if not largest <= FP16_MAX:  # Written so that NaN is refused too.
         raise CheckpointError(
             f"weight {name!r} reaches {largest:.4g}, beyond FP16's {FP16_MAX:.0f}; "

@@ -822,7 +822,7 @@ def test_what_cannot_be_meant_is_refused(options, words):
     ("options", "words"),
     [
         (("--token-file", "/nowhere"), "cannot be read"),
-        (("--url", "127.0.0.1:1", "--timeout-s", "1"), "127.0.0.1:1"),
+        (("--url", "127.0.0.1:1", "--start-timeout-s", "3"), "127.0.0.1:1"),
     ],
 )
 def test_a_start_that_fails_ends_with_one_line(options, words):
