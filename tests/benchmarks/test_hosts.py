@@ -38,7 +38,7 @@ def connect(address: str, port: int) -> socket.socket:
 
 
 def namespaces() -> set[str]:
-    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30)
     return {line.split()[0] for line in done.stdout.splitlines() if line.startswith("clip-rt-")}
 
 

@@ -32,7 +32,11 @@ def test_what_was_written_is_verified(repository, capsys):
 def test_the_list_is_that_of_sha256sum(repository):
     write(repository)
     done = subprocess.run(
-        ["sha256sum", "--check", "--strict", LIST], cwd=repository, capture_output=True, text=True
+        ["sha256sum", "--check", "--strict", LIST],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     names = [each.name for each in repository.iterdir() if each.is_dir()]
@@ -42,6 +46,7 @@ def test_the_list_is_that_of_sha256sum(repository):
         capture_output=True,
         text=True,
         check=True,
+        timeout=60,
     ).stdout
     assert set(said.splitlines()) <= set((repository / LIST).read_text().splitlines())
 
