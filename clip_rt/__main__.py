@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     with command(input_error_status=FAILED if name in _OF_SERVERS else WRONG_OPTIONS):
         try:
             if name in COMMANDS:
-                # The options of nine others need not be known.
+                # Without the options of all others, which take their time to read.
                 prog = f"{program} {name}"
                 status: int = tyro.cli(load(name), prog=prog, args=given[1:], config=config)
             else:

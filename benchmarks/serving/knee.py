@@ -34,7 +34,7 @@ from benchmarks.timing import time_once
 from clip_rt.planning.queueing import capacity_per_s, play
 
 SIZES = (1, 2, 4, 8, 16, 32)
-SHARES = (0.5, 0.65, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Of the capacity that the times of batches promise."""
 LEVEL_S, WARM_UP_S = 20.0, 5.0
 NUM_ROUNDS = 3

@@ -1,8 +1,9 @@
 """What can be rented, how fast it is, and what it costs: facts with their sources.
 
-Peaks of GPUs are those of NVIDIA's data sheets, dense and of FP16 on tensor cores; prices are list
-prices of Amazon EC2, on demand, Linux, us-east-1, a GPU's share of its instance, in US dollars as
-of June 2026. They change: `clip-rt plan --price` takes yours.
+Peaks of GPUs are those of NVIDIA's data sheets, dense and of FP16 on tensor cores. Prices are list
+prices of Amazon EC2, on demand, Linux, us-east-1, a GPU's share of its instance, in US dollars.
+Those of G instances stand in public tables of 2026; those of P instances and of processors were not
+checked against a price list, and are rough. `clip-rt plan --price` takes yours.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ FasterTransformer's batch 1 on an A100 (1.53 ms of 12 blocks, 2.97 ms of 24) bes
 GPU_MEMORY_SHARE = 0.7
 """Of the memory bandwidth that reading weights reaches."""
 
-FP32_FLOP_PER_CORE_S, INT8_FLOP_PER_CORE_S = 92e9, 295e9
-"""Measured by `benchmarks/run.py`, suite image at batch 32, through Triton and client on 2 cores of
-an AMD EPYC with AVX-512 and VNNI: 22 and 71 images of ViT-B/32 a second (2026-11-26_run.json)."""
-CPU_CALL_S = 2e-3
-"""Of a call on a processor beside its operations; measured there too."""
+CPU_FLOP_PER_CORE_S: dict[Precision, float] = {"fp32": 91e9, "int8": 294e9}
+"""Measured by `benchmarks/run.py`, suite image at batch 32, through client and Triton on 2 cores of
+an AMD EPYC with AVX-512 and VNNI: 22.2 and 71.4 images of ViT-B/32 a second
+(2026-11-26_run.json)."""
+CPU_FIRST_ITEM: dict[Precision, float] = {"fp32": 0.28, "int8": 0.54}
+"""What a batch takes beside its items, as a share of the time of one; measured there too: alone an
+image took 57.7 and 21.5 ms, in the batch 45.1 and 14.0."""
+CPU_BYTES_PER_S = 29e9
+"""At which two cores read memory, measured there too."""
 CORES_SHARE = 0.8
 """Of the speed of many cores beside that of two, times their number. Assumed: memory is shared."""
 
@@ -69,13 +74,12 @@ def _gpu(
 def _cpu(
     name: str, precision: Precision, cores: int, memory_gb: float, usd: float, instance: str
 ) -> Device:
-    per_core = INT8_FLOP_PER_CORE_S if precision == "int8" else FP32_FLOP_PER_CORE_S
     return Device(
         name=name,
         kind="cpu",
         precision=precision,
-        flop_per_s=CORES_SHARE * cores * per_core,
-        bytes_per_s=20e9,
+        flop_per_s=CORES_SHARE * cores * CPU_FLOP_PER_CORE_S[precision],
+        bytes_per_s=CPU_BYTES_PER_S,
         memory_bytes=memory_gb * 1e9,
         usd_per_hour=usd,
         instance=instance,

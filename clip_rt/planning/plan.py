@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clip_rt.errors import InputError
-from clip_rt.planning.hardware import CPU_CALL_S, GPU_LAYER_S, Device
+from clip_rt.planning.hardware import CPU_FIRST_ITEM, GPU_LAYER_S, Device
 from clip_rt.planning.queueing import Latency, capacity_per_s, estimate
 from clip_rt.planning.work import flop_per_image, flop_per_text, weight_bytes
 from clip_rt.specs import ModelSpec, Tower
@@ -94,9 +94,13 @@ def batch_seconds(spec: ModelSpec, load: Load, device: Device) -> tuple[float, .
     else:
         flop = flop_per_text(spec, load.text_length, is_pruned=True)
     read_s = weight_bytes(spec, load.tower, device.precision) / device.bytes_per_s
-    fixed_s = GPU_LAYER_S * num_layers(spec, load.tower) if device.kind == "gpu" else CPU_CALL_S
+    item_s = flop / device.flop_per_s
+    if device.kind == "gpu":
+        fixed_s = GPU_LAYER_S * num_layers(spec, load.tower)
+    else:
+        fixed_s = CPU_FIRST_ITEM[device.precision] * item_s
     sizes = range(1, load.max_batch + 1)
-    return tuple(fixed_s + max(read_s, size * flop / device.flop_per_s) for size in sizes)
+    return tuple(fixed_s + max(read_s, size * item_s) for size in sizes)
 
 
 def num_layers(spec: ModelSpec, tower: Tower) -> int:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import httpx
 from owners import ROOT
+
+
+@contextlib.contextmanager
+def starting(command: str, *always: object) -> Iterator[Callable[..., Gateway]]:
+    """Yield what starts processes with further options; all that it started end with this."""
+    started: list[Gateway] = []
+
+    def start(*options: object, **environment: object) -> Gateway:
+        started.append(Gateway(*always, *options, command=command, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.dispose()
 
 
 class Gateway:

@@ -11,9 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image
+from search_pictures import SHARD
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARD = ROOT / "training/sample/styles/openmoji.tar"
 KINDS = {"clock": ("o’clock", "-thirty"), "flag": ("flag: ",), "face": (" face",)}
 """Parts of names, one of which every emoji of a kind has."""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 from PIL import Image
+
+import clip_rt
+from clip_rt.search import Index
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = ROOT / "training/sample/styles/openmoji.tar"
@@ -24,6 +28,16 @@ def read_drawings(num: int, *, every: int = 30) -> list[tuple[str, bytes]]:
             assert record is not None
             found.append((json.load(record)["name"], picture.read()))
     return found
+
+
+def make_index(folder: Path, client: clip_rt.Client, *, num: int) -> Path:
+    """Make an index of some drawings and of a copy of one; return the folder of the drawings."""
+    photos = folder.with_name(f"{folder.name} photos")
+    write_drawings(photos, num)
+    shutil.copy(photos / "0/000.png", photos / "copy.png")
+    with Index.open(folder, create=True) as index:
+        index.update(client, [photos])
+    return photos
 
 
 def write_drawings(folder: Path, num: int, *, every: int = 30) -> dict[str, Path]:

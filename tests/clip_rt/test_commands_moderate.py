@@ -14,10 +14,11 @@ import pytest
 from asking import BUNDLED, MODEL, PICTURES, ask
 from labelled_drawings import KINDS, choose, write_folder, write_table
 from PIL import Image
+from policies_made_up import make_policy
 
 import clip_rt
 from clip_rt.moderation.decisions import SEVERITY
-from clip_rt.moderation.policy import Calibration, Label, Policy, list_starters
+from clip_rt.moderation.policy import Policy, list_starters
 
 FETCHED = re.compile(r"(?:src|href)=(?![\"']?data:)|@import|url\(")
 """What a browser would load."""
@@ -46,28 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def policy(client, tmp_path):
-    manifest = client.manifest
-    policy = Policy(
-        name="things",
-        labels=(
-            Label(
-                name="rocket",
-                action="block",
-                review_threshold=0.5,
-                block_threshold=0.9,
-                calibration=Calibration(slope=60.0, intercept=-31.0),
-            ),
-            Label(
-                name="pizza",
-                review_threshold=0.5,
-                calibration=Calibration(slope=60.0, intercept=-31.0),
-            ),
-        ),
-        templates=("{}", "an emoji of {}"),
-        model=manifest.model,
-        fingerprint=manifest.fingerprint,
-    )
-    policy.save(tmp_path / "policy.json")
+    make_policy(client.manifest).save(tmp_path / "policy.json")
     return tmp_path / "policy.json"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from asking import BUNDLED, PICTURES
+from policies_made_up import make_policy
 from scipy.special import expit, softmax
 
 import clip_rt
@@ -21,28 +22,7 @@ LABELS = ("rocket", "pizza", "bicycle")
 @pytest.fixture
 def fitted(drawings_client):
     """A policy of this model; its numbers are made up, and rocket and pizza are told apart."""
-    manifest = drawings_client.manifest
-    return Policy(
-        name="things",
-        labels=(
-            Label(
-                name="rocket",
-                prompts=("rocket", "a space ship"),
-                action="block",
-                review_threshold=0.5,
-                block_threshold=0.9,
-                calibration=Calibration(slope=60.0, intercept=-31.0),
-            ),
-            Label(
-                name="pizza",
-                review_threshold=0.5,
-                calibration=Calibration(slope=60.0, intercept=-31.0),
-            ),
-        ),
-        templates=("{}", "an emoji of {}"),
-        model=manifest.model,
-        fingerprint=manifest.fingerprint,
-    )
+    return make_policy(drawings_client.manifest)
 
 
 class TestProbabilities:

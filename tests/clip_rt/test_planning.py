@@ -189,6 +189,6 @@ class TestPage:
             for name in self.MODELS:
                 rate = capacity_per_s(batch_seconds(MODELS[name], load, device))
                 usd = device.usd_per_hour / (self.BUSY * rate) * 1e6 / 3600
-                cells.append(f"{float(f'{rate:.2g}'):,.0f}/s, ${usd:.2g}")
+                cells.append(f"{float(f'{rate:.2g}'):,.0f}/s, ${float(f'{usd:.2g}'):g}")
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import tiny_repository
-from gateway_process import Gateway
+from gateway_process import Gateway, starting
 from owners import ROOT
-from search_pictures import write_drawings
+from search_pictures import make_index, write_drawings
 
 from clip_rt.embedded.bundled import find_model_repository
 from clip_rt.moderation.policy import Policy
@@ -45,33 +45,22 @@ EXAMPLES = ROOT / "examples/images"
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """21 drawings in folders, and a copy of one."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_drawings(folder, 21)
-    shutil.copy(folder / "0/000.png", folder / "copy.png")
+def index_folder(drawings_client, tmp_path_factory) -> Path:
+    """Of 21 drawings, and a copy of one."""
+    folder = tmp_path_factory.mktemp("index")
+    make_index(folder, drawings_client, num=21)
     return folder
 
 
 @pytest.fixture(scope="module")
-def index_folder(photos, drawings_client, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("index")
-    with Index.open(folder, create=True) as index:
-        index.update(drawings_client, [photos])
-    return folder
+def photos(index_folder) -> Path:
+    return index_folder.with_name(f"{index_folder.name} photos")
 
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Gateway]]:
-    started: list[Gateway] = []
-
-    def start(*options: object, **environment: object) -> Gateway:
-        started.append(Gateway("--server", "in_process", *options, command="ui", **environment))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.dispose()
+    with starting("ui", "--server", "in_process") as start:
+        yield start
 
 
 @pytest.fixture(scope="module")

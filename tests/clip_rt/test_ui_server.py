@@ -18,10 +18,10 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny_repository
-from gateway_process import Gateway
+from gateway_process import Gateway, starting
 from owners import ROOT
 from PIL import Image
-from search_pictures import write_drawings
+from search_pictures import make_index, write_drawings
 
 from clip_rt.moderation.policy import Policy
 from clip_rt.search import Index, Query
@@ -39,31 +39,21 @@ STATIC = sorted(static_files.FOLDER.iterdir())
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Gateway]]:
-    started: list[Gateway] = []
-
-    def start(*options: object, **environment: str) -> Gateway:
-        started.append(Gateway(*options, command="ui", **environment))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.dispose()
+    with starting("ui") as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    write_drawings(folder, 24)
-    shutil.copy(folder / "0/000.png", folder / "copy.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def index_folder(photos, drawings_client, tmp_path_factory) -> Path:
+def index_folder(drawings_client, tmp_path_factory) -> Path:
+    """Of 24 drawings, and a copy of one."""
     folder = tmp_path_factory.mktemp("index")
-    with Index.open(folder, create=True) as index:
-        index.update(drawings_client, [photos])
+    make_index(folder, drawings_client, num=24)
     return folder
+
+
+@pytest.fixture(scope="module")
+def photos(index_folder) -> Path:
+    return index_folder.with_name(f"{index_folder.name} photos")
 
 
 @pytest.fixture(scope="module")
