@@ -172,7 +172,7 @@ class JobFolder:
 def written(path: Path) -> Iterator[Path]:
     """Yield a hidden name to write to; what is there after the block gets its own name at once."""
     if not path.parent.exists():
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)  # Another shard may just have made it.
         _sync(path.parent.parent)
     hidden = _hidden(path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import http.server
 import io
@@ -27,7 +28,7 @@ from bulk_pictures import (
 
 import clip_rt
 from clip_rt import bulk
-from clip_rt.bulk.folder import JobFolder
+from clip_rt.bulk.folder import JobFolder, written
 from clip_rt.errors import (
     InputError,
     JobMismatchError,
@@ -387,6 +388,21 @@ def test_a_server_that_goes_away_leaves_what_was_done(many, tmp_path):
         done = len(result) + len(list(result.errors()))
         assert 40 <= done < MANY + 3
         assert not result.is_complete
+
+
+def test_writers_of_one_new_folder_do_not_meet(tmp_path):
+    """Shards that begin at once each make the folder of their first partitions."""
+    barrier = threading.Barrier(8)
+
+    def write(number: int) -> None:
+        for turn in range(50):
+            barrier.wait(30)
+            with written(tmp_path / str(turn) / f"part{number}") as path:
+                path.touch()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8), timeout=60))
+    assert len(list(tmp_path.glob("*/part*"))) == 50 * 8
 
 
 def test_one_process_at_a_time(client, pictures, tmp_path):
