@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 from collections.abc import Collection
 from urllib.parse import unquote_to_bytes
 
 import httpx
+import pybase64
 
 from clip_rt.gateway.problems import ProblemError
 from clip_rt.inputs.fetching import Fetcher, FetchError, is_url
@@ -77,8 +77,12 @@ def _read_data_uri(uri: str, param: str) -> bytes:
 
 def _decode(text: str, param: str) -> bytes:
     try:
-        # Lines of 76 letters are as common as one long one.
-        return base64.b64decode("".join(text.split()), validate=True)
+        return pybase64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    try:
+        # Lines of 76 letters are common too.
+        return pybase64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _refuse(
             "is neither base64, nor a data URI, nor a URL: send data:image/png;base64, and "

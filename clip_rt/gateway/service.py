@@ -463,6 +463,9 @@ def read_item(text: str, param: str, *, is_image: bool = False) -> Item:
 
 async def _all(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Await all at once; when one fails, the others are called off before that is raised."""
+    works = list(works)
+    if len(works) == 1:  # Most requests are of one item, and a task costs turns of the loop.
+        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

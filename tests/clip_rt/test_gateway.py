@@ -138,11 +138,12 @@ def test_openai_library_lists_models_and_raises_its_own_errors(sdk):
         {"input": [data_uri(png())], "model": None},
         {"input": base64.b64encode(png()).decode(), "modality": "image"},
         {"input": {"image": base64.b64encode(png()).decode()}},
+        {"input": {"image": base64.encodebytes(png()).decode()}},
         {"input": [{"type": "image_url", "image_url": {"url": data_uri(png())}}]},
         {"input": [{"image_url": data_uri(png())}]},
         {"messages": [{"role": "user", "content": [{"type": "image", "image": data_uri(png())}]}]},
     ],
-    ids=["string", "list", "modality", "part", "image_url", "url string", "messages"],
+    ids=["string", "list", "modality", "part", "lines", "image_url", "url string", "messages"],
 )
 def test_images_come_in_every_form_that_is_in_use(caller, client, body):
     answer = vectors(caller.post("/v1/embeddings", json=body))
@@ -156,6 +157,7 @@ def test_images_come_in_every_form_that_is_in_use(caller, client, body):
         (["red", "x " * 200], "input[1]", "202 tokens"),
         (["red", data_uri(png()), data_uri(b"none")], "input[2]", "no readable"),
         (["red", {"image": "%%"}], "input[1]", "neither base64"),
+        (["red", {"image": "\u00e9" * 8}], "input[1]", "neither base64"),
         (["red", {"image": "data:image/png;base64"}], "input[1]", "without a comma"),
         ([{"text": "a", "image": "b"}], "input[0]", "exactly one"),
         ([{}], "input[0]", "exactly one"),

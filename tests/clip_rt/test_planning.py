@@ -97,7 +97,7 @@ class TestChoice:
         assert "one item alone takes" in option.reason
 
     def test_what_is_quick_enough_only_when_idle_says_so(self):
-        option = weigh(L14, Load(rate_per_s=10, p99_s=0.05), DEVICES["16 cores, INT8"])
+        option = weigh(L14, Load(rate_per_s=10, p99_s=0.08), DEVICES["16 cores, INT8"])
         assert option.num_needed == 0
         assert "5% of its capacity" in option.reason
 
