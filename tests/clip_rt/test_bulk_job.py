@@ -392,11 +392,11 @@ def test_a_server_that_goes_away_leaves_what_was_done(many, tmp_path):
 
 def test_writers_of_one_new_folder_do_not_meet(tmp_path):
     """Shards that begin at once each make the folder of their first partitions."""
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=30)
 
     def write(number: int) -> None:
         for turn in range(50):
-            barrier.wait(30)
+            barrier.wait()
             with written(tmp_path / str(turn) / f"part{number}") as path:
                 path.touch()
 
