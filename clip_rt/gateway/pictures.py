@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import binascii
+import base64
+import contextlib
 from collections.abc import Collection
 from urllib.parse import unquote_to_bytes
 
@@ -76,14 +77,12 @@ def _read_data_uri(uri: str, param: str) -> bytes:
 
 
 def _decode(text: str, param: str) -> bytes:
-    try:
+    with contextlib.suppress(ValueError):
         return pybase64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        pass
     try:
-        # Lines of 76 letters are common too.
-        return pybase64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        # Lines of 76 letters are as common as one long one, and padding may be too long.
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
         raise _refuse(
             "is neither base64, nor a data URI, nor a URL: send data:image/png;base64, and "
             "behind it the image in base64",
