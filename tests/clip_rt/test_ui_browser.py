@@ -603,6 +603,24 @@ def test_the_page_goes_on_when_its_server_is_back(visit, start, index_folder):
     assert all("ERR_CONNECTION" in each or "ERR_EMPTY" in each for each in watched.errors)
 
 
+def test_a_form_that_is_sent_too_early_loads_no_page_anew(visit, server):
+    watched = visit(server.url)
+    page = watched.page
+    held = []
+    page.route("**/ui/settings", lambda route: held.append(route))
+    page.goto(f"{watched.url}/#search")
+    page.wait_for_function("() => performance.timing.loadEventEnd > 0")
+    sync_api.expect(page.locator("#words")).to_be_disabled()
+    page.evaluate("window.isSame = true")
+    for form in page.locator("form.panel").all():
+        form.evaluate("(form) => form.requestSubmit()")
+    held[0].continue_()
+    page.fill("#words", "an owl")
+    page.keyboard.press("Enter")
+    page.locator("#search-results .tile img").first.wait_for()
+    assert page.evaluate("window.isSame")
+
+
 def test_a_token_is_asked_for(visit, start, index_folder):
     server = start("--index", index_folder, CLIP_RT_TOKENS="s3cret")
     watched = visit(server.url, is_checked=False)

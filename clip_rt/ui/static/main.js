@@ -104,6 +104,12 @@ addEventListener("hashchange", route);
 for (const kind of ["dragover", "drop"]) {
   addEventListener(kind, (event) => event.preventDefault());
 }
+// Nor may a form be sent as the browser sends it: it would load the page anew, without what was typed.
+addEventListener("submit", (event) => {
+  if (event.target.method !== "dialog") {
+    event.preventDefault();
+  }
+});
 setUpTheme();
 route();
 watchServer();

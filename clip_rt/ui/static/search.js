@@ -21,6 +21,12 @@ export function startSearch(context) {
     $(".status", results).textContent = text;
   };
 
+  function setDisabled(isDisabled) {
+    for (const each of view.querySelectorAll("#search-form button, #search-form input")) {
+      each.disabled = isDisabled;
+    }
+  }
+
   async function lookForIndex() {
     try {
       index = await ask("/ui/index");
@@ -29,9 +35,7 @@ export function startSearch(context) {
       return;
     }
     const empty = $(".empty", results);
-    for (const each of view.querySelectorAll("#search-form button, #search-form input")) {
-      each.disabled = Boolean(index.problem);
-    }
+    setDisabled(Boolean(index.problem));
     if (!index.problem) {
       $("#index-note").textContent = index.images
         ? `${plural(index.images, "image")} of ${index.folders.join(", ")}`
@@ -225,10 +229,8 @@ export function startSearch(context) {
     showImages();
     search();
   });
-  $("#search-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    search();
-  });
+  $("#search-form").addEventListener("submit", search);
+  setDisabled(false);
   $("#find-duplicates").addEventListener("click", findDuplicates);
   setUpCopies(results, write);
   server.addEventListener("back", () => view.hidden || lookForIndex());

@@ -346,7 +346,6 @@ export function startThresholds(context) {
     refresh();
     $("#thresholds-drop button").focus();
   });
-  $("#thresholds-form").addEventListener("submit", (event) => event.preventDefault());
   $("#threshold-label").addEventListener("input", () => {
     isOwnLabel = Boolean($("#threshold-label").value.trim());
     change();

@@ -68,7 +68,6 @@ export function startWork(context) {
     views[shown].refresh();
     $("#work-drop button").focus();
   });
-  $("#work-form").addEventListener("submit", (event) => event.preventDefault());
   $("#labels").addEventListener("input", change);
   for (const id of ["none", "top"]) {
     $(`#${id}`).addEventListener("change", change);
